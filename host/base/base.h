@@ -1,0 +1,97 @@
+/* base.h - what every room of the host stands on: the context, error texts, events, memory, threads, paths.
+ *
+ * Error style: a fallible internal function takes the exc_ctx first and returns exc_status; exc_fail() stores one
+ * line of text (file, item, rule, expected, found) and returns the code, so `return exc_fail(...)` is the idiom and
+ * EXC_TRY(...) passes a failure up unchanged. The first text wins until the next public call clears it.
+ * Nothing here prints, exits or aborts. */
+#ifndef EXC_BASE_H
+#define EXC_BASE_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "excise.h"
+#include "queue.h"
+
+#define EXC_TRY(expr)                                                                                                  \
+    do {                                                                                                               \
+        exc_status try_ = (expr);                                                                                      \
+        if (try_ != EXC_OK) return try_;                                                                               \
+    } while (0)
+/* EXC_GOTO(label, expr): as EXC_TRY, for functions with something to release; needs a local `exc_status st`. */
+#define EXC_GOTO(label, expr)                                                                                          \
+    do {                                                                                                               \
+        st = (expr);                                                                                                   \
+        if (st != EXC_OK) goto label;                                                                                  \
+    } while (0)
+#define EXC_COUNT(a) (sizeof(a) / sizeof *(a))
+#define EXC_PRINTF(f, a) __attribute__((format(printf, f, a)))
+
+struct exc_ops; /* kernels/ops.h */
+
+struct exc_ctx {
+    exc_ctx_options opt;
+    char error[1024];          /* text of the last failure, empty if none */
+    const struct exc_ops *ops; /* the chosen backend's table */
+    const char *backend;       /* "cpu", ... */
+    exc_queue queue;           /* what ops run on */
+    uint64_t nonfinite;        /* counter behind queue.nonfinite */
+};
+
+/* ---- errors and events (base/status.c) */
+exc_status exc_fail(exc_ctx *ctx, exc_status code, const char *fmt, ...) EXC_PRINTF(3, 4);
+/* exc_fail with ": strerror(errno)" appended; EXC_ERR_IO */
+exc_status exc_fail_errno(exc_ctx *ctx, const char *fmt, ...) EXC_PRINTF(2, 3);
+void exc_clear(exc_ctx *ctx); /* called on entry of every public [job] function */
+/* sends one event; returns EXC_CANCELLED when the callback asked to stop, else EXC_OK */
+exc_status exc_progress(exc_ctx *ctx, const char *step, uint64_t done, uint64_t total, const char *unit);
+void exc_info(exc_ctx *ctx, const char *fmt, ...) EXC_PRINTF(2, 3);
+void exc_warn(exc_ctx *ctx, const char *fmt, ...) EXC_PRINTF(2, 3);
+
+/* ---- memory (base/memory.c): sizes are checked products; every allocation can fail and is reported */
+void *exc_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what);  /* 64-byte aligned, not zeroed; NULL + error */
+void *exc_zalloc(exc_ctx *ctx, size_t count, size_t size, const char *what); /* zeroed */
+void exc_release(void *p);                                                   /* for both; NULL is fine */
+bool exc_mul(size_t a, size_t b, size_t *out);                               /* false on overflow */
+char *exc_strdup(exc_ctx *ctx, const char *s);                               /* release with exc_release */
+/* test hook: makes the n-th allocation from now fail (0: off) */
+void exc_alloc_fail_at(uint64_t n);
+
+/* one growing byte string, used for texts and reports */
+typedef struct exc_buf {
+    char *data; /* NUL-terminated when len > 0 or after exc_buf_put */
+    size_t len, cap;
+    bool failed; /* an allocation failed; checked once at the end */
+} exc_buf;
+void exc_buf_put(exc_buf *b, const void *bytes, size_t n);
+void exc_buf_puts(exc_buf *b, const char *s);
+void exc_buf_printf(exc_buf *b, const char *fmt, ...) EXC_PRINTF(2, 3);
+void exc_buf_free(exc_buf *b);
+
+/* ---- threads (base/threads.c) */
+exc_status exc_queue_open(exc_ctx *ctx, int threads);
+void exc_queue_close(exc_ctx *ctx);
+
+/* ---- small files (base/paths.c). Paths in messages are as the user gave them. */
+exc_status exc_read_file(exc_ctx *ctx, const char *path, size_t limit, char **data, size_t *len); /* NUL added; exc_release */
+/* writes PATH.partial-<pid>, fsync, rename, fsync of the folder; refuses an existing path unless force */
+exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force);
+exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force); /* EXC_ERR_USAGE when it exists and !force */
+exc_status exc_path_join(exc_ctx *ctx, const char *dir, const char *name, char **out);
+exc_status exc_fsync_dir(exc_ctx *ctx, const char *dir);
+bool exc_utf8_valid(const char *s, size_t n, size_t *bad_at);
+/* printable form of an untrusted name: control bytes and non-UTF-8 escaped, cut at 200 bytes; static thread-local ring */
+const char *exc_show(const char *s, size_t n);
+uint64_t exc_hash64(const void *data, size_t n);               /* XXH3-64 */
+void exc_hash_hex(const void *data, size_t n, char out[33]);   /* XXH3-128 as 32 hex digits */
+exc_status exc_hash_file(exc_ctx *ctx, const char *path, char out[33]);
+double exc_seconds(void);                                      /* monotonic clock */
+
+/* ---- counter-based random numbers (base/random.c): value i of stream (seed, stream) needs no state and no order */
+uint64_t exc_random_u64(uint64_t seed, uint64_t stream, uint64_t i);
+double exc_random_unit(uint64_t seed, uint64_t stream, uint64_t i); /* [0,1) */
+
+#endif

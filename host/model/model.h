@@ -1,0 +1,163 @@
+/* model.h - an opened checkpoint as experts, and the forward pass over it.
+ *
+ * Families are data: one const descriptor each (names by role, gate switches, attention kind, norms), found by
+ * `model_type` and confirmed by names; shapes only check. forward.c knows mechanisms, not families. The lens hook lets a
+ * plan change weights while they are loaded (baked) or outputs while they are computed (virtual); what a plan is, only the
+ * study room knows. */
+#ifndef EXC_MODEL_H
+#define EXC_MODEL_H
+
+#include "base.h"
+#include "files.h"
+#include "ops.h"
+
+/* Weights by role. The first group writes the residual stream (editable on the output side). */
+typedef enum exc_role {
+    EXC_ROLE_EXPERT_DOWN, EXC_ROLE_SHARED_DOWN, EXC_ROLE_DENSE_DOWN, EXC_ROLE_ATTN_OUT,
+    EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP, EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP, EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP,
+    EXC_ROLE_ROUTER, EXC_ROLE_ROUTER_BIAS, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V, EXC_ROLE_ATTN_Q_NORM,
+    EXC_ROLE_ATTN_K_NORM, EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
+    EXC_ROLES
+} exc_role;
+const char *exc_role_name(exc_role role);          /* "expert_down", as plans spell it */
+bool exc_role_find(const char *name, exc_role *out);
+
+/* Name pattern of a role in the published layout: %L layer, %E expert. */
+typedef struct exc_name { exc_role role; const char *pattern; } exc_name;
+
+typedef struct exc_family {
+    const char *model_type;
+    const exc_name *names;      /* ends with pattern NULL */
+    const char *const *passed;  /* prefixes of tensors that are present but not part of the text decoder; NULL-terminated */
+    int norm_zero_centred;
+    int gate_score;             /* exc_gate.score */
+    int gate_renorm;            /* -1: read config norm_topk_prob */
+    int head_norm;              /* q/k norm per head */
+    const char *experts_key, *top_k_key, *inner_key; /* config names */
+} exc_family;
+const exc_family *exc_family_find(const char *model_type);
+extern const exc_family *const exc_families[]; /* NULL-terminated (family.c); one file a family */
+
+/* Everything config.json decides, checked. */
+typedef struct exc_shape {
+    int64_t layers, hidden, heads, kv_heads, head_dim, vocab, context, experts, top_k, inner, dense_inner, moe_layers;
+    float eps, rope_theta;
+    int tied;                   /* lm_head = embed */
+    exc_gate gate;
+    uint8_t *is_moe;            /* [layers] */
+    int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
+    int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
+} exc_shape;
+
+/* One stored matrix or vector, by role. */
+typedef struct exc_weight {
+    const exc_tensor *tensor;
+    exc_role role;
+    int64_t layer, expert;      /* -1 where it has none */
+    int64_t out, in;            /* in = 1 for vectors */
+} exc_weight;
+
+/* Table of weights without loading anything: for inspect, plan, apply, verify. */
+typedef struct exc_atlas {
+    exc_checkpoint *files;      /* owned */
+    const exc_family *family;
+    exc_shape shape;
+    exc_weight *items; size_t count; /* sorted by role, layer, expert */
+    const exc_tensor **unknown; size_t n_unknown; /* tensors no name covers: listed, passed through */
+    char fingerprint[33];
+} exc_atlas;
+exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
+const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
+void exc_atlas_close(exc_atlas *a);
+
+/* The lens: what a plan does to a model, as the model room sees it. Made by study/lens.c. */
+typedef struct exc_lens_hook {
+    /* baked: called for every weight when it is loaded; data [out,in] in the stored dtype, writable; may be NULL */
+    exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data);
+    /* tells whether bake would change this weight, so that untouched ones are read from the map */
+    bool (*touches)(void *user, const exc_weight *w);
+    /* virtual: the projection of a writer of a layer; false: none. For EXC_ROLE_EXPERT_DOWN strength is [E], else [1] */
+    bool (*project)(void *user, exc_role role, int64_t layer, const float **basis, int64_t *rank, const float **strength, const float **scale);
+    void *user;
+    void (*release)(void *user);
+} exc_lens_hook;
+/* study/lens.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
+exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
+
+struct exc_model {
+    exc_ctx *ctx;
+    exc_atlas *atlas;
+    exc_compute compute;
+    int act;                    /* EXC_BF16 or EXC_F32 */
+    exc_lens_hook lens;
+    int has_lens, is_virtual;
+    char *dir;
+    uint64_t weight_bytes;      /* resident packed weights */
+    struct exc_loaded *loaded;  /* packed weights by layer (load.c) */
+};
+
+/* ---- forward pass (forward.c). A session holds a KV cache and all buffers, so that steps allocate nothing. */
+typedef struct exc_session exc_session;
+/* slots: sequences held at once; cache_tokens: sum of their capacities; step_tokens: most tokens of one step */
+exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t cache_tokens, int64_t step_tokens, exc_session **out);
+void exc_session_close(exc_session *s);
+uint64_t exc_session_bytes(const exc_session *s);
+/* forgets all sequences; capacity[slots] tokens each (sum <= cache_tokens) */
+exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);
+
+/* Sums a forward pass adds to, for one label and phase. Rows: M MoE layers. Any pointer may be NULL. */
+typedef struct exc_sums {
+    int64_t *count;        /* [M,E] */
+    double *gate_sum;      /* [M,E] */
+    double *mid_sum;       /* [M,E,I] */
+    double *sqnorm_sum;    /* [M,E] */
+    double *shared_mid_sum;/* [M,Ishared] */
+    int64_t *tokens;       /* [M] */
+    uint32_t *prompt_count;/* [P,M,E] */
+} exc_sums;
+
+/* One step: `rows` tokens, grouped by sequence in any order of slots; a sequence's tokens continue what its slot holds. */
+typedef struct exc_step {
+    const int32_t *tokens;      /* [rows] */
+    const int32_t *slot;        /* [sequences] */
+    const int64_t *begin;       /* [sequences+1] rows of each sequence */
+    int64_t sequences;
+    /* outputs, all optional */
+    int logits_all;             /* 1: logits of every row, 0: of the last row of each sequence */
+    float *logits;              /* [rows or sequences, V] */
+    float *hidden;              /* [L+1, rows, H] residual stream (embedding, then after each layer) */
+    float *hidden_last;         /* [sequences, L+1, H] the same for the last row of each sequence */
+    int32_t *router_ids;        /* [M, rows, K] */
+    float *router_weights;      /* [M, rows, K] */
+    const exc_sums *sums;       /* what to add to */
+    const int32_t *observe;     /* [rows] prompt number of the row, -1: not observed; needed when sums is set */
+} exc_step;
+exc_status exc_session_step(exc_session *s, const exc_step *step);
+
+/* ---- generation (generate.c): one loop for greedy, sampled, captured decode */
+typedef struct exc_decode {
+    int64_t max_new;
+    float temperature, top_p;
+    uint64_t seed;              /* token i of prompt p draws exc_random_unit(seed, p, i) whatever the batching */
+    bool ignore_eos;            /* forward --generate: always max_new tokens */
+    bool observe;               /* sums also for the tokens fed back */
+    const exc_sums *prefill_sums, *decode_sums; /* NULL: none */
+    const int32_t *const *prefill_observe;      /* [P] per prompt [tokens]: 1 observe, 0 not; NULL: all */
+    float *hidden_last;         /* [P, L+1, H] or NULL */
+    float *first_logits;        /* [P, V] or NULL: logits that emit the first new token */
+    int64_t batch;              /* sequences at once; 0: chosen from lengths */
+    int64_t batch_tokens;       /* prefill tokens a step; 0: chosen */
+    const char *step;           /* name for progress events */
+} exc_decode;
+typedef struct exc_reply { int32_t *tokens; int64_t count; int stopped; /* 1: end token, not in tokens */ } exc_reply;
+/* replies [P], released with exc_replies_free; max_new 0: prefill only */
+exc_status exc_decode_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const exc_decode *d, exc_reply **replies);
+void exc_replies_free(exc_reply *r, int64_t n);
+/* logits of all positions of every prompt handed to `visit` in prompt order, in pieces */
+typedef exc_status (*exc_logits_fn)(exc_ctx *ctx, void *user, int64_t prompt, int64_t first, int64_t rows, const int32_t *tokens, const float *logits);
+exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const char *step, exc_logits_fn visit, void *user);
+
+/* W_down[layer, expert] times f64 vectors: y[n,H] = x[n,I] W^T in f64, for output sums (probe.c) */
+exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert, const double *x, int64_t n, double *y);
+
+#endif

@@ -1,0 +1,83 @@
+/* study.h - from taps to stats, directions, plans and edits, and the proof of what was done. The nouns of excise.h that
+ * belong to this room; all of them are plain data. */
+#ifndef EXC_STUDY_H
+#define EXC_STUDY_H
+
+#include "base.h"
+#include "files.h"
+#include "model.h"
+
+enum { EXC_TARGET = 0, EXC_BASELINE = 1 };
+enum { EXC_PREFILL = 0, EXC_DECODE = 1 };
+
+/* One (label, phase) group of sums; arrays as in the stats file. */
+typedef struct exc_group {
+    int64_t *count;      /* [M,E] */
+    double *gate_sum;    /* [M,E] */
+    int64_t *tokens;     /* [M] */
+    double *mid_sum;     /* [M,E,I] */
+    double *out_sum;     /* [M,E,H] or NULL (no_out) */
+    double *sqnorm_sum;  /* [M,E] */
+    double *shared_out_sum; /* [M,H]; NULL when the family has no shared experts */
+} exc_group;
+
+struct exc_stats {
+    int64_t layers, moe_layers, experts, top_k, inner, hidden;
+    int64_t *layer_of;   /* [M] decoder layer of each row */
+    exc_group group[2][2];       /* [label][phase] */
+    int64_t prompts[2];          /* [label] P */
+    uint32_t *prompt_count[2];   /* [P,M,E] prefill */
+    float *resid_last[2];        /* [P,L+1,H] */
+    char fingerprint[33];
+    char *prompt_hashes[2];      /* comma list: merging appends */
+    char *options;               /* JSON text: what was observed by which rule */
+    int decode;                  /* tokens fed back */
+};
+
+struct exc_dirs {
+    int64_t rows, rank, hidden;  /* rows = L+1 */
+    float *basis;                /* [L+1,R,H] rows orthonormal, or all zero: no direction there */
+    float *singular;             /* [L+1,R] */
+    float *mean_difference;      /* [L+1,H] */
+    int64_t moe_layers, experts; /* of expert_basis */
+    float *expert_basis;         /* [M,E,R,H] or NULL */
+    char fingerprint[33];
+    char *options;               /* JSON text: method, rank, stats hashes */
+};
+
+typedef enum exc_edit_op {
+    EXC_EDIT_PROJECT, EXC_EDIT_PROJECT_INPUT, EXC_EDIT_ROUTER_PROJECT, EXC_EDIT_SCALE, EXC_EDIT_MASK, EXC_EDIT_ROUTER_SCALE,
+    EXC_EDIT_ROUTER_BIAS
+} exc_edit_op;
+
+typedef struct exc_edit {
+    exc_edit_op op;
+    exc_role role;
+    int64_t *layers; int64_t n_layers;   /* NULL: every decoder layer that has the role */
+    int64_t *experts; int64_t n_experts; /* NULL: all */
+    double *strength; int64_t n_strength; /* 1, or one a layer */
+    double *values; int64_t n_values;    /* router_bias */
+    double basis; int has_basis;         /* fixed (or fractional) row; else layer l uses row l+1 */
+    exc_norm_restore norm;
+} exc_edit;
+
+struct exc_plan {
+    exc_edit *edits; int64_t n_edits;
+    char fingerprint[33];        /* "" in a hand-written plan */
+    char *directions;            /* path as the plan has it, or NULL */
+    exc_dirs *dirs;              /* owned; NULL if no edit needs one */
+    json_t *source;              /* the JSON it came from: saved back unchanged */
+    char *path;                  /* file it was read from, for messages; NULL when made in memory */
+};
+
+/* lens.c: what the plan does to one weight, in order; the one routine behind baked and written forms */
+typedef struct exc_compiled exc_compiled; /* a plan checked against one atlas: per weight a list of edits with bases */
+exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p, exc_compiled **out);
+bool exc_compiled_touches(const exc_compiled *c, const exc_weight *w);
+/* per edited weight: squared norms of R W before and after, elements changed, non-finite inputs */
+typedef struct exc_effect { double before, after, delta_norm2, weight_norm2; int64_t changed, nonfinite; } exc_effect;
+/* applies every edit of `w` to count matrices of the same role and layer at once; data [count] pointers [out,in] stored dtype */
+exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, void *const *data, exc_effect *effects);
+void exc_compiled_free(exc_compiled *c);
+
+#endif

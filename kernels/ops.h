@@ -1,0 +1,47 @@
+/* ops.h - what ops.def turns into: one argument struct an op, the prototypes of the CPU definitions, and the table of
+ * function pointers that a backend fills. Also the packed weight layout, which every matmul-like op reads. */
+#ifndef EXC_OPS_H
+#define EXC_OPS_H
+
+#include "excise.h"
+#include "queue.h"
+
+/* A weight matrix [n out, k in] laid out for the matmul: panels of 16 outputs. bf16: within a panel, for each pair of
+ * inputs (2i, 2i+1) sixteen outputs x two values (64 bytes), k padded with zeros to a multiple of 32, n to one of 16. This is
+ * what vdpbf16ps (AVX-512), tdpbf16ps (AMX) and, by shift and mask, AVX2 eat directly, and oneDNN's BA16a16b2a.
+ * f32: for each input sixteen outputs (64 bytes), same padding. */
+typedef struct exc_packed {
+    const void *data; /* 64-byte aligned; NULL: absent */
+    int64_t n, k;     /* logical sizes */
+    int dtype;        /* EXC_BF16 or EXC_F32 */
+} exc_packed;
+#define EXC_PANEL 16
+size_t exc_packed_bytes(int64_t n, int64_t k, int dtype); /* pack.c */
+
+enum { EXC_SIDE_OUT = 0, EXC_SIDE_IN = 1 };
+enum { EXC_GRAM_SAMPLES = 0, EXC_GRAM_WIDTH = 1 };
+size_t exc_subspace_bytes(int64_t layers, int64_t samples, int64_t width, int64_t rank, int workers); /* subspace.c */
+
+#define EXC_OP(name, ...) struct exc_##name##_args { __VA_ARGS__ };
+#include "ops.def"
+#undef EXC_OP
+
+#define EXC_OP(name, ...) exc_status exc_cpu_##name(exc_queue *q, const struct exc_##name##_args *a);
+#include "ops.def"
+#undef EXC_OP
+
+struct exc_ops {
+    const char *name;
+#define EXC_OP(name, ...) exc_status (*name)(exc_queue *q, const struct exc_##name##_args *a);
+#include "ops.def"
+#undef EXC_OP
+};
+extern const struct exc_ops exc_cpu_ops; /* kernels/backend.c */
+
+/* Run-time choice of instructions (kernels/isa.c): the best level this processor and operating system offer. The
+ * environment variable EXCISE_ISA (avx2, avx512, avx512bf16, amx) may lower it, for tests. */
+enum exc_isa { EXC_ISA_GENERIC, EXC_ISA_AVX2, EXC_ISA_AVX512, EXC_ISA_AVX512BF16, EXC_ISA_AMX };
+enum exc_isa exc_isa_level(void);
+const char *exc_isa_name(enum exc_isa level);
+
+#endif

@@ -1,0 +1,90 @@
+/* context.c - exc_ctx: picks a backend from the ordered list, opens the queue, describes both.
+ *
+ * Backends stand in one list, CPU last. A backend the caller names must be usable or the call fails with the reason: a job
+ * that asked for a GPU must never find out from its speed that it did not get one. */
+#include <string.h>
+
+#include "base.h"
+#include "ops.h"
+
+typedef struct backend {
+    const char *name;
+    /* NULL when usable, else one sentence why not */
+    const char *(*why_not)(void);
+    const struct exc_ops *ops;
+} backend;
+
+static const char *usable(void) { return NULL; }
+static const char *no_cuda(void) { return "this build has no CUDA backend"; }
+
+static const backend backends[] = {
+    {"cuda", no_cuda, NULL},
+    {"cpu", usable, &exc_cpu_ops},
+};
+
+static exc_status choose(exc_ctx *ctx, const char *name)
+{
+    for (size_t i = 0; i < EXC_COUNT(backends); i++) {
+        const backend *b = &backends[i];
+        if (name && strcmp(name, b->name)) continue;
+        const char *why = b->why_not();
+        if (!why) {
+            ctx->ops = b->ops;
+            ctx->backend = b->name;
+            return EXC_OK;
+        }
+        if (name) return exc_fail(ctx, EXC_ERR_DEVICE, "backend %s cannot be used: %s", name, why);
+    }
+    return exc_fail(ctx, EXC_ERR_USAGE, "backend: expected cpu or cuda, found %s", exc_show(name, strlen(name)));
+}
+
+exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
+{
+    exc_ctx_options opt = EXC_CTX_OPTIONS;
+    if (!out) return EXC_ERR_USAGE;
+    *out = NULL;
+    if (options) {
+        if (options->size < sizeof options->size || options->size > sizeof opt) return EXC_ERR_USAGE;
+        memcpy(&opt, options, options->size);
+        opt.size = sizeof opt;
+    }
+    exc_ctx none = {.error = ""};
+    exc_ctx *ctx = exc_zalloc(&none, 1, sizeof *ctx, "context");
+    if (!ctx) return EXC_ERR_MEMORY;
+    ctx->opt = opt;
+    *out = ctx; /* also on failure: exc_ctx_error() says why, exc_ctx_free() is due */
+    exc_status st = choose(ctx, opt.backend);
+    if (st == EXC_OK) st = exc_queue_open(ctx, opt.threads);
+    ctx->queue.reproducible = opt.reproducible != 0;
+    ctx->queue.nonfinite = &ctx->nonfinite;
+    return st;
+}
+
+void exc_ctx_free(exc_ctx *ctx)
+{
+    if (!ctx) return;
+    exc_queue_close(ctx);
+    exc_release(ctx);
+}
+
+exc_status exc_ctx_describe(exc_ctx *ctx, char **json)
+{
+    if (!ctx || !json) return EXC_ERR_USAGE;
+    exc_clear(ctx);
+    exc_buf b = {0};
+    exc_buf_printf(&b, "{\"version\":\"%s\",\"backend\":\"%s\",\"backends\":[", EXC_VERSION, ctx->backend);
+    for (size_t i = 0; i < EXC_COUNT(backends); i++) {
+        const char *why = backends[i].why_not();
+        exc_buf_printf(&b, "%s{\"name\":\"%s\",\"usable\":%s", i ? "," : "", backends[i].name, why ? "false" : "true");
+        if (why) exc_buf_printf(&b, ",\"why\":\"%s\"", why);
+        exc_buf_puts(&b, "}");
+    }
+    exc_buf_printf(&b, "],\"threads\":%d,\"isa\":\"%s\",\"reproducible\":%s}", ctx->queue.workers,
+                   exc_isa_name(exc_isa_level()), ctx->queue.reproducible ? "true" : "false");
+    if (b.failed) {
+        exc_buf_free(&b);
+        return exc_fail(ctx, EXC_ERR_MEMORY, "no memory for the description");
+    }
+    *json = b.data;
+    return EXC_OK;
+}

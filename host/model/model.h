@@ -34,6 +34,8 @@ typedef struct exc_family {
     int gate_renorm;            /* -1: read config norm_topk_prob */
     int head_norm;              /* q/k norm per head */
     const char *experts_key, *top_k_key, *inner_key; /* config names */
+    const char *router_bias;    /* where a router bias is stored, or why it cannot be: for inspect and plan refusals */
+    int router_bias_stored;
 } exc_family;
 const exc_family *exc_family_find(const char *model_type);
 extern const exc_family *const exc_families[]; /* NULL-terminated (family.c); one file a family */
@@ -48,6 +50,15 @@ typedef struct exc_shape {
     int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
     int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
 } exc_shape;
+/* config.c: every key checked; errors name key, expected, found */
+exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_family *family, exc_shape *out);
+void exc_shape_free(exc_shape *s);
+/* logical sizes [out,in] of a role (in = 1: a vector); false: this model has no such weight in that layer */
+bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out, int64_t *in);
+bool exc_role_by_layer(exc_role role);  /* one a layer (or one an expert), not one a model */
+bool exc_role_by_expert(exc_role role);
+bool exc_role_writes(exc_role role);    /* writes the residual stream: output side editable */
+bool exc_role_is_vector(exc_role role);  /* norms and biases */
 
 /* One stored matrix or vector, by role. */
 typedef struct exc_weight {
@@ -84,6 +95,28 @@ typedef struct exc_lens_hook {
 /* study/lens.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
 exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
 
+/* Packed weights, one entry a layer (load.c). q, k and v are one matrix, so that one matmul makes all three: rows
+ * 0.. queries, k_at.. keys, v_at.. values, each part padded to whole panels with zero rows. */
+typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank; bool on; } exc_virtual;
+typedef struct exc_layer {
+    exc_packed qkv, out, router;
+    exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
+    float *norm_in, *norm_post;    /* [H] */
+    float *q_norm, *k_norm;        /* [head_dim] or NULL */
+    exc_virtual attn_lens, mlp_lens;
+} exc_layer;
+typedef struct exc_loaded {
+    exc_layer *layer;              /* [L] */
+    exc_packed lm_head;
+    void *embed; int embed_dtype;  /* [V,H] as stored */
+    float *norm_final;             /* [H] */
+    float *inv_freq;               /* [head_dim/2] */
+    int64_t k_at, v_at, qkv;       /* column offsets and width of a q|k|v row */
+    void *slab;                    /* one allocation holds all of the above */
+} exc_loaded;
+exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
+void exc_unload(exc_loaded *l);
+
 struct exc_model {
     exc_ctx *ctx;
     exc_atlas *atlas;
@@ -93,7 +126,8 @@ struct exc_model {
     int has_lens, is_virtual;
     char *dir;
     uint64_t weight_bytes;      /* resident packed weights */
-    struct exc_loaded *loaded;  /* packed weights by layer (load.c) */
+    exc_loaded *loaded;         /* packed weights by layer (load.c) */
+    struct exc_session *spare;  /* the last session, kept because first touch of fresh memory is slow (generate.c) */
 };
 
 /* ---- forward pass (forward.c). A session holds a KV cache and all buffers, so that steps allocate nothing. */
@@ -104,6 +138,9 @@ void exc_session_close(exc_session *s);
 uint64_t exc_session_bytes(const exc_session *s);
 /* forgets all sequences; capacity[slots] tokens each (sum <= cache_tokens) */
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);
+void exc_session_forget(exc_session *s, int64_t slot);          /* one sequence: its slot is empty again */
+int64_t exc_session_length(const exc_session *s, int64_t slot); /* tokens the slot holds */
+int64_t exc_step_tokens(const exc_model *m);                    /* a good size of a prefill step for this model */
 
 /* Sums a forward pass adds to, for one label and phase. Rows: M MoE layers. Any pointer may be NULL. */
 typedef struct exc_sums {
@@ -133,8 +170,14 @@ typedef struct exc_step {
     const int32_t *observe;     /* [rows] prompt number of the row, -1: not observed; needed when sums is set */
 } exc_step;
 exc_status exc_session_step(exc_session *s, const exc_step *step);
+/* logits f32 [rows,V] of rows first.. of the last step: a large vocabulary goes out in pieces */
+exc_status exc_session_logits(exc_session *s, int64_t first, int64_t rows, float *logits);
 
 /* ---- generation (generate.c): one loop for greedy, sampled, captured decode */
+/* A piece of a prompt that a prefill step just did: rows row.. of `step` are tokens first..first+rows-1 of `prompt`. */
+typedef struct exc_piece { exc_session *session; const exc_step *step; int64_t step_rows, row, prompt, first, rows; } exc_piece;
+typedef exc_status (*exc_piece_fn)(exc_ctx *ctx, void *user, const exc_piece *piece);
+
 typedef struct exc_decode {
     int64_t max_new;
     float temperature, top_p;
@@ -148,6 +191,9 @@ typedef struct exc_decode {
     int64_t batch;              /* sequences at once; 0: chosen from lengths */
     int64_t batch_tokens;       /* prefill tokens a step; 0: chosen */
     const char *step;           /* name for progress events */
+    bool hidden, routing;       /* prefill steps deliver these taps too */
+    exc_piece_fn visit;         /* called for every piece of prefill, prompts in order; NULL: nobody looks */
+    void *user;
 } exc_decode;
 typedef struct exc_reply { int32_t *tokens; int64_t count; int stopped; /* 1: end token, not in tokens */ } exc_reply;
 /* replies [P], released with exc_replies_free; max_new 0: prefill only */
@@ -156,6 +202,9 @@ void exc_replies_free(exc_reply *r, int64_t n);
 /* logits of all positions of every prompt handed to `visit` in prompt order, in pieces */
 typedef exc_status (*exc_logits_fn)(exc_ctx *ctx, void *user, int64_t prompt, int64_t first, int64_t rows, const int32_t *tokens, const float *logits);
 exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const char *step, exc_logits_fn visit, void *user);
+
+/* checks that every prompt's ids are in the vocabulary and that it fits the context with `extra` more tokens */
+exc_status exc_prompts_check(exc_ctx *ctx, const exc_model *m, const exc_prompts *p, int64_t extra);
 
 /* W_down[layer, expert] times f64 vectors: y[n,H] = x[n,I] W^T in f64, for output sums (probe.c) */
 exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert, const double *x, int64_t n, double *y);

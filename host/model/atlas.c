@@ -1,0 +1,232 @@
+/* atlas.c - the table of weights by role, from headers alone. Every tensor name is matched against the family's
+ * patterns (%L layer, %E expert); what matches must have the role's shape and a dtype we compute with, what the config
+ * promises must be there, and what no pattern covers is kept in a list: it is passed through, never guessed at. Names
+ * decide, shapes only confirm: a square down_proj would fit either way round. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "model.h"
+
+/* a decimal index without sign or leading zeros, at most 9 digits */
+static bool take_index(const char **s, int64_t *out) {
+    const char *p = *s;
+    int64_t v = 0;
+    if (*p < '0' || *p > '9' || (*p == '0' && p[1] >= '0' && p[1] <= '9')) return false;
+    for (; *p >= '0' && *p <= '9'; p++) {
+        if (p - *s >= 9) return false;
+        v = v * 10 + (*p - '0');
+    }
+    *s = p;
+    *out = v;
+    return true;
+}
+
+static bool match(const char *pattern, const char *name, int64_t *layer, int64_t *expert) {
+    *layer = *expert = -1;
+    while (*pattern) {
+        if (*pattern == '%') {
+            if (!take_index(&name, pattern[1] == 'L' ? layer : expert)) return false;
+            pattern += 2;
+        } else if (*pattern++ != *name++) {
+            return false;
+        }
+    }
+    return !*name;
+}
+
+static void expand(const char *pattern, int64_t layer, int64_t expert, char *out, size_t cap) {
+    size_t n = 0;
+    for (; *pattern && n + 1 < cap; pattern++) {
+        if (*pattern == '%') {
+            int w = snprintf(out + n, cap - n, "%lld", (long long)(*++pattern == 'L' ? layer : expert));
+            n += w > 0 ? (size_t)w : 0;
+        } else {
+            out[n++] = *pattern;
+        }
+    }
+    out[n < cap ? n : cap - 1] = 0;
+}
+
+static const char *pattern_of(const exc_family *f, exc_role role) {
+    for (const exc_name *n = f->names; n->pattern; n++)
+        if (n->role == role) return n->pattern;
+    return NULL;
+}
+
+static int compare_weights(const void *pa, const void *pb) {
+    const exc_weight *a = pa, *b = pb;
+    if (a->role != b->role) return a->role < b->role ? -1 : 1;
+    if (a->layer != b->layer) return a->layer < b->layer ? -1 : 1;
+    return a->expert < b->expert ? -1 : a->expert > b->expert;
+}
+
+const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert) {
+    exc_weight key = {.role = role, .layer = layer, .expert = expert};
+    return bsearch(&key, a->items, a->count, sizeof *a->items, compare_weights);
+}
+
+static const char *file_of(const exc_atlas *a, const exc_tensor *t) { return a->files->files[t->shard]->path; }
+
+/* one matched tensor: index bounds, role present in this layer, shape, dtype */
+static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *skip) {
+    const exc_tensor *t = w->tensor;
+    const exc_shape *s = &a->shape;
+    const char *file = file_of(a, t), *name = exc_show(t->name, strlen(t->name));
+    *skip = false;
+    if (w->layer >= s->layers)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected layers 0..%lld (num_hidden_layers %lld), found layer %lld", file, name,
+                        (long long)s->layers - 1, (long long)s->layers, (long long)w->layer);
+    if (w->expert >= s->experts)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld (%s %lld), found expert %lld", file, name,
+                        (long long)s->experts - 1, a->family->experts_key, (long long)s->experts, (long long)w->expert);
+    if (!exc_shape_role(s, a->family, w->role, w->layer, &w->out, &w->in)) {
+        if (w->role == EXC_ROLE_LM_HEAD) { /* tied: loaders use the embedding and leave this tensor alone; so do we */
+            *skip = true;
+            return EXC_OK;
+        }
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: layer %lld %s (mlp_only_layers, decoder_sparse_step): expected no %s there, found one",
+                        file, name, (long long)w->layer, s->is_moe[w->layer] ? "has experts" : "is dense", exc_role_name(w->role));
+    }
+    int rank = exc_role_is_vector(w->role) ? 1 : 2;
+    bool fits = t->rank == rank && t->shape[0] == w->out && (rank == 1 || t->shape[1] == w->in);
+    if (!fits) {
+        char found[128] = "", want[64];
+        size_t n = 0;
+        for (int i = 0; i < t->rank && i < 4; i++)
+            n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
+        if (rank == 1) snprintf(want, sizeof want, "%lld", (long long)w->out);
+        else snprintf(want, sizeof want, "%lld,%lld", (long long)w->out, (long long)w->in);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]", file, name, want, found,
+                        t->rank > 4 ? ",.." : "");
+    }
+    if (t->dtype != EXC_BF16 && t->dtype != EXC_F16 && t->dtype != EXC_F32)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype: expected BF16, F16 or F32, found %s", file, name,
+                        t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
+    return EXC_OK;
+}
+
+static exc_status sort_out(exc_ctx *ctx, exc_atlas *a) {
+    const exc_family *f = a->family;
+    size_t n = a->files->n_tensors;
+    a->items = exc_alloc(ctx, n ? n : 1, sizeof *a->items, "weight table");
+    a->unknown = exc_alloc(ctx, n ? n : 1, sizeof *a->unknown, "list of unknown tensors");
+    if (!a->items || !a->unknown) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < n; i++) {
+        const exc_tensor *t = a->files->by_name[i];
+        exc_weight w = {.tensor = t};
+        const exc_name *p = f->names;
+        while (p->pattern && !match(p->pattern, t->name, &w.layer, &w.expert)) p++;
+        bool skip = true;
+        if (p->pattern) {
+            w.role = p->role;
+            EXC_TRY(check_weight(ctx, a, &w, &skip));
+        }
+        if (skip) a->unknown[a->n_unknown++] = t;
+        else a->items[a->count++] = w;
+    }
+    qsort(a->items, a->count, sizeof *a->items, compare_weights);
+    return EXC_OK;
+}
+
+/* which expert ids of a layer are there, as "0-4,6-15", for the message about a missing one */
+static void list_experts(const exc_atlas *a, exc_role role, int64_t layer, char *out, size_t cap) {
+    size_t n = 0;
+    int64_t start = -1, last = -2;
+    out[0] = 0;
+    for (int64_t e = 0; e <= a->shape.experts && n + 24 < cap; e++) {
+        bool here = e < a->shape.experts && exc_atlas_find(a, role, layer, e);
+        if (here && start < 0) start = e;
+        if (here) last = e;
+        if (!here && start >= 0) {
+            n += (size_t)(start == last ? snprintf(out + n, cap - n, "%s%lld", n ? "," : "", (long long)start)
+                                        : snprintf(out + n, cap - n, "%s%lld-%lld", n ? "," : "", (long long)start, (long long)last));
+            start = -1;
+        }
+    }
+    if (!n) snprintf(out, cap, "none");
+}
+
+static exc_status check_complete(exc_ctx *ctx, const exc_atlas *a) {
+    const exc_shape *s = &a->shape;
+    for (const exc_name *p = a->family->names; p->pattern; p++) {
+        int64_t layers = exc_role_by_layer(p->role) ? s->layers : 1, experts = exc_role_by_expert(p->role) ? s->experts : 1, o, i;
+        for (int64_t l = 0; l < layers; l++) {
+            int64_t layer = exc_role_by_layer(p->role) ? l : -1;
+            if (!exc_shape_role(s, a->family, p->role, layer, &o, &i)) continue;
+            for (int64_t e = 0; e < experts; e++) {
+                int64_t expert = exc_role_by_expert(p->role) ? e : -1;
+                if (exc_atlas_find(a, p->role, layer, expert)) continue;
+                char name[256], found[160];
+                expand(pattern_of(a->family, p->role), layer, expert, name, sizeof name);
+                if (expert < 0)
+                    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected this %s tensor (%s layout), found none", a->files->dir, name,
+                                    exc_role_name(p->role), a->family->model_type);
+                list_experts(a, p->role, layer, found, sizeof found);
+                return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld in layer %lld (%s %lld), found %s", a->files->dir,
+                                name, (long long)s->experts - 1, (long long)layer, a->family->experts_key, (long long)s->experts, found);
+            }
+        }
+    }
+    return EXC_OK;
+}
+
+/* XXH3-128 of the config (keys sorted) and of every tensor's name, dtype and shape. Data are left out on purpose: an edited
+ * checkpoint is the same model to statistics, directions and plans. */
+static exc_status make_fingerprint(exc_ctx *ctx, exc_atlas *a) {
+    exc_buf b = {0};
+    char *config = json_dumps(a->files->config, JSON_COMPACT | JSON_SORT_KEYS);
+    if (!config) return exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir);
+    exc_buf_puts(&b, config);
+    free(config);
+    for (size_t i = 0; i < a->files->n_tensors; i++) {
+        const exc_tensor *t = a->files->by_name[i];
+        exc_buf_printf(&b, "\n%s %s", t->name, t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
+        for (int d = 0; d < t->rank && d < 8; d++) exc_buf_printf(&b, " %lld", (long long)t->shape[d]);
+    }
+    exc_status st = b.failed ? exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir) : EXC_OK;
+    if (!st) exc_hash_hex(b.data, b.len, a->fingerprint);
+    exc_buf_free(&b);
+    return st;
+}
+
+static exc_status find_family(exc_ctx *ctx, exc_atlas *a) {
+    const json_t *config = a->files->config, *type = config ? json_object_get(config, "model_type") : NULL;
+    if (json_is_string(type)) a->family = exc_family_find(json_string_value(type));
+    if (a->family) return EXC_OK;
+    char known[256];
+    size_t n = 0;
+    known[0] = 0;
+    for (int i = 0; exc_families[i] && n < sizeof known; i++)
+        n += (size_t)snprintf(known + n, sizeof known - n, "%s\"%s\"", i ? ", " : "", exc_families[i]->model_type);
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s/config.json: model_type: expected %s, found %s%s%s", a->files->dir, known,
+                    json_is_string(type) ? "\"" : "", json_is_string(type) ? exc_show(json_string_value(type), json_string_length(type))
+                    : type ? "a value that is no string" : "nothing", json_is_string(type) ? "\"" : "");
+}
+
+static exc_status build(exc_ctx *ctx, const char *dir, exc_atlas *a) {
+    EXC_TRY(exc_checkpoint_open(ctx, dir, &a->files));
+    EXC_TRY(find_family(ctx, a));
+    EXC_TRY(exc_shape_read(ctx, a->files, a->family, &a->shape));
+    EXC_TRY(sort_out(ctx, a));
+    EXC_TRY(check_complete(ctx, a));
+    return make_fingerprint(ctx, a);
+}
+
+exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out) {
+    *out = NULL;
+    exc_atlas *a = exc_zalloc(ctx, 1, sizeof *a, "model table");
+    if (!a) return EXC_ERR_MEMORY;
+    exc_status st = build(ctx, dir, a);
+    if (st) exc_atlas_close(a);
+    else *out = a;
+    return st;
+}
+
+void exc_atlas_close(exc_atlas *a) {
+    if (!a) return;
+    exc_shape_free(&a->shape);
+    exc_release(a->items);
+    exc_release(a->unknown);
+    exc_checkpoint_close(a->files);
+    exc_release(a);
+}

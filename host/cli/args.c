@@ -1,0 +1,240 @@
+/* args.c - options from tables. Long names only, plus -o, -q, -v, -h: values follow as the next word or after '='. Numbers
+ * are parsed whole or refused; an unknown option gets the nearest known one. Everything wrong is one line and exit code 2. */
+#include <errno.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cli.h"
+
+#define COMMON 9
+static void common(cli *c, cli_option out[COMMON])
+{
+    const cli_option table[COMMON] = {
+        CLI_HEAD("every verb"),
+        {"--json", CLI_FLAG, &c->json, NULL, "one JSON object a line on stdout, same facts as the text"},
+        {"--backend", CLI_TEXT, &c->backend, "cpu|cuda", "where work runs; a named one that is absent is an error. Default: the first usable"},
+        {"--threads", CLI_INT, &c->threads, "N", "CPU threads; any number gives the same bits. Default: all cores"},
+        {"--gpus", CLI_TEXT, &c->gpus, "LIST", "devices of the cuda backend. Default: 0"},
+        {"--reproducible", CLI_FLAG, &c->reproducible, NULL, "same bits for any batching too"},
+        {"--force", CLI_FLAG, &c->force, NULL, "overwrite existing outputs"},
+        {"-q", CLI_FLAG, &c->quiet, NULL, "no progress, no warnings"},
+        {"-v", CLI_FLAG, &c->verbose, NULL, "also informational messages"},
+    };
+    memcpy(out, table, sizeof table);
+}
+
+int cli_usage(cli *c, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    fprintf(stderr, "excise %s: ", c->verb->name);
+    vfprintf(stderr, fmt, ap);
+    fprintf(stderr, " (excise %s -h)\n", c->verb->name);
+    va_end(ap);
+    return c->code = 2;
+}
+
+static void help_rows(const cli_option *o, int n)
+{
+    for (int i = 0; i < n && (o[i].name || o[i].help); i++) {
+        if (!o[i].name) {
+            printf("\n%s\n", o[i].help);
+            continue;
+        }
+        char left[64];
+        snprintf(left, sizeof left, "%s%s%s", o[i].name, o[i].arg ? " " : "", o[i].arg ? o[i].arg : "");
+        printf("  %-26s %s\n", left, o[i].help);
+    }
+}
+
+void cli_help(const cli_verb *verb, const cli_option *options)
+{
+    cli none = {0};
+    cli_option rows[COMMON];
+    common(&none, rows);
+    printf("excise %s %s\n%s\n", verb->name, verb->usage, verb->brief);
+    help_rows(options, INT_MAX);
+    help_rows(rows, COMMON);
+}
+
+static const cli_option *find(const cli_option *o, int n, const char *name, size_t len)
+{
+    for (int i = 0; i < n && (o[i].name || o[i].help); i++)
+        if (o[i].name && strlen(o[i].name) == len && !strncmp(o[i].name, name, len)) return &o[i];
+    return NULL;
+}
+
+/* edit distance, for did-you-mean; names are short */
+static int distance(const char *a, const char *b)
+{
+    int row[64], n = (int)strlen(b);
+    if (n > 62) return 99;
+    for (int j = 0; j <= n; j++) row[j] = j;
+    for (int i = 0; a[i]; i++) {
+        int diagonal = row[0];
+        row[0] = i + 1;
+        for (int j = 0; j < n; j++) {
+            int cost = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            if (row[j] + 1 < cost) cost = row[j] + 1;
+            if (diagonal + 1 < cost) cost = diagonal + 1;
+            row[j + 1] = cost;
+        }
+    }
+    return row[n];
+}
+
+static const char *nearest(const cli_option *o, int n, const char *name, const char *best, int *score)
+{
+    for (int i = 0; i < n && (o[i].name || o[i].help); i++) {
+        if (!o[i].name) continue;
+        int d = distance(name, o[i].name);
+        if (d < *score) {
+            *score = d;
+            best = o[i].name;
+        }
+    }
+    return best;
+}
+
+static int store(cli *c, const cli_option *o, const char *value)
+{
+    char *end = NULL;
+    errno = 0;
+    switch (o->kind) {
+    case CLI_FLAG: *(int *)o->to = 1; return 0;
+    case CLI_TEXT: *(const char **)o->to = value; return 0;
+    case CLI_INT: {
+        long v = strtol(value, &end, 10);
+        if (errno || end == value || *end || v < 0 || v > INT_MAX)
+            return cli_usage(c, "%s: expected a whole number from 0 to %d, found %s", o->name, INT_MAX, value);
+        *(int *)o->to = (int)v;
+        return 0;
+    }
+    case CLI_U64: {
+        unsigned long long v = strtoull(value, &end, 10);
+        if (errno || end == value || *end || *value == '-')
+            return cli_usage(c, "%s: expected a whole number, found %s", o->name, value);
+        *(uint64_t *)o->to = v;
+        return 0;
+    }
+    default: {
+        double v = strtod(value, &end);
+        if (errno || end == value || *end || !(v > -1e300 && v < 1e300))
+            return cli_usage(c, "%s: expected a number, found %s", o->name, value);
+        if (o->kind == CLI_REAL) *(double *)o->to = v;
+        else *(float *)o->to = (float)v;
+        return 0;
+    }
+    }
+}
+
+static exc_status open_context(cli *c)
+{
+    exc_ctx_options opt = EXC_CTX_OPTIONS;
+    opt.backend = c->backend;
+    opt.threads = c->threads;
+    opt.reproducible = c->reproducible;
+    opt.on_event = cli_event;
+    opt.user = c;
+    return exc_ctx_create(&opt, &c->ctx);
+}
+
+int cli_begin(cli *c, const cli_option *options, int least, int most)
+{
+    cli_option shared[COMMON];
+    common(c, shared);
+    c->rest = c->argv; /* positional words move to the front, in place */
+    int only_words = 0;
+    for (int i = 0; i < c->argc; i++) {
+        char *word = c->argv[i];
+        if (only_words || word[0] != '-' || !word[1]) {
+            c->rest[c->n_rest++] = word;
+            continue;
+        }
+        if (!strcmp(word, "--")) {
+            only_words = 1;
+            continue;
+        }
+        if (!strcmp(word, "-h") || !strcmp(word, "--help")) {
+            cli_help(c->verb, options);
+            c->code = 0;
+            return 1;
+        }
+        const char *equals = strncmp(word, "--", 2) ? NULL : strchr(word, '=');
+        size_t len = equals ? (size_t)(equals - word) : strlen(word);
+        const cli_option *o = find(options, INT_MAX, word, len);
+        if (!o) o = find(shared, COMMON, word, len);
+        if (!o) {
+            int score = 4;
+            const char *guess = nearest(options, INT_MAX, word, NULL, &score);
+            guess = nearest(shared, COMMON, word, guess, &score);
+            cli_usage(c, "unknown option %s%s%s", word, guess ? "; did you mean " : "", guess ? guess : "");
+            return 1;
+        }
+        if (o->kind == CLI_FLAG && equals) return cli_usage(c, "%s takes no value", o->name), 1;
+        const char *value = equals ? equals + 1 : NULL;
+        if (o->kind != CLI_FLAG && !value) {
+            if (i + 1 >= c->argc) return cli_usage(c, "%s: expected %s", o->name, o->arg), 1;
+            value = c->argv[++i];
+        }
+        if (store(c, o, value)) return 1;
+    }
+    if (c->n_rest < least || c->n_rest > most) {
+        cli_usage(c, "usage: excise %s %s", c->verb->name, c->verb->usage);
+        return 1;
+    }
+    exc_status st = open_context(c);
+    if (st == EXC_OK) return 0;
+    c->code = cli_done(c, st);
+    return 1;
+}
+
+int cli_done(cli *c, exc_status st)
+{
+    cli_progress_end(c);
+    if (st == EXC_OK) return 0;
+    const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
+    fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
+    return exc_status_exit(st);
+}
+
+int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *))
+{
+    cli_progress_end(c);
+    if (st == EXC_OK && json) {
+        if (c->json) {
+            printf("%s\n", json);
+        } else {
+            json_error_t error;
+            json_t *facts = json_loads(json, JSON_DECODE_ANY, &error);
+            if (facts) text(facts);
+            json_decref(facts);
+        }
+    }
+    exc_free(json);
+    return cli_done(c, st);
+}
+
+/* Both folders are made canonical, the common part is dropped, and ".." climbs the rest. */
+char *cli_relative(const char *file, const char *to)
+{
+    char folder[PATH_MAX], a[PATH_MAX], b[PATH_MAX], out[2 * PATH_MAX] = "";
+    const char *slash = strrchr(to, '/');
+    snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - to + (slash == to)) : 1, slash ? to : ".");
+    if (!realpath(file, a) || !realpath(folder, b)) return strdup(file);
+    size_t same = 0, i = 0;
+    for (; a[i] && a[i] == b[i]; i++)
+        if (a[i] == '/') same = i + 1;
+    if (!b[i] && a[i] == '/') same = i + 1;
+    for (const char *p = b + (same < strlen(b) ? same : strlen(b)); *p;) {
+        strcat(out, "../");
+        const char *next = strchr(p, '/');
+        p = next ? next + 1 : p + strlen(p);
+    }
+    strcat(out, a + same);
+    return strdup(out);
+}

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# cli.sh - the program as a user meets it: help, usage errors, exit codes, text and JSON, outputs that exist. TAP lines.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+excise=${EXCISE:-build/excise} demo=tests/data/demo n=0 bad=0
+out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
+check() { # check "text" expected-exit "must contain" command...
+    n=$((n + 1))
+    local text=$1 want=$2 part=$3 rc=0; shift 3
+    "$@" >"$out/stdout" 2>"$out/stderr" || rc=$?
+    if [ "$rc" = "$want" ] && { [ -z "$part" ] || grep -qF -- "$part" "$out/stdout" "$out/stderr"; } &&
+        { [ "$rc" = 0 ] || [ "$(wc -l <"$out/stderr")" = 1 ] || [ "$#" -lt 2 ]; }; then echo "ok $n - $text"
+    else
+        bad=1
+        echo "not ok $n - $text: expected exit $want and \"$part\", found $rc:"
+        { tail -3 "$out/stdout"; tail -5 "$out/stderr"; } | sed 's/^/    /'
+    fi
+}
+verbs=$("$excise" -h | awk '/^  [a-z]/ {print $1}')
+[ -n "$verbs" ] || { echo "not ok 1 - excise -h lists verbs"; exit 1; }
+for v in $verbs; do check "$v -h is one screen" 0 "usage" bash -c "'$excise' $v -h | tee /dev/stderr | head -1 | grep -q 'excise $v' && [ \$('$excise' $v -h | wc -l) -le 45 ] && echo usage"; done
+check "no verb" 2 "usage: excise VERB" bash -c "$excise 2>&1 | head -3; exit \${PIPESTATUS[0]}"
+check "unknown verb" 2 "unknown verb" $excise frobnicate
+check "unknown option gets a guess" 2 "did you mean --target" $excise capture $demo --tarket x
+check "a number that is none" 2 "expected a whole number" $excise capture $demo --decode many
+check "missing value" 2 "expected N" $excise capture $demo --decode
+check "too few arguments" 2 "usage: excise plan" $excise plan $demo
+check "wrong compute" 2 "expected bf16 or f32" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/x" --compute int8
+check "absent backend" 1 "cuda" $excise inspect $demo --backend cuda
+check "unknown backend" 2 "abacus" $excise inspect $demo --backend abacus
+check "missing model" 1 "no/such" $excise inspect no/such
+check "not a model folder" 3 "config.json" $excise inspect "$out"
+check "version" 0 "cpu" $excise version
+check "inspect" 0 "qwen3_moe" $excise inspect $demo
+check "inspect --json is one object a line" 0 "" bash -c "$excise inspect $demo --json | python3 -c 'import json,sys; [json.loads(l) for l in sys.stdin]' 2>/dev/null || $excise inspect $demo --json | grep -q '^{.*}\$'"
+check "missing prompts" 1 "nothere.txt" $excise generate $demo --prompts nothere.txt -o "$out/g.jsonl"
+: >"$out/empty.txt"
+check "empty prompts" 3 "empty.txt" $excise generate $demo --prompts "$out/empty.txt" -o "$out/g.jsonl"
+printf 'fine\nbad \xff byte\n' >"$out/bad.txt"
+check "bad UTF-8 names the line" 3 "bad.txt:2" $excise generate $demo --prompts "$out/bad.txt" -o "$out/g.jsonl"
+head -8 $demo/prompts/decline.txt >"$out/t.txt"; head -8 $demo/prompts/comply.txt >"$out/b.txt"
+check "generate" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" -q
+check "output exists" 2 "--force" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl"
+check "--force" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" --force
+check "forward" 0 "" $excise forward $demo --prompts "$out/t.txt" --emit logits,hidden,routing --generate 4 -o "$out/f.safetensors"
+check "capture" 0 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" --decode 4 -o "$out/s.safetensors"
+check "sets that are equal" 3 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/t.txt" -o "$out/s2.safetensors"
+check "contrast" 0 "" $excise contrast "$out/s.safetensors" -o "$out/e.csv"
+check "directions" 0 "" $excise directions "$out/s.safetensors" -o "$out/d.safetensors"
+check "rank larger than the samples" 3 "rank" $excise directions "$out/s.safetensors" --method svd --rank 60 -o "$out/d2.safetensors"
+check "merge" 0 "" $excise merge "$out/s.safetensors" "$out/s.safetensors" -o "$out/m.safetensors"
+check "plan" 0 "" $excise plan $demo "$out/s.safetensors" "$out/d.safetensors" -o "$out/p.json"
+check "apply --dry-run writes nothing" 0 "" $excise apply $demo "$out/p.json" --dry-run -o "$out/new"
+check "apply" 0 "" $excise apply $demo "$out/p.json" -o "$out/new"
+check "apply again: output exists" 2 "--force" $excise apply $demo "$out/p.json" -o "$out/new"
+check "verify" 0 "" $excise verify $demo "$out/new"
+check "evaluate" 0 "perplexity" $excise evaluate "$out/new" --against $demo --neutral $demo/prompts/neutral.txt
+check "evaluate through a plan" 0 "perplexity" $excise evaluate $demo --plan "$out/p.json" --neutral $demo/prompts/neutral.txt --virtual
+printf '{"excise_plan":1,"edits":[]}' >"$out/none.json"
+check "a plan that touches nothing" 3 "" $excise apply $demo "$out/none.json" -o "$out/never"
+printf '{"excise_plan":1,"edits":[{"op":"projekt"}]}' >"$out/odd.json"
+check "an unknown op" 3 "projekt" $excise apply $demo "$out/odd.json" -o "$out/never"
+check "nothing half-written" 0 "" bash -c "[ ! -e '$out/never' ] && ! ls '$out' | grep -q partial"
+check "a full disk" 1 "" bash -c "ulimit -f 100; exec $excise apply $demo '$out/p.json' -o '$out/full'"
+check "and nothing is left of it" 0 "" bash -c "[ ! -e '$out/full' ] && ! ls '$out' | grep -q partial"
+check "interrupt" 130 "" timeout -s INT 0.2 $excise capture $demo --target $demo/prompts/decline.txt --baseline $demo/prompts/comply.txt --decode 400 --threads 1 -o "$out/i.safetensors"
+echo "1..$n"
+exit $bad

@@ -135,6 +135,7 @@ typedef struct exc_session exc_session;
 /* slots: sequences held at once; cache_tokens: sum of their capacities; step_tokens: most tokens of one step */
 exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t cache_tokens, int64_t step_tokens, exc_session **out);
 void exc_session_close(exc_session *s);
+bool exc_session_fits(const exc_session *s, int64_t slots, int64_t cache_tokens, int64_t step_tokens);
 uint64_t exc_session_bytes(const exc_session *s);
 /* forgets all sequences; capacity[slots] tokens each (sum <= cache_tokens) */
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);

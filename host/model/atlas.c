@@ -1,7 +1,8 @@
-/* atlas.c - the table of weights by role, from headers alone. Every tensor name is matched against the family's
- * patterns (%L layer, %E expert); what matches must have the role's shape and a dtype we compute with, what the config
- * promises must be there, and what no pattern covers is kept in a list: it is passed through, never guessed at. Names
- * decide, shapes only confirm: a square down_proj would fit either way round. */
+/* atlas.c - the table of weights by role, from headers alone. Every tensor name is matched against the
+ * family's patterns (%L layer, %E expert); what matches must have the role's shape and a dtype we compute
+ * with, what the config promises must be there, and what no pattern covers is kept in a list: it is passed
+ * through, never guessed at. Names decide, shapes only confirm: a square down_proj would fit either way
+ * round. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,7 +66,9 @@ const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t laye
     return bsearch(&key, a->items, a->count, sizeof *a->items, compare_weights);
 }
 
-static const char *file_of(const exc_atlas *a, const exc_tensor *t) { return a->files->files[t->shard]->path; }
+static const char *file_of(const exc_atlas *a, const exc_tensor *t) {
+    return a->files->files[t->shard]->path;
+}
 
 /* one matched tensor: index bounds, role present in this layer, shape, dtype */
 static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *skip) {
@@ -74,18 +77,24 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *
     const char *file = file_of(a, t), *name = exc_show(t->name, strlen(t->name));
     *skip = false;
     if (w->layer >= s->layers)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected layers 0..%lld (num_hidden_layers %lld), found layer %lld", file, name,
-                        (long long)s->layers - 1, (long long)s->layers, (long long)w->layer);
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: %s: expected layers 0..%lld (num_hidden_layers %lld), found layer %lld", file,
+                        name, (long long)s->layers - 1, (long long)s->layers, (long long)w->layer);
     if (w->expert >= s->experts)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld (%s %lld), found expert %lld", file, name,
-                        (long long)s->experts - 1, a->family->experts_key, (long long)s->experts, (long long)w->expert);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld (%s %lld), found expert %lld",
+                        file, name, (long long)s->experts - 1, a->family->experts_key, (long long)s->experts,
+                        (long long)w->expert);
     if (!exc_shape_role(s, a->family, w->role, w->layer, &w->out, &w->in)) {
-        if (w->role == EXC_ROLE_LM_HEAD) { /* tied: loaders use the embedding and leave this tensor alone; so do we */
+        if (w->role ==
+            EXC_ROLE_LM_HEAD) { /* tied: loaders use the embedding and leave this tensor alone; so do we */
             *skip = true;
             return EXC_OK;
         }
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: layer %lld %s (mlp_only_layers, decoder_sparse_step): expected no %s there, found one",
-                        file, name, (long long)w->layer, s->is_moe[w->layer] ? "has experts" : "is dense", exc_role_name(w->role));
+        return exc_fail(
+            ctx, EXC_ERR_INPUT,
+            "%s: %s: layer %lld %s (mlp_only_layers, decoder_sparse_step): expected no %s there, found one",
+            file, name, (long long)w->layer, s->is_moe[w->layer] ? "has experts" : "is dense",
+            exc_role_name(w->role));
     }
     int rank = exc_role_is_vector(w->role) ? 1 : 2;
     bool fits = t->rank == rank && t->shape[0] == w->out && (rank == 1 || t->shape[1] == w->in);
@@ -93,11 +102,14 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *
         char found[128] = "", want[64];
         size_t n = 0;
         for (int i = 0; i < t->rank && i < 4; i++)
-            n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
-        if (rank == 1) snprintf(want, sizeof want, "%lld", (long long)w->out);
-        else snprintf(want, sizeof want, "%lld,%lld", (long long)w->out, (long long)w->in);
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]", file, name, want, found,
-                        t->rank > 4 ? ",.." : "");
+            n +=
+                (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
+        if (rank == 1)
+            snprintf(want, sizeof want, "%lld", (long long)w->out);
+        else
+            snprintf(want, sizeof want, "%lld,%lld", (long long)w->out, (long long)w->in);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]",
+                        file, name, want, found, t->rank > 4 ? ",.." : "");
     }
     if (t->dtype != EXC_BF16 && t->dtype != EXC_F16 && t->dtype != EXC_F32)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype: expected BF16, F16 or F32, found %s", file, name,
@@ -121,8 +133,10 @@ static exc_status sort_out(exc_ctx *ctx, exc_atlas *a) {
             w.role = p->role;
             EXC_TRY(check_weight(ctx, a, &w, &skip));
         }
-        if (skip) a->unknown[a->n_unknown++] = t;
-        else a->items[a->count++] = w;
+        if (skip)
+            a->unknown[a->n_unknown++] = t;
+        else
+            a->items[a->count++] = w;
     }
     qsort(a->items, a->count, sizeof *a->items, compare_weights);
     return EXC_OK;
@@ -139,7 +153,8 @@ static void list_experts(const exc_atlas *a, exc_role role, int64_t layer, char 
         if (here) last = e;
         if (!here && start >= 0) {
             n += (size_t)(start == last ? snprintf(out + n, cap - n, "%s%lld", n ? "," : "", (long long)start)
-                                        : snprintf(out + n, cap - n, "%s%lld-%lld", n ? "," : "", (long long)start, (long long)last));
+                                        : snprintf(out + n, cap - n, "%s%lld-%lld", n ? "," : "",
+                                                   (long long)start, (long long)last));
             start = -1;
         }
     }
@@ -149,7 +164,8 @@ static void list_experts(const exc_atlas *a, exc_role role, int64_t layer, char 
 static exc_status check_complete(exc_ctx *ctx, const exc_atlas *a) {
     const exc_shape *s = &a->shape;
     for (const exc_name *p = a->family->names; p->pattern; p++) {
-        int64_t layers = exc_role_by_layer(p->role) ? s->layers : 1, experts = exc_role_by_expert(p->role) ? s->experts : 1, o, i;
+        int64_t layers = exc_role_by_layer(p->role) ? s->layers : 1,
+                experts = exc_role_by_expert(p->role) ? s->experts : 1, o, i;
         for (int64_t l = 0; l < layers; l++) {
             int64_t layer = exc_role_by_layer(p->role) ? l : -1;
             if (!exc_shape_role(s, a->family, p->role, layer, &o, &i)) continue;
@@ -159,23 +175,27 @@ static exc_status check_complete(exc_ctx *ctx, const exc_atlas *a) {
                 char name[256], found[160];
                 expand(pattern_of(a->family, p->role), layer, expert, name, sizeof name);
                 if (expert < 0)
-                    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected this %s tensor (%s layout), found none", a->files->dir, name,
-                                    exc_role_name(p->role), a->family->model_type);
+                    return exc_fail(ctx, EXC_ERR_INPUT,
+                                    "%s: %s: expected this %s tensor (%s layout), found none", a->files->dir,
+                                    name, exc_role_name(p->role), a->family->model_type);
                 list_experts(a, p->role, layer, found, sizeof found);
-                return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld in layer %lld (%s %lld), found %s", a->files->dir,
-                                name, (long long)s->experts - 1, (long long)layer, a->family->experts_key, (long long)s->experts, found);
+                return exc_fail(ctx, EXC_ERR_INPUT,
+                                "%s: %s: expected experts 0..%lld in layer %lld (%s %lld), found %s",
+                                a->files->dir, name, (long long)s->experts - 1, (long long)layer,
+                                a->family->experts_key, (long long)s->experts, found);
             }
         }
     }
     return EXC_OK;
 }
 
-/* XXH3-128 of the config (keys sorted) and of every tensor's name, dtype and shape. Data are left out on purpose: an edited
- * checkpoint is the same model to statistics, directions and plans. */
+/* XXH3-128 of the config (keys sorted) and of every tensor's name, dtype and shape. Data are left out on
+ * purpose: an edited checkpoint is the same model to statistics, directions and plans. */
 static exc_status make_fingerprint(exc_ctx *ctx, exc_atlas *a) {
     exc_buf b = {0};
     char *config = json_dumps(a->files->config, JSON_COMPACT | JSON_SORT_KEYS);
-    if (!config) return exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir);
+    if (!config)
+        return exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir);
     exc_buf_puts(&b, config);
     free(config);
     for (size_t i = 0; i < a->files->n_tensors; i++) {
@@ -183,7 +203,9 @@ static exc_status make_fingerprint(exc_ctx *ctx, exc_atlas *a) {
         exc_buf_printf(&b, "\n%s %s", t->name, t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
         for (int d = 0; d < t->rank && d < 8; d++) exc_buf_printf(&b, " %lld", (long long)t->shape[d]);
     }
-    exc_status st = b.failed ? exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir) : EXC_OK;
+    exc_status st =
+        b.failed ? exc_fail(ctx, EXC_ERR_MEMORY, "out of memory for the fingerprint of %s", a->files->dir)
+                 : EXC_OK;
     if (!st) exc_hash_hex(b.data, b.len, a->fingerprint);
     exc_buf_free(&b);
     return st;
@@ -197,10 +219,14 @@ static exc_status find_family(exc_ctx *ctx, exc_atlas *a) {
     size_t n = 0;
     known[0] = 0;
     for (int i = 0; exc_families[i] && n < sizeof known; i++)
-        n += (size_t)snprintf(known + n, sizeof known - n, "%s\"%s\"", i ? ", " : "", exc_families[i]->model_type);
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s/config.json: model_type: expected %s, found %s%s%s", a->files->dir, known,
-                    json_is_string(type) ? "\"" : "", json_is_string(type) ? exc_show(json_string_value(type), json_string_length(type))
-                    : type ? "a value that is no string" : "nothing", json_is_string(type) ? "\"" : "");
+        n += (size_t)snprintf(known + n, sizeof known - n, "%s\"%s\"", i ? ", " : "",
+                              exc_families[i]->model_type);
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s/config.json: model_type: expected %s, found %s%s%s",
+                    a->files->dir, known, json_is_string(type) ? "\"" : "",
+                    json_is_string(type) ? exc_show(json_string_value(type), json_string_length(type))
+                    : type               ? "a value that is no string"
+                                         : "nothing",
+                    json_is_string(type) ? "\"" : "");
 }
 
 static exc_status build(exc_ctx *ctx, const char *dir, exc_atlas *a) {
@@ -217,8 +243,10 @@ exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out) {
     exc_atlas *a = exc_zalloc(ctx, 1, sizeof *a, "model table");
     if (!a) return EXC_ERR_MEMORY;
     exc_status st = build(ctx, dir, a);
-    if (st) exc_atlas_close(a);
-    else *out = a;
+    if (st)
+        exc_atlas_close(a);
+    else
+        *out = a;
     return st;
 }
 

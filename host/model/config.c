@@ -1,7 +1,8 @@
-/* config.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on, read by its
- * exact key, bounded before it sizes anything, and checked against the others. A switch this family's arithmetic does not
- * have (a rope scaling, attention biases, a quantisation) is refused by name instead of being ignored: a model that runs
- * with one option missing gives plausible wrong answers, which is the worst outcome. */
+/* config.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
+ * read by its exact key, bounded before it sizes anything, and checked against the others. A switch this
+ * family's arithmetic does not have (a rope scaling, attention biases, a quantisation) is refused by name
+ * instead of being ignored: a model that runs with one option missing gives plausible wrong answers, which is
+ * the worst outcome. */
 #include <math.h>
 #include <string.h>
 #include <unistd.h>
@@ -37,7 +38,8 @@ static exc_status refuse_switch(const reader *r, const char *key) {
 }
 
 static exc_status read_rope(const reader *r, exc_shape *s) {
-    const json_t *scaling = json_object_get(r->o, "rope_scaling"), *nested = json_object_get(r->o, "rope_parameters");
+    const json_t *scaling = json_object_get(r->o, "rope_scaling"),
+                 *nested = json_object_get(r->o, "rope_parameters");
     reader in = *r;
     if (nested && !json_is_null(nested)) {
         if (!json_is_object(nested)) return wrong(r, "rope_parameters", "an object", nested);
@@ -48,14 +50,15 @@ static exc_status read_rope(const reader *r, exc_shape *s) {
         const json_t *type = json_object_get(scaling, "rope_type");
         if (!type) type = json_object_get(scaling, "type");
         if (!json_is_object(scaling) || !json_is_string(type) || strcmp(json_string_value(type), "default"))
-            return wrong(r, nested && in.o == nested ? "rope_parameters" : "rope_scaling", "null or rope_type \"default\"",
-                         scaling);
+            return wrong(r, nested && in.o == nested ? "rope_parameters" : "rope_scaling",
+                         "null or rope_type \"default\"", scaling);
     }
     double theta;
     EXC_TRY(exc_json_number_or(r->ctx, in.o, r->what, "rope_theta", 10000.0, &theta));
     if (in.o != r->o && !json_object_get(in.o, "rope_theta"))
         EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "rope_theta", 10000.0, &theta));
-    if (!(theta > 1.0) || theta > 1e12) return wrong(r, "rope_theta", "a number in (1, 1e12]", json_object_get(in.o, "rope_theta"));
+    if (!(theta > 1.0) || theta > 1e12)
+        return wrong(r, "rope_theta", "a number in (1, 1e12]", json_object_get(in.o, "rope_theta"));
     s->rope_theta = (float)theta;
     return EXC_OK;
 }
@@ -83,8 +86,10 @@ static exc_status read_layers(const reader *r, exc_shape *s) {
     s->moe_layers = 0;
     for (int64_t l = 0; l < s->layers; l++) s->moe_row[l] = s->is_moe[l] ? s->moe_layers++ : -1;
     if (!s->moe_layers)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: mlp_only_layers, decoder_sparse_step: expected at least one layer of experts, found none",
-                        r->what);
+        return exc_fail(
+            ctx, EXC_ERR_INPUT,
+            "%s: mlp_only_layers, decoder_sparse_step: expected at least one layer of experts, found none",
+            r->what);
     return EXC_OK;
 }
 
@@ -98,7 +103,8 @@ static exc_status read_eos(const reader *r, exc_shape *s) {
         const json_t *e = json_is_array(v) ? json_array_get(v, i) : v;
         if (!json_is_integer(e)) return wrong(r, "eos_token_id", "an id or a list of ids", v);
         json_int_t id = json_integer_value(e);
-        if (id >= 0 && id < s->vocab) s->eos[s->n_eos++] = (int32_t)id; /* an id outside can never be produced */
+        if (id >= 0 && id < s->vocab)
+            s->eos[s->n_eos++] = (int32_t)id; /* an id outside can never be produced */
     }
     return EXC_OK;
 }
@@ -113,7 +119,9 @@ static exc_status read_generation(exc_ctx *ctx, const char *dir, exc_shape *s) {
         st = exc_json_load(ctx, path, 0, &root);
         if (!st) {
             reader r = {ctx, root, path};
-            st = json_is_object(root) ? read_eos(&r, s) : exc_fail(ctx, EXC_ERR_INPUT, "%s: top level: expected an object", path);
+            st = json_is_object(root)
+                     ? read_eos(&r, s)
+                     : exc_fail(ctx, EXC_ERR_INPUT, "%s: top level: expected an object", path);
             json_decref(root);
         }
     }
@@ -121,7 +129,8 @@ static exc_status read_generation(exc_ctx *ctx, const char *dir, exc_shape *s) {
     return st;
 }
 
-static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const exc_family *f, exc_shape *s) {
+static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const exc_family *f,
+                             exc_shape *s) {
     exc_ctx *ctx = r->ctx;
     EXC_TRY(integer(r, "num_hidden_layers", 1, MAX_LAYERS, &s->layers));
     EXC_TRY(integer(r, "hidden_size", 1, MAX_WIDTH, &s->hidden));
@@ -135,21 +144,26 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     EXC_TRY(integer(r, f->inner_key, 1, MAX_WIDTH, &s->inner));
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "intermediate_size", 1, MAX_WIDTH, 0, &s->dense_inner));
     if (s->top_k > s->experts)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %s (%lld), found %lld", r->what, f->top_k_key, f->experts_key,
-                        (long long)s->experts, (long long)s->top_k);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %s (%lld), found %lld", r->what,
+                        f->top_k_key, f->experts_key, (long long)s->experts, (long long)s->top_k);
     if (s->heads % s->kv_heads)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: num_key_value_heads: expected a divisor of num_attention_heads (%lld), found %lld",
-                        r->what, (long long)s->heads, (long long)s->kv_heads);
+        return exc_fail(
+            ctx, EXC_ERR_INPUT,
+            "%s: num_key_value_heads: expected a divisor of num_attention_heads (%lld), found %lld", r->what,
+            (long long)s->heads, (long long)s->kv_heads);
     if (s->head_dim < 2 || s->head_dim % 2)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what, (long long)s->head_dim);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what,
+                        (long long)s->head_dim);
     double eps;
     EXC_TRY(exc_json_number_or(ctx, r->o, r->what, "rms_norm_eps", 1e-6, &eps));
-    if (!(eps > 0) || eps > 1) return wrong(r, "rms_norm_eps", "a number in (0, 1]", json_object_get(r->o, "rms_norm_eps"));
+    if (!(eps > 0) || eps > 1)
+        return wrong(r, "rms_norm_eps", "a number in (0, 1]", json_object_get(r->o, "rms_norm_eps"));
     s->eps = (float)eps;
     bool tied;
     EXC_TRY(exc_json_bool_or(ctx, r->o, r->what, "tie_word_embeddings", false, &tied));
     /* the key may be left out of a tied checkpoint; said to be false, the tensor must be there */
-    if (!json_object_get(r->o, "tie_word_embeddings") && !exc_checkpoint_find(files, "lm_head.weight")) tied = true;
+    if (!json_object_get(r->o, "tie_word_embeddings") && !exc_checkpoint_find(files, "lm_head.weight"))
+        tied = true;
     s->tied = tied;
     return EXC_OK;
 }
@@ -159,7 +173,8 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     const json_t *q = json_object_get(r->o, "quantization_config");
     if (q && !json_is_null(q)) {
         const json_t *method = json_object_get(q, "quant_method");
-        return wrong(r, "quantization_config", "none (weights stored as BF16, F16 or F32; dequantise the checkpoint first)",
+        return wrong(r, "quantization_config",
+                     "none (weights stored as BF16, F16 or F32; dequantise the checkpoint first)",
                      method ? method : q);
     }
     EXC_TRY(read_sizes(r, files, f, s));
@@ -171,7 +186,8 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     EXC_TRY(read_rope(r, s));
     EXC_TRY(read_layers(r, s));
     if (s->moe_layers < s->layers && !s->dense_inner)
-        return wrong(r, "intermediate_size", "the width of the dense layers", json_object_get(r->o, "intermediate_size"));
+        return wrong(r, "intermediate_size", "the width of the dense layers",
+                     json_object_get(r->o, "intermediate_size"));
     s->gate = (exc_gate){.size = sizeof s->gate};
     s->gate.score = f->gate_score;
     bool renorm = f->gate_renorm > 0;
@@ -182,7 +198,8 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     return read_generation(ctx, files->dir, s);
 }
 
-exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_family *family, exc_shape *out) {
+exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_family *family,
+                          exc_shape *out) {
     memset(out, 0, sizeof *out);
     char *path;
     EXC_TRY(exc_path_join(ctx, files->dir, "config.json", &path));
@@ -200,29 +217,81 @@ void exc_shape_free(exc_shape *s) {
     s->moe_row = NULL;
 }
 
-bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out, int64_t *in) {
+bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out,
+                    int64_t *in) {
     bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer];
     int64_t o = 0, i = 0;
     switch (role) {
-    case EXC_ROLE_EXPERT_DOWN: if (moe) { o = s->hidden; i = s->inner; } break;
+    case EXC_ROLE_EXPERT_DOWN:
+        if (moe) {
+            o = s->hidden;
+            i = s->inner;
+        }
+        break;
     case EXC_ROLE_EXPERT_GATE:
-    case EXC_ROLE_EXPERT_UP: if (moe) { o = s->inner; i = s->hidden; } break;
-    case EXC_ROLE_ROUTER: if (moe) { o = s->experts; i = s->hidden; } break;
-    case EXC_ROLE_DENSE_DOWN: if (!moe) { o = s->hidden; i = s->dense_inner; } break;
+    case EXC_ROLE_EXPERT_UP:
+        if (moe) {
+            o = s->inner;
+            i = s->hidden;
+        }
+        break;
+    case EXC_ROLE_ROUTER:
+        if (moe) {
+            o = s->experts;
+            i = s->hidden;
+        }
+        break;
+    case EXC_ROLE_DENSE_DOWN:
+        if (!moe) {
+            o = s->hidden;
+            i = s->dense_inner;
+        }
+        break;
     case EXC_ROLE_DENSE_GATE:
-    case EXC_ROLE_DENSE_UP: if (!moe) { o = s->dense_inner; i = s->hidden; } break;
-    case EXC_ROLE_ATTN_OUT: o = s->hidden; i = s->heads * s->head_dim; break;
-    case EXC_ROLE_ATTN_Q: o = s->heads * s->head_dim; i = s->hidden; break;
+    case EXC_ROLE_DENSE_UP:
+        if (!moe) {
+            o = s->dense_inner;
+            i = s->hidden;
+        }
+        break;
+    case EXC_ROLE_ATTN_OUT:
+        o = s->hidden;
+        i = s->heads * s->head_dim;
+        break;
+    case EXC_ROLE_ATTN_Q:
+        o = s->heads * s->head_dim;
+        i = s->hidden;
+        break;
     case EXC_ROLE_ATTN_K:
-    case EXC_ROLE_ATTN_V: o = s->kv_heads * s->head_dim; i = s->hidden; break;
+    case EXC_ROLE_ATTN_V:
+        o = s->kv_heads * s->head_dim;
+        i = s->hidden;
+        break;
     case EXC_ROLE_ATTN_Q_NORM:
-    case EXC_ROLE_ATTN_K_NORM: if (family->head_norm) { o = s->head_dim; i = 1; } break;
+    case EXC_ROLE_ATTN_K_NORM:
+        if (family->head_norm) {
+            o = s->head_dim;
+            i = 1;
+        }
+        break;
     case EXC_ROLE_NORM_IN:
     case EXC_ROLE_NORM_POST:
-    case EXC_ROLE_NORM_FINAL: o = s->hidden; i = 1; break;
-    case EXC_ROLE_EMBED: o = s->vocab; i = s->hidden; break;
-    case EXC_ROLE_LM_HEAD: if (!s->tied) { o = s->vocab; i = s->hidden; } break;
-    default: break;
+    case EXC_ROLE_NORM_FINAL:
+        o = s->hidden;
+        i = 1;
+        break;
+    case EXC_ROLE_EMBED:
+        o = s->vocab;
+        i = s->hidden;
+        break;
+    case EXC_ROLE_LM_HEAD:
+        if (!s->tied) {
+            o = s->vocab;
+            i = s->hidden;
+        }
+        break;
+    default:
+        break;
     }
     *out = o;
     *in = i;

@@ -1,6 +1,7 @@
-/* describe.c - inspect: what a model folder holds, from headers only. Family, sizes, gate formula, every role with its
- * tensors, dtypes and the edits it supports, where a router bias could be stored, and each tensor that no name of the family
- * covers. Nothing is read from the data sections, so a 700 GB checkpoint answers as fast as a small one. */
+/* describe.c - inspect: what a model folder holds, from headers only. Family, sizes, gate formula, every role
+ * with its tensors, dtypes and the edits it supports, where a router bias could be stored, and each tensor
+ * that no name of the family covers. Nothing is read from the data sections, so a 700 GB checkpoint answers
+ * as fast as a small one. */
 #include <math.h>
 #include <string.h>
 
@@ -9,16 +10,21 @@
 /* writers of the residual stream lose a direction on their output side, readers on their input side */
 static const char *edits_of(exc_role role) {
     switch (role) {
-    case EXC_ROLE_EXPERT_DOWN: return "[\"project\",\"scale\",\"mask\"]";
+    case EXC_ROLE_EXPERT_DOWN:
+        return "[\"project\",\"scale\",\"mask\"]";
     case EXC_ROLE_SHARED_DOWN:
     case EXC_ROLE_DENSE_DOWN:
     case EXC_ROLE_ATTN_OUT:
-    case EXC_ROLE_EMBED: return "[\"project\",\"scale\"]";
+    case EXC_ROLE_EMBED:
+        return "[\"project\",\"scale\"]";
     case EXC_ROLE_EXPERT_GATE:
     case EXC_ROLE_EXPERT_UP:
-    case EXC_ROLE_LM_HEAD: return "[\"project_input\",\"scale\"]";
-    case EXC_ROLE_ROUTER: return "[\"project_input\",\"router_project\",\"router_scale\"]";
-    default: return "[]";
+    case EXC_ROLE_LM_HEAD:
+        return "[\"project_input\",\"scale\"]";
+    case EXC_ROLE_ROUTER:
+        return "[\"project_input\",\"router_project\",\"router_scale\"]";
+    default:
+        return "[]";
     }
 }
 
@@ -31,9 +37,12 @@ static void put_string(exc_buf *b, const char *s) {
 }
 
 static void put_gate(exc_buf *b, const exc_shape *s) {
-    static const char *const score[] = {"softmax over all experts", "sigmoid of each expert", "the logits themselves"};
+    static const char *const score[] = {"softmax over all experts", "sigmoid of each expert",
+                                        "the logits themselves"};
     exc_buf_printf(b, ",\"gate\":\"%s, the %lld largest, %s", score[s->gate.score], (long long)s->top_k,
-                   s->gate.score == 2 ? "softmax over the chosen" : s->gate.renorm ? "renormalised to sum 1" : "not renormalised");
+                   s->gate.score == 2 ? "softmax over the chosen"
+                   : s->gate.renorm   ? "renormalised to sum 1"
+                                      : "not renormalised");
     if (s->gate.scale != 0 && s->gate.scale != 1) exc_buf_printf(b, ", times %g", (double)s->gate.scale);
     exc_buf_puts(b, "\"");
 }
@@ -47,16 +56,24 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
         of[a->items[i].tensor->dtype]++;
         same = same && a->items[i].out == w->out && a->items[i].in == w->in;
     }
-    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"bytes\":%llu,\"dtypes\":{", exc_role_name(w->role), end - first,
-                   (unsigned long long)bytes);
+    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"bytes\":%llu,\"dtypes\":{", exc_role_name(w->role),
+                   end - first, (unsigned long long)bytes);
     for (int d = 0, n = 0; d <= EXC_DTYPE_OTHER; d++)
-        if (of[d]) exc_buf_printf(b, "%s\"%s\":%llu", n++ ? "," : "", exc_dtype_name((exc_dtype)d), (unsigned long long)of[d]);
+        if (of[d])
+            exc_buf_printf(b, "%s\"%s\":%llu", n++ ? "," : "", exc_dtype_name((exc_dtype)d),
+                           (unsigned long long)of[d]);
     exc_buf_puts(b, "}");
-    if (same && exc_role_is_vector(w->role)) exc_buf_printf(b, ",\"shape\":[%lld]", (long long)w->out);
-    else if (same) exc_buf_printf(b, ",\"shape\":[%lld,%lld]", (long long)w->out, (long long)w->in);
-    exc_buf_printf(b, ",\"writes_residual\":%s,\"edits\":%s", exc_role_writes(w->role) ? "true" : "false", edits_of(w->role));
+    if (same && exc_role_is_vector(w->role))
+        exc_buf_printf(b, ",\"shape\":[%lld]", (long long)w->out);
+    else if (same)
+        exc_buf_printf(b, ",\"shape\":[%lld,%lld]", (long long)w->out, (long long)w->in);
+    exc_buf_printf(b, ",\"writes_residual\":%s,\"edits\":%s", exc_role_writes(w->role) ? "true" : "false",
+                   edits_of(w->role));
     if (!strcmp(edits_of(w->role), "[]"))
-        exc_buf_printf(b, ",\"why_not\":\"%s\"", exc_role_is_vector(w->role) ? "a vector of norm weights" : "neither a writer of the residual stream nor a role plans know");
+        exc_buf_printf(b, ",\"why_not\":\"%s\"",
+                       exc_role_is_vector(w->role)
+                           ? "a vector of norm weights"
+                           : "neither a writer of the residual stream nor a role plans know");
     exc_buf_puts(b, "}");
 }
 
@@ -82,28 +99,37 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
         params += (uint64_t)a->items[i].out * (uint64_t)a->items[i].in;
         bytes += a->items[i].tensor->end - a->items[i].tensor->begin;
     }
-    exc_buf_printf(b, "{\"family\":\"%s\",\"fingerprint\":\"%s\",\"files\":%d,\"tensors\":%zu,\"parameters\":%llu,\"bytes\":%llu",
-                   a->family->model_type, a->fingerprint, a->files->n_files, a->files->n_tensors, (unsigned long long)params,
-                   (unsigned long long)bytes);
-    exc_buf_printf(b, ",\"layers\":%lld,\"moe_layers\":%lld,\"hidden\":%lld,\"heads\":%lld,\"kv_heads\":%lld,\"head_dim\":%lld",
-                   (long long)s->layers, (long long)s->moe_layers, (long long)s->hidden, (long long)s->heads, (long long)s->kv_heads,
-                   (long long)s->head_dim);
-    exc_buf_printf(b, ",\"intermediate\":%lld,\"experts\":%lld,\"top_k\":%lld,\"vocab\":%lld,\"context\":%lld,\"rope_theta\":%.9g"
-                      ",\"norm_eps\":%.6g,\"tied_embeddings\":%s",
-                   (long long)s->inner, (long long)s->experts, (long long)s->top_k, (long long)s->vocab, (long long)s->context,
-                   (double)s->rope_theta, (double)s->eps, s->tied ? "true" : "false");
+    exc_buf_printf(b,
+                   "{\"family\":\"%s\",\"fingerprint\":\"%s\",\"files\":%d,\"tensors\":%zu,\"parameters\":%"
+                   "llu,\"bytes\":%llu",
+                   a->family->model_type, a->fingerprint, a->files->n_files, a->files->n_tensors,
+                   (unsigned long long)params, (unsigned long long)bytes);
+    exc_buf_printf(b,
+                   ",\"layers\":%lld,\"moe_layers\":%lld,\"hidden\":%lld,\"heads\":%lld,\"kv_heads\":%lld,"
+                   "\"head_dim\":%lld",
+                   (long long)s->layers, (long long)s->moe_layers, (long long)s->hidden, (long long)s->heads,
+                   (long long)s->kv_heads, (long long)s->head_dim);
+    exc_buf_printf(b,
+                   ",\"intermediate\":%lld,\"experts\":%lld,\"top_k\":%lld,\"vocab\":%lld,\"context\":%lld,"
+                   "\"rope_theta\":%.9g"
+                   ",\"norm_eps\":%.6g,\"tied_embeddings\":%s",
+                   (long long)s->inner, (long long)s->experts, (long long)s->top_k, (long long)s->vocab,
+                   (long long)s->context, (double)s->rope_theta, (double)s->eps, s->tied ? "true" : "false");
     put_gate(b, s);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
-    for (int64_t l = 0; l < s->layers; l++) exc_buf_printf(b, "%s%lld", l ? "," : "", s->is_moe[l] ? (long long)s->experts : 0LL);
+    for (int64_t l = 0; l < s->layers; l++)
+        exc_buf_printf(b, "%s%lld", l ? "," : "", s->is_moe[l] ? (long long)s->experts : 0LL);
     exc_buf_puts(b, "],\"end_tokens\":[");
     for (int i = 0; i < s->n_eos; i++) exc_buf_printf(b, "%s%d", i ? "," : "", s->eos[i]);
     exc_buf_puts(b, "],\"roles\":[");
     for (size_t first = 0, end; first < a->count; first = end) {
-        for (end = first + 1; end < a->count && a->items[end].role == a->items[first].role; end++) {}
+        for (end = first + 1; end < a->count && a->items[end].role == a->items[first].role; end++) {
+        }
         if (first) exc_buf_puts(b, ",");
         put_role(b, a, first, end);
     }
-    exc_buf_printf(b, "],\"router_bias\":{\"storable\":%s,\"where\":", a->family->router_bias_stored ? "true" : "false");
+    exc_buf_printf(
+        b, "],\"router_bias\":{\"storable\":%s,\"where\":", a->family->router_bias_stored ? "true" : "false");
     put_string(b, a->family->router_bias);
     exc_buf_puts(b, "},\"passed_through\":[");
     put_names(b, a, true);
@@ -133,9 +159,16 @@ exc_status exc_inspect(exc_ctx *ctx, const char *dir, char **json) {
 exc_status exc_model_describe(const exc_model *m, exc_model_info *info) {
     if (!m || !info || info->size < sizeof info->size) return EXC_ERR_USAGE;
     const exc_shape *s = &m->atlas->shape;
-    exc_model_info full = {.size = info->size, .family = m->atlas->family->model_type, .layers = s->layers,
-                           .moe_layers = s->moe_layers, .hidden = s->hidden, .intermediate = s->inner, .experts = s->experts,
-                           .top_k = s->top_k, .vocab = s->vocab, .context = s->context};
+    exc_model_info full = {.size = info->size,
+                           .family = m->atlas->family->model_type,
+                           .layers = s->layers,
+                           .moe_layers = s->moe_layers,
+                           .hidden = s->hidden,
+                           .intermediate = s->inner,
+                           .experts = s->experts,
+                           .top_k = s->top_k,
+                           .vocab = s->vocab,
+                           .context = s->context};
     memcpy(full.fingerprint, m->atlas->fingerprint, sizeof full.fingerprint);
     memcpy(info, &full, info->size < sizeof full ? info->size : sizeof full);
     return EXC_OK;

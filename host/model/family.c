@@ -1,6 +1,7 @@
-/* family.c - the table of families, and what roles mean. A family is one const descriptor in one file (qwen.c, ...);
- * adding one is that file and a line here. Roles are the vocabulary that plans, tables and reports share: which weights
- * come once a model, once a layer or once an expert, and which of them write the residual stream. */
+/* family.c - the table of families, and what roles mean. A family is one const descriptor in one file
+ * (qwen.c, ...); adding one is that file and a line here. Roles are the vocabulary that plans, tables and
+ * reports share: which weights come once a model, once a layer or once an expert, and which of them write the
+ * residual stream. */
 #include <string.h>
 
 #include "model.h"
@@ -19,17 +20,28 @@ const exc_family *exc_family_find(const char *model_type) {
 }
 
 static const char *const role_names[EXC_ROLES] = {
-    [EXC_ROLE_EXPERT_DOWN] = "expert_down",  [EXC_ROLE_SHARED_DOWN] = "shared_down",
-    [EXC_ROLE_DENSE_DOWN] = "dense_down",    [EXC_ROLE_ATTN_OUT] = "attn_out",
-    [EXC_ROLE_EXPERT_GATE] = "expert_gate",  [EXC_ROLE_EXPERT_UP] = "expert_up",
-    [EXC_ROLE_SHARED_GATE] = "shared_gate",  [EXC_ROLE_SHARED_UP] = "shared_up",
-    [EXC_ROLE_DENSE_GATE] = "dense_gate",    [EXC_ROLE_DENSE_UP] = "dense_up",
-    [EXC_ROLE_ROUTER] = "router",            [EXC_ROLE_ROUTER_BIAS] = "router_bias",
-    [EXC_ROLE_ATTN_Q] = "attn_q",            [EXC_ROLE_ATTN_K] = "attn_k",
-    [EXC_ROLE_ATTN_V] = "attn_v",            [EXC_ROLE_ATTN_Q_NORM] = "attn_q_norm",
-    [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",  [EXC_ROLE_NORM_IN] = "norm_in",
-    [EXC_ROLE_NORM_POST] = "norm_post",      [EXC_ROLE_NORM_FINAL] = "norm_final",
-    [EXC_ROLE_EMBED] = "embed",              [EXC_ROLE_LM_HEAD] = "lm_head",
+    [EXC_ROLE_EXPERT_DOWN] = "expert_down",
+    [EXC_ROLE_SHARED_DOWN] = "shared_down",
+    [EXC_ROLE_DENSE_DOWN] = "dense_down",
+    [EXC_ROLE_ATTN_OUT] = "attn_out",
+    [EXC_ROLE_EXPERT_GATE] = "expert_gate",
+    [EXC_ROLE_EXPERT_UP] = "expert_up",
+    [EXC_ROLE_SHARED_GATE] = "shared_gate",
+    [EXC_ROLE_SHARED_UP] = "shared_up",
+    [EXC_ROLE_DENSE_GATE] = "dense_gate",
+    [EXC_ROLE_DENSE_UP] = "dense_up",
+    [EXC_ROLE_ROUTER] = "router",
+    [EXC_ROLE_ROUTER_BIAS] = "router_bias",
+    [EXC_ROLE_ATTN_Q] = "attn_q",
+    [EXC_ROLE_ATTN_K] = "attn_k",
+    [EXC_ROLE_ATTN_V] = "attn_v",
+    [EXC_ROLE_ATTN_Q_NORM] = "attn_q_norm",
+    [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",
+    [EXC_ROLE_NORM_IN] = "norm_in",
+    [EXC_ROLE_NORM_POST] = "norm_post",
+    [EXC_ROLE_NORM_FINAL] = "norm_final",
+    [EXC_ROLE_EMBED] = "embed",
+    [EXC_ROLE_LM_HEAD] = "lm_head",
 };
 
 const char *exc_role_name(exc_role role) {

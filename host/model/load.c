@@ -1,19 +1,22 @@
 /* load.c - opening a model: from mapped files to packed weights.
  *
- * Every matrix is packed once into the panels the matmul reads (17 GB/s of weights at 1-16 rows would be 6 unpacked), all
- * into one slab whose size is measured and carved by the same code. The files are read through the map in blocks of rows
- * that stay in cache: one look for NaN and infinity, one packing; a plan's baked edits are made on a copy of the matrix in
- * its stored dtype, so that they are the bits a written checkpoint would have. Mapped pages are given back as we go, so the
- * peak is the packed weights plus one staging block, not twice the model.
+ * Every matrix is packed once into the panels the matmul reads (17 GB/s of weights at 1-16 rows would be 6
+ * unpacked), all into one slab whose size is measured and carved by the same code. The files are read through
+ * the map in blocks of rows that stay in cache: one look for NaN and infinity, one packing; a plan's baked
+ * edits are made on a copy of the matrix in its stored dtype, so that they are the bits a written checkpoint
+ * would have. Mapped pages are given back as we go, so the peak is the packed weights plus one staging block,
+ * not twice the model.
  *
- * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for f32. */
+ * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for
+ * f32. */
 #include <math.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "model.h"
 
-#define BLOCK_BYTES ((size_t)1 << 20)  /* source bytes of one scan-and-pack block: stays in the second-level cache */
+#define BLOCK_BYTES                                                                                          \
+    ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
 #define RELEASE_BYTES ((size_t)16 << 20) /* mapped bytes read before their pages are given back */
 
 typedef struct carve {
@@ -38,17 +41,19 @@ typedef struct loader {
     exc_model *m;
     const exc_atlas *a;
     exc_loaded *l;
-    uint8_t *stage;    /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
+    uint8_t *stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
     size_t stage_bytes;
-    size_t mapped;     /* bytes read since pages were last given back */
+    size_t mapped; /* bytes read since pages were last given back */
     uint64_t done, total;
 } loader;
 
-/* ------------------------------------------------------------------------------------------------------- layout */
+/* -------------------------------------------------------------------------------------------------------
+ * layout */
 
 static int64_t whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
 
-/* dtype of the packed form of a role's weights in a layer: one for all experts, because one call reads them all */
+/* dtype of the packed form of a role's weights in a layer: one for all experts, because one call reads them
+ * all */
 static int packed_dtype(const exc_model *m, exc_role role, int64_t layer) {
     if (m->compute == EXC_COMPUTE_BF16) return EXC_BF16;
     int64_t experts = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
@@ -117,7 +122,8 @@ static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
     l->lm_head = take_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
 }
 
-/* ------------------------------------------------------------------------------------------------------ reading */
+/* ------------------------------------------------------------------------------------------------------
+ * reading */
 
 static void give_back_pages(loader *r, size_t just_read) {
     r->mapped += just_read;
@@ -125,7 +131,8 @@ static void give_back_pages(loader *r, size_t just_read) {
     r->mapped = 0;
     for (int i = 0; i < r->a->files->n_files; i++) {
         exc_tensors *f = r->a->files->files[i];
-        madvise((void *)(uintptr_t)f->map, f->size, MADV_DONTNEED); /* clean file pages: read again if needed */
+        madvise((void *)(uintptr_t)f->map, f->size,
+                MADV_DONTNEED); /* clean file pages: read again if needed */
     }
 }
 
@@ -136,9 +143,12 @@ static exc_status call(exc_ctx *ctx, exc_status st, const char *op, const exc_we
 
 static exc_status not_finite(loader *r, const exc_weight *w, int64_t index, int64_t count) {
     char in[64] = "";
-    if (w->in > 1) snprintf(in, sizeof in, " [%lld,%lld]", (long long)(index / w->in), (long long)(index % w->in));
-    return exc_fail(r->ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity at element %lld%s (%lld in this block)",
-                    r->a->files->files[w->tensor->shard]->path, w->tensor->name, (long long)index, in, (long long)count);
+    if (w->in > 1)
+        snprintf(in, sizeof in, " [%lld,%lld]", (long long)(index / w->in), (long long)(index % w->in));
+    return exc_fail(
+        r->ctx, EXC_ERR_NUMERIC,
+        "%s: %s: expected finite weights, found NaN or infinity at element %lld%s (%lld in this block)",
+        r->a->files->files[w->tensor->shard]->path, w->tensor->name, (long long)index, in, (long long)count);
 }
 
 /* bytes of a weight: the map itself, or a writable aligned copy where the plan edits it */
@@ -177,13 +187,26 @@ static exc_status pack_weight(loader *r, const exc_weight *w, int to, uint8_t *o
     for (int64_t first = 0; first < w->out; first += rows) {
         int64_t n = w->out - first < rows ? w->out - first : rows, bad = 0, index = -1;
         const uint8_t *block = data + (size_t)first * row;
-        EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){
-            .src = block, .src_dtype = t->dtype, .dst = NULL, .dst_dtype = t->dtype, .n = n * w->in, .nonfinite = &bad, .index = &index}),
-            "convert", w));
+        EXC_TRY(call(ctx,
+                     ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){.src = block,
+                                                                               .src_dtype = t->dtype,
+                                                                               .dst = NULL,
+                                                                               .dst_dtype = t->dtype,
+                                                                               .n = n * w->in,
+                                                                               .nonfinite = &bad,
+                                                                               .index = &index}),
+                     "convert", w));
         if (bad) return not_finite(r, w, first * w->in + index, bad);
-        EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &(struct exc_pack_args){
-            .w = block, .w_dtype = t->dtype, .n = n, .k = w->in, .to = to, .out = out + (size_t)(first / EXC_PANEL) * panel}),
-            "pack", w));
+        EXC_TRY(
+            call(ctx,
+                 ctx->ops->pack(&ctx->queue,
+                                &(struct exc_pack_args){.w = block,
+                                                        .w_dtype = t->dtype,
+                                                        .n = n,
+                                                        .k = w->in,
+                                                        .to = to,
+                                                        .out = out + (size_t)(first / EXC_PANEL) * panel}),
+                 "pack", w));
     }
     r->done += t->end - t->begin;
     give_back_pages(r, (size_t)(t->end - t->begin));
@@ -196,9 +219,15 @@ static exc_status copy_weight(loader *r, const exc_weight *w, int to, void *out)
     const uint8_t *data;
     EXC_TRY(source(r, w, &data));
     int64_t bad = 0, index = -1;
-    EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){
-        .src = data, .src_dtype = w->tensor->dtype, .dst = out, .dst_dtype = to, .n = w->out * w->in, .nonfinite = &bad, .index = &index}),
-        "convert", w));
+    EXC_TRY(call(ctx,
+                 ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){.src = data,
+                                                                           .src_dtype = w->tensor->dtype,
+                                                                           .dst = out,
+                                                                           .dst_dtype = to,
+                                                                           .n = w->out * w->in,
+                                                                           .nonfinite = &bad,
+                                                                           .index = &index}),
+                 "convert", w));
     if (bad) return not_finite(r, w, index, bad);
     r->done += w->tensor->end - w->tensor->begin;
     give_back_pages(r, (size_t)(w->tensor->end - w->tensor->begin));
@@ -254,7 +283,8 @@ static exc_status load_layer(loader *r, int64_t i) {
 
 static exc_status load_all(loader *r) {
     const exc_shape *s = &r->a->shape;
-    for (size_t i = 0; i < r->a->count; i++) r->total += r->a->items[i].tensor->end - r->a->items[i].tensor->begin;
+    for (size_t i = 0; i < r->a->count; i++)
+        r->total += r->a->items[i].tensor->end - r->a->items[i].tensor->begin;
     for (int i = 0; i < r->a->files->n_files; i++) {
         exc_tensors *f = r->a->files->files[i];
         madvise((void *)(uintptr_t)f->map, f->size, MADV_WILLNEED);
@@ -266,7 +296,8 @@ static exc_status load_all(loader *r) {
     EXC_TRY(load_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
     EXC_TRY(load_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
     double step = -2.0 / (double)s->head_dim;
-    for (int64_t i = 0; i < s->head_dim / 2; i++) r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
+    for (int64_t i = 0; i < s->head_dim / 2; i++)
+        r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
     r->mapped = RELEASE_BYTES;
     give_back_pages(r, 0);
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
@@ -279,7 +310,8 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     r.l = m->loaded;
     carve c = {0};
     lay_out(&c, m, m->loaded);
-    if (c.overflow) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
+    if (c.overflow)
+        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
     m->weight_bytes = c.at;
     m->loaded->slab = exc_alloc(ctx, c.at + 64, 1, "packed weights");
     if (!m->loaded->slab) return EXC_ERR_MEMORY;
@@ -297,7 +329,8 @@ void exc_unload(exc_loaded *l) {
     exc_release(l);
 }
 
-/* ------------------------------------------------------------------------------------------------- public calls */
+/* ------------------------------------------------------------------------------------------------- public
+ * calls */
 
 static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_options *opt, exc_model *m) {
     m->ctx = ctx;
@@ -322,16 +355,20 @@ exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options
     if (!dir) return exc_fail(ctx, EXC_ERR_USAGE, "open: no model folder given");
     if (options) {
         if (options->size < sizeof options->size || options->size > sizeof opt)
-            return exc_fail(ctx, EXC_ERR_USAGE, "open %s: options.size: expected at most %zu, found %zu", dir, sizeof opt, options->size);
+            return exc_fail(ctx, EXC_ERR_USAGE, "open %s: options.size: expected at most %zu, found %zu", dir,
+                            sizeof opt, options->size);
         memcpy(&opt, options, options->size);
     }
     if (opt.compute != EXC_COMPUTE_BF16 && opt.compute != EXC_COMPUTE_F32)
-        return exc_fail(ctx, EXC_ERR_USAGE, "open %s: compute: expected bf16 or f32, found %d", dir, (int)opt.compute);
+        return exc_fail(ctx, EXC_ERR_USAGE, "open %s: compute: expected bf16 or f32, found %d", dir,
+                        (int)opt.compute);
     exc_model *m = exc_zalloc(ctx, 1, sizeof *m, "model");
     if (!m) return EXC_ERR_MEMORY;
     exc_status st = open_model(ctx, dir, &opt, m);
-    if (st) exc_model_free(m);
-    else *out = m;
+    if (st)
+        exc_model_free(m);
+    else
+        *out = m;
     return st;
 }
 

@@ -200,7 +200,8 @@ typedef struct exc_reply { int32_t *tokens; int64_t count; int stopped; /* 1: en
 /* replies [P], released with exc_replies_free; max_new 0: prefill only */
 exc_status exc_decode_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const exc_decode *d, exc_reply **replies);
 void exc_replies_free(exc_reply *r, int64_t n);
-/* logits of all positions of every prompt handed to `visit` in prompt order, in pieces */
+/* logits of all positions of every prompt handed to `visit` in prompt order, in pieces: logits [rows,V] of tokens first.. of the
+ * prompt; tokens: the whole prompt, so that row i predicts tokens[first + i + 1] where there is one */
 typedef exc_status (*exc_logits_fn)(exc_ctx *ctx, void *user, int64_t prompt, int64_t first, int64_t rows, const int32_t *tokens, const float *logits);
 exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const char *step, exc_logits_fn visit, void *user);
 

@@ -1,17 +1,22 @@
-/* probe.c - linear looks at single weights: a down_proj times f64 vectors. Sums of expert outputs follow from sums of the
- * intermediate activations (sum_t W a_t = W sum_t a_t), so capture stores [E,I] and this makes [E,H] once at the end. The
- * weights are those the forward pass used, with the plan's baked edits if there are any. */
+/* probe.c - linear looks at single weights: a down_proj times f64 vectors. Sums of expert outputs follow from
+ * sums of the intermediate activations (sum_t W a_t = W sum_t a_t), so capture stores [E,I] and this makes
+ * [E,H] once at the end. The weights are those the forward pass used, with the plan's baked edits if there
+ * are any. */
 #include "model.h"
 
-exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert, const double *x, int64_t n, double *y) {
+exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert,
+                          const double *x, int64_t n, double *y) {
     const exc_shape *s = &m->atlas->shape;
     bool known = role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_DENSE_DOWN;
     if (!known || layer < 0 || layer >= s->layers || (bool)s->is_moe[layer] != (role == EXC_ROLE_EXPERT_DOWN))
-        return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld has no %s", m->dir, (long long)layer, exc_role_name(role));
+        return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld has no %s", m->dir, (long long)layer,
+                        exc_role_name(role));
     int64_t experts = role == EXC_ROLE_EXPERT_DOWN ? s->experts : 1;
     if (role != EXC_ROLE_EXPERT_DOWN) expert = 0;
     if (expert < 0 || expert >= experts)
-        return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld: expected experts 0..%lld, found %lld", m->dir, (long long)layer,
-                        (long long)experts - 1, (long long)expert);
-    return ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = &m->loaded->layer[layer].down[expert], .rows = n, .y = y});
+        return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld: expected experts 0..%lld, found %lld", m->dir,
+                        (long long)layer, (long long)experts - 1, (long long)expert);
+    return ctx->ops->matvec(
+        &ctx->queue,
+        &(struct exc_matvec_args){.x = x, .w = &m->loaded->layer[layer].down[expert], .rows = n, .y = y});
 }

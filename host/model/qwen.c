@@ -1,6 +1,7 @@
-/* qwen.c - family qwen3_moe (Qwen3-30B-A3B, 235B-A22B, the 2507 and Coder releases): published names, one 2-D tensor per
- * expert and projection, grouped-query attention with a norm per head, softmax over all experts, then top-k, then
- * renormalisation where norm_topk_prob says so. Layers in mlp_only_layers, or skipped by decoder_sparse_step, are dense. */
+/* qwen.c - family qwen3_moe (Qwen3-30B-A3B, 235B-A22B, the 2507 and Coder releases): published names, one 2-D
+ * tensor per expert and projection, grouped-query attention with a norm per head, softmax over all experts,
+ * then top-k, then renormalisation where norm_topk_prob says so. Layers in mlp_only_layers, or skipped by
+ * decoder_sparse_step, are dense. */
 #include "model.h"
 
 #define LAYER "model.layers.%L."
@@ -12,12 +13,12 @@ static const exc_name names[] = {
     {EXC_ROLE_DENSE_DOWN, LAYER "mlp.down_proj.weight"},             /* [H,intermediate_size] */
     {EXC_ROLE_DENSE_GATE, LAYER "mlp.gate_proj.weight"},
     {EXC_ROLE_DENSE_UP, LAYER "mlp.up_proj.weight"},
-    {EXC_ROLE_ROUTER, LAYER "mlp.gate.weight"},                      /* [E,H] */
-    {EXC_ROLE_ATTN_Q, LAYER "self_attn.q_proj.weight"},              /* [heads*D,H] */
+    {EXC_ROLE_ROUTER, LAYER "mlp.gate.weight"},         /* [E,H] */
+    {EXC_ROLE_ATTN_Q, LAYER "self_attn.q_proj.weight"}, /* [heads*D,H] */
     {EXC_ROLE_ATTN_K, LAYER "self_attn.k_proj.weight"},
     {EXC_ROLE_ATTN_V, LAYER "self_attn.v_proj.weight"},
-    {EXC_ROLE_ATTN_OUT, LAYER "self_attn.o_proj.weight"},            /* [H,heads*D] */
-    {EXC_ROLE_ATTN_Q_NORM, LAYER "self_attn.q_norm.weight"},         /* [D] */
+    {EXC_ROLE_ATTN_OUT, LAYER "self_attn.o_proj.weight"},    /* [H,heads*D] */
+    {EXC_ROLE_ATTN_Q_NORM, LAYER "self_attn.q_norm.weight"}, /* [D] */
     {EXC_ROLE_ATTN_K_NORM, LAYER "self_attn.k_norm.weight"},
     {EXC_ROLE_NORM_IN, LAYER "input_layernorm.weight"},
     {EXC_ROLE_NORM_POST, LAYER "post_attention_layernorm.weight"},
@@ -40,6 +41,7 @@ const exc_family exc_family_qwen3_moe = {
     .experts_key = "num_experts",
     .top_k_key = "num_experts_per_tok",
     .inner_key = "moe_intermediate_size",
-    .router_bias = "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",
+    .router_bias =
+        "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",
     .router_bias_stored = 0,
 };

@@ -1,0 +1,392 @@
+/* generate.c - runs prompts through a session: prefill in steps of many tokens, then decode all live
+ * sequences together.
+ *
+ * One loop serves greedy and sampled generation, capture and plain prefill. Prompts are taken in order; a
+ * slot that finishes is given to the next prompt once a quarter of the slots is free, so steps stay wide
+ * without a prefill for each single reply. Token i of prompt p draws number i of stream p: replies do not
+ * depend on the batching. Prefill and decode stay separate steps because their sums are kept apart. */
+#include <string.h>
+
+#include "model.h"
+
+#define CACHE_BYTES ((int64_t)1 << 30)   /* KV cache a run may take by default */
+#define LOGIT_BYTES ((int64_t)256 << 20) /* one row of logits a slot */
+#define PIECE_BYTES ((int64_t)16 << 20)  /* logits handed out at once by exc_logits_run */
+
+typedef struct run {
+    exc_ctx *ctx;
+    exc_model *m;
+    const exc_prompts *p;
+    const exc_decode *d;
+    exc_session *s;
+    exc_reply *replies; /* [P] */
+    int64_t slots, step_tokens;
+    int64_t next, fed;      /* prompt to prefill next; tokens of it already in its slot */
+    int64_t partial;        /* the slot it is in, -1: not begun */
+    int64_t live, finished; /* sequences decoding; prompts done */
+    int64_t *prompt;        /* [slots] prompt of the slot, -1: free */
+    int32_t *slot;          /* [slots] slots of the step's sequences */
+    int64_t *begin;         /* [slots+1] */
+    int64_t *first;         /* [slots] token of its prompt that a prefill sequence begins with */
+    int32_t *tokens;        /* [step_tokens] */
+    int32_t *observe;       /* [step_tokens] */
+    int32_t *token;         /* [slots] sampled */
+    double *random;         /* [slots] */
+    float *logits;          /* [slots,V] */
+    float *hidden_last;     /* [slots,L+1,H] when asked for */
+    float *hidden;          /* [L+1,step_tokens,H] when asked for */
+    int32_t *router_ids;    /* [M,step_tokens,K] */
+    float *router_weights;
+} run;
+
+static int64_t prompt_length(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+exc_status exc_prompts_check(exc_ctx *ctx, const exc_model *m, const exc_prompts *p, int64_t extra) {
+    const exc_shape *s = &m->atlas->shape;
+    for (int64_t i = 0; i < p->count; i++) {
+        int64_t n = prompt_length(p, i);
+        if (n < 1)
+            return exc_fail(ctx, EXC_ERR_INPUT, "prompt %lld: expected at least one token, found none",
+                            (long long)i + 1);
+        if (n + extra > s->context)
+            return exc_fail(
+                ctx, EXC_ERR_INPUT,
+                "prompt %lld: expected at most %lld tokens%s (max_position_embeddings of %s), found %lld",
+                (long long)i + 1, (long long)s->context, extra ? " with the new ones" : "", m->dir,
+                (long long)(n + extra));
+        for (int64_t t = p->begin[i]; t < p->begin[i + 1]; t++)
+            if (p->tokens[t] < 0 || p->tokens[t] >= s->vocab)
+                return exc_fail(
+                    ctx, EXC_ERR_INPUT,
+                    "prompt %lld, token %lld: expected an id in 0..%lld (vocab_size of %s), found %d",
+                    (long long)i + 1, (long long)(t - p->begin[i]), (long long)s->vocab - 1, m->dir,
+                    p->tokens[t]);
+    }
+    return EXC_OK;
+}
+
+/* new tokens prompt i may get: the context ends some replies early */
+static int64_t reply_limit(const run *r, int64_t i) {
+    return least(r->d->max_new, most(r->m->atlas->shape.context - prompt_length(r->p, i), 1));
+}
+
+/* -----------------------------------------------------------------------------------------------------------
+ * set-up */
+
+static exc_status choose_sizes(run *r, int64_t *capacity) {
+    const exc_shape *s = &r->m->atlas->shape;
+    int64_t longest = 1, cap = 1, total = 0,
+            kv = s->layers * s->kv_heads * s->head_dim * (r->m->act == EXC_BF16 ? 4 : 8);
+    for (int64_t i = 0; i < r->p->count; i++) {
+        int64_t n = prompt_length(r->p, i);
+        longest = most(longest, n);
+        cap = most(cap, n + most(reply_limit(r, i) - 1, 0)); /* the last new token is never fed back */
+        total += n;
+    }
+    int64_t fit = least(CACHE_BYTES / (cap * kv), LOGIT_BYTES / (s->vocab * 4));
+    r->slots = r->d->batch > 0 ? r->d->batch : most(least(fit, 256), 1);
+    r->slots = least(r->slots, most(r->p->count, 1));
+    r->step_tokens = r->d->batch_tokens > 0 ? r->d->batch_tokens : exc_step_tokens(r->m);
+    r->step_tokens = most(least(r->step_tokens, total), r->slots);
+    *capacity = cap;
+    return EXC_OK;
+}
+
+static exc_status get_session(run *r, int64_t capacity) {
+    exc_ctx *ctx = r->ctx;
+    if (r->m->spare && exc_session_fits(r->m->spare, r->slots, r->slots * capacity, r->step_tokens)) {
+        r->s = r->m->spare;
+    } else {
+        exc_session_close(r->m->spare);
+        r->m->spare = NULL;
+        EXC_TRY(exc_session_open(ctx, r->m, r->slots, r->slots * capacity, r->step_tokens, &r->s));
+        r->m->spare = r->s; /* kept by the model for the next run */
+    }
+    int64_t *all = exc_alloc(ctx, (size_t)r->slots, sizeof *all, "slot sizes");
+    if (!all) return EXC_ERR_MEMORY;
+    for (int64_t i = 0; i < r->slots; i++) all[i] = capacity;
+    exc_status st = exc_session_reset(r->s, r->slots, all);
+    exc_release(all);
+    return st;
+}
+
+#define GET(field, count)                                                                                    \
+    do {                                                                                                     \
+        r->field = exc_alloc(r->ctx, (size_t)(count), sizeof *r->field, "buffers of a run");                 \
+        if (!r->field) return EXC_ERR_MEMORY;                                                                \
+    } while (0)
+
+static exc_status get_buffers(run *r) {
+    const exc_shape *s = &r->m->atlas->shape;
+    int64_t B = r->slots, T = r->step_tokens;
+    GET(prompt, B);
+    GET(slot, B);
+    GET(begin, B + 1);
+    GET(first, B);
+    GET(tokens, T);
+    GET(observe, T);
+    GET(token, B);
+    GET(random, B);
+    if (r->d->max_new > 0 || r->d->first_logits) GET(logits, B * s->vocab);
+    if (r->d->hidden_last) GET(hidden_last, B * (s->layers + 1) * s->hidden);
+    if (r->d->hidden) GET(hidden, (s->layers + 1) * T * s->hidden);
+    if (r->d->routing) {
+        GET(router_ids, s->moe_layers * T * s->top_k);
+        GET(router_weights, s->moe_layers * T * s->top_k);
+    }
+    for (int64_t i = 0; i < B; i++) r->prompt[i] = -1;
+    return EXC_OK;
+}
+
+static void release_buffers(run *r) {
+    void *all[] = {r->prompt, r->slot,   r->begin,       r->first,  r->tokens,     r->observe,       r->token,
+                   r->random, r->logits, r->hidden_last, r->hidden, r->router_ids, r->router_weights};
+    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_release(all[i]);
+}
+
+/* ------------------------------------------------------------------------------------------------------------
+ * steps */
+
+static bool ends(const run *r, int32_t token) {
+    if (r->d->ignore_eos) return false;
+    for (int i = 0; i < r->m->atlas->shape.n_eos; i++)
+        if (r->m->atlas->shape.eos[i] == token) return true;
+    return false;
+}
+
+static void finish(run *r, int64_t slot) {
+    exc_session_forget(r->s, slot);
+    r->prompt[slot] = -1;
+    r->finished++;
+}
+
+/* draws the next token of every sequence of the step from logits [sequences,V] */
+static exc_status draw(run *r, int64_t sequences) {
+    const exc_shape *s = &r->m->atlas->shape;
+    for (int64_t i = 0; i < sequences; i++) {
+        int64_t prompt = r->prompt[r->slot[i]];
+        r->random[i] = r->d->temperature > 0
+                           ? exc_random_unit(r->d->seed, (uint64_t)prompt, (uint64_t)r->replies[prompt].count)
+                           : 0.0;
+    }
+    exc_status st =
+        r->ctx->ops->sample(&r->ctx->queue, &(struct exc_sample_args){.logits = r->logits,
+                                                                      .rows = sequences,
+                                                                      .vocab = s->vocab,
+                                                                      .temperature = r->d->temperature,
+                                                                      .top_p = r->d->top_p,
+                                                                      .random01 = r->random,
+                                                                      .token = r->token});
+    return st ? exc_fail(r->ctx, st, "generate: op sample refused its arguments") : EXC_OK;
+}
+
+/* what sequence i of the step drew: ends, is full, or lives on */
+static void accept(run *r, int64_t i) {
+    int64_t slot = r->slot[i], prompt = r->prompt[slot];
+    exc_reply *reply = &r->replies[prompt];
+    bool first = reply->count == 0;
+    if (ends(r, r->token[i])) {
+        reply->stopped = 1;
+    } else {
+        reply->tokens[reply->count++] = r->token[i];
+        if (reply->count < reply_limit(r, prompt)) {
+            r->live += first;
+            return;
+        }
+    }
+    r->live -= !first;
+    finish(r, slot);
+}
+
+/* puts the next prompts into one step, whole ones where they fit; returns the number of sequences */
+static int64_t gather(run *r) {
+    int64_t rows = 0, n = 0, slot = 0;
+    while (r->next < r->p->count && n < r->slots) {
+        int64_t length = prompt_length(r->p, r->next), left = length - r->fed, room = r->step_tokens - rows;
+        if (room == 0 || (left > room && rows > 0)) break;
+        if (r->partial < 0) {
+            while (slot < r->slots && r->prompt[slot] >= 0) slot++;
+            if (slot == r->slots) break;
+            r->partial = slot;
+            r->prompt[slot] = r->next;
+        }
+        int64_t take = least(left, room), from = r->p->begin[r->next] + r->fed;
+        memcpy(r->tokens + rows, r->p->tokens + from, (size_t)take * sizeof *r->tokens);
+        const int32_t *wanted = r->d->prefill_observe ? r->d->prefill_observe[r->next] : NULL;
+        for (int64_t t = 0; t < take; t++)
+            r->observe[rows + t] = !wanted || wanted[r->fed + t] ? (int32_t)r->next : -1;
+        r->slot[n] = (int32_t)r->partial;
+        r->begin[n] = rows;
+        r->first[n++] = r->fed;
+        rows += take;
+        r->fed += take;
+        if (r->fed < length) break;
+        r->next++;
+        r->fed = 0;
+        r->partial = -1;
+    }
+    r->begin[n] = rows;
+    return n;
+}
+
+static exc_status deliver(run *r, const exc_step *step, int64_t i) {
+    const exc_shape *s = &r->m->atlas->shape;
+    int64_t prompt = r->prompt[r->slot[i]], rows = r->begin[i + 1] - r->begin[i];
+    if (r->d->visit) {
+        exc_piece piece = {.session = r->s,
+                           .step = step,
+                           .step_rows = r->begin[step->sequences],
+                           .row = r->begin[i],
+                           .prompt = prompt,
+                           .first = r->first[i],
+                           .rows = rows};
+        EXC_TRY(r->d->visit(r->ctx, r->d->user, &piece));
+    }
+    if (r->first[i] + rows < prompt_length(r->p, prompt)) return EXC_OK;
+    size_t stack = (size_t)((s->layers + 1) * s->hidden);
+    if (r->d->hidden_last)
+        memcpy(r->d->hidden_last + (size_t)prompt * stack, r->hidden_last + (size_t)i * stack,
+               stack * sizeof(float));
+    if (r->d->first_logits)
+        memcpy(r->d->first_logits + prompt * s->vocab, r->logits + i * s->vocab,
+               (size_t)s->vocab * sizeof(float));
+    if (r->d->max_new > 0)
+        accept(r, i);
+    else
+        finish(r, r->slot[i]);
+    return EXC_OK;
+}
+
+static exc_status prefill(run *r) {
+    int64_t n = gather(r);
+    exc_step step = {.tokens = r->tokens,
+                     .slot = r->slot,
+                     .begin = r->begin,
+                     .sequences = n,
+                     .logits = r->logits,
+                     .hidden = r->hidden,
+                     .hidden_last = r->hidden_last,
+                     .router_ids = r->router_ids,
+                     .router_weights = r->router_weights,
+                     .sums = r->d->prefill_sums,
+                     .observe = r->observe};
+    EXC_TRY(exc_session_step(r->s, &step));
+    if (r->d->max_new > 0) EXC_TRY(draw(r, n));
+    for (int64_t i = 0; i < n; i++) EXC_TRY(deliver(r, &step, i));
+    return EXC_OK;
+}
+
+static exc_status decode(run *r) {
+    int64_t n = 0;
+    for (int64_t slot = 0; slot < r->slots; slot++) {
+        int64_t prompt = r->prompt[slot];
+        if (prompt < 0 || slot == r->partial) continue;
+        r->slot[n] = (int32_t)slot;
+        r->tokens[n] = r->replies[prompt].tokens[r->replies[prompt].count - 1];
+        r->observe[n] = (int32_t)prompt;
+        r->begin[n] = n;
+        n++;
+    }
+    r->begin[n] = n;
+    exc_step step = {.tokens = r->tokens,
+                     .slot = r->slot,
+                     .begin = r->begin,
+                     .sequences = n,
+                     .logits = r->logits,
+                     .sums = r->d->observe ? r->d->decode_sums : NULL,
+                     .observe = r->observe};
+    EXC_TRY(exc_session_step(r->s, &step));
+    EXC_TRY(draw(r, n));
+    for (int64_t i = 0; i < n; i++) accept(r, i);
+    return EXC_OK;
+}
+
+static exc_status loop(run *r) {
+    while (r->finished < r->p->count) {
+        bool pending = r->next < r->p->count;
+        if (pending && (r->partial >= 0 || r->live == 0 || r->slots - r->live >= (r->slots + 3) / 4))
+            EXC_TRY(prefill(r));
+        else
+            EXC_TRY(decode(r));
+        EXC_TRY(exc_progress(r->ctx, r->d->step ? r->d->step : "generate", (uint64_t)r->finished,
+                             (uint64_t)r->p->count, "prompts"));
+    }
+    return EXC_OK;
+}
+
+static exc_status make_replies(run *r) {
+    r->replies = exc_zalloc(r->ctx, (size_t)most(r->p->count, 1), sizeof *r->replies, "replies");
+    if (!r->replies) return EXC_ERR_MEMORY;
+    for (int64_t i = 0; i < r->p->count && r->d->max_new > 0; i++) {
+        r->replies[i].tokens =
+            exc_alloc(r->ctx, (size_t)reply_limit(r, i), sizeof *r->replies[i].tokens, "a reply");
+        if (!r->replies[i].tokens) return EXC_ERR_MEMORY;
+    }
+    return EXC_OK;
+}
+
+exc_status exc_decode_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const exc_decode *d,
+                          exc_reply **replies) {
+    run r = {.ctx = ctx, .m = m, .p = p, .d = d, .partial = -1};
+    int64_t capacity = 0;
+    exc_status st;
+    if (replies) *replies = NULL;
+    EXC_TRY(exc_prompts_check(ctx, m, p, d->ignore_eos && d->max_new > 0 ? d->max_new - 1 : 0));
+    EXC_GOTO(done, make_replies(&r));
+    if (p->count) {
+        EXC_GOTO(done, choose_sizes(&r, &capacity));
+        EXC_GOTO(done, get_session(&r, capacity));
+        EXC_GOTO(done, get_buffers(&r));
+        EXC_GOTO(done, loop(&r));
+    }
+    st = EXC_OK;
+done:
+    release_buffers(&r);
+    if (st || !replies)
+        exc_replies_free(r.replies, p->count);
+    else
+        *replies = r.replies;
+    return st;
+}
+
+void exc_replies_free(exc_reply *r, int64_t n) {
+    for (int64_t i = 0; r && i < n; i++) exc_release(r[i].tokens);
+    exc_release(r);
+}
+
+/* ---------------------------------------------------------------------------------------------- logits of
+ * all rows */
+
+typedef struct logits_run {
+    const exc_prompts *p;
+    int64_t vocab, rows; /* rows the buffer holds */
+    float *logits;
+    exc_logits_fn visit;
+    void *user;
+} logits_run;
+
+static exc_status visit_logits(exc_ctx *ctx, void *user, const exc_piece *piece) {
+    logits_run *l = user;
+    for (int64_t done = 0, n; done < piece->rows; done += n) {
+        n = least(piece->rows - done, l->rows);
+        EXC_TRY(exc_session_logits(piece->session, piece->row + done, n, l->logits));
+        EXC_TRY(l->visit(ctx, l->user, piece->prompt, piece->first + done, n,
+                         l->p->tokens + l->p->begin[piece->prompt], l->logits));
+    }
+    return EXC_OK;
+}
+
+exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const char *step,
+                          exc_logits_fn visit, void *user) {
+    int64_t vocab = m->atlas->shape.vocab;
+    logits_run l = {
+        .p = p, .vocab = vocab, .rows = most(PIECE_BYTES / (vocab * 4), 1), .visit = visit, .user = user};
+    l.logits = exc_alloc(ctx, (size_t)(l.rows * vocab), sizeof(float), "logits");
+    if (!l.logits) return EXC_ERR_MEMORY;
+    exc_decode d = {.step = step, .visit = visit_logits, .user = &l};
+    exc_status st = exc_decode_run(ctx, m, p, &d, NULL);
+    exc_release(l.logits);
+    return st;
+}

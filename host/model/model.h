@@ -50,7 +50,7 @@ typedef struct exc_shape {
     int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
     int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
 } exc_shape;
-/* config.c: every key checked; errors name key, expected, found */
+/* shape.c: every key checked; errors name key, expected, found */
 exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_family *family, exc_shape *out);
 void exc_shape_free(exc_shape *s);
 /* logical sizes [out,in] of a role (in = 1: a vector); false: this model has no such weight in that layer */

@@ -1,4 +1,4 @@
-/* config.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
+/* shape.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
  * read by its exact key, bounded before it sizes anything, and checked against the others. A switch this
  * family's arithmetic does not have (a rope scaling, attention biases, a quantisation) is refused by name
  * instead of being ignored: a model that runs with one option missing gives plausible wrong answers, which is

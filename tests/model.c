@@ -1,0 +1,792 @@
+/* model.c - is it the model: logits, hidden states, routing, greedy tokens and expert sums against goldens made by another
+ * implementation (tests/data/models) and against the same model in plain f64 loops at odd shapes (tiny.h); and does the
+ * answer stay the same bits for any number of threads and any batching. */
+#include "tiny.h"
+
+#include "model.h"
+
+/* ---------------------------------------------------------------------------------------------------- collecting */
+
+typedef struct result {
+    const exc_prompts *p;
+    const exc_shape *s;
+    float **logits, **hidden, **weights; /* [P] */
+    int32_t **ids;
+    exc_reply *replies;
+} result;
+
+static int64_t length_of(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
+
+static void splice(void *to, const void *from, int64_t planes, const exc_piece *x, int64_t n, int64_t width)
+{
+    for (int64_t i = 0; i < planes; i++)
+        memcpy((float *)to + (i * n + x->first) * width, (const float *)from + (i * x->step_rows + x->row) * width,
+               (size_t)(x->rows * width) * 4);
+}
+
+static exc_status collect(exc_ctx *ctx, void *user, const exc_piece *x)
+{
+    result *r = user;
+    int64_t n = length_of(r->p, x->prompt);
+    splice(r->hidden[x->prompt], x->step->hidden, r->s->layers + 1, x, n, r->s->hidden);
+    splice(r->ids[x->prompt], x->step->router_ids, r->s->moe_layers, x, n, r->s->top_k);
+    splice(r->weights[x->prompt], x->step->router_weights, r->s->moe_layers, x, n, r->s->top_k);
+    return exc_session_logits(x->session, x->row, x->rows, r->logits[x->prompt] + x->first * r->s->vocab);
+}
+
+static exc_prompts make_prompts(int64_t count, const int64_t *lengths, int64_t vocab, uint64_t seed)
+{
+    exc_prompts p = {.count = count, .begin = calloc((size_t)count + 1, 8)};
+    for (int64_t i = 0; i < count; i++) p.begin[i + 1] = p.begin[i] + lengths[i];
+    p.tokens = calloc((size_t)p.begin[count] + 1, 4);
+    for (int64_t i = 0; i < p.begin[count]; i++) p.tokens[i] = (int32_t)(exc_random_u64(seed, 7, (uint64_t)i) % (uint64_t)vocab);
+    return p;
+}
+
+static exc_prompts golden_prompts(const char *model)
+{
+    size_t n;
+    char path[256];
+    snprintf(path, sizeof path, "models/%s/golden/prompts.jsonl", model);
+    char *text = test_read(test_data(path), &n);
+    exc_prompts p = {.begin = calloc(65, 8), .tokens = calloc(8192, 4)};
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+        json_t *o = json_loads(line, 0, NULL), *list = json_object_get(o, "tokens");
+        p.begin[p.count + 1] = p.begin[p.count] + (int64_t)json_array_size(list);
+        for (size_t i = 0; i < json_array_size(list); i++)
+            p.tokens[p.begin[p.count] + (int64_t)i] = (int32_t)json_integer_value(json_array_get(list, i));
+        p.count++;
+        json_decref(o);
+    }
+    free(text);
+    return p;
+}
+
+static void free_prompts(exc_prompts *p)
+{
+    free(p->begin);
+    free(p->tokens);
+}
+
+static result run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, int64_t new_tokens, int64_t batch, int64_t batch_tokens)
+{
+    const exc_shape *s = &m->atlas->shape;
+    result r = {.p = p, .s = s};
+    size_t P = (size_t)p->count;
+    r.logits = calloc(P, sizeof(void *));
+    r.hidden = calloc(P, sizeof(void *));
+    r.weights = calloc(P, sizeof(void *));
+    r.ids = calloc(P, sizeof(void *));
+    for (size_t i = 0; i < P; i++) {
+        size_t n = (size_t)length_of(p, (int64_t)i);
+        r.logits[i] = calloc(n * (size_t)s->vocab, 4);
+        r.hidden[i] = calloc(n * (size_t)((s->layers + 1) * s->hidden), 4);
+        r.weights[i] = calloc(n * (size_t)(s->moe_layers * s->top_k), 4);
+        r.ids[i] = calloc(n * (size_t)(s->moe_layers * s->top_k), 4);
+    }
+    exc_decode d = {.max_new = new_tokens, .ignore_eos = true, .batch = batch, .batch_tokens = batch_tokens, .hidden = true,
+                    .routing = true, .visit = collect, .user = &r};
+    exc_status st = exc_decode_run(ctx, m, p, &d, &r.replies);
+    if (st) fail_msg("%s", exc_ctx_error(ctx));
+    return r;
+}
+
+static void free_result(result *r)
+{
+    for (int64_t i = 0; i < r->p->count; i++) {
+        free(r->logits[i]);
+        free(r->hidden[i]);
+        free(r->weights[i]);
+        free(r->ids[i]);
+    }
+    free(r->logits);
+    free(r->hidden);
+    free(r->weights);
+    free(r->ids);
+    exc_replies_free(r->replies, r->p->count);
+}
+
+static exc_model *open_model(exc_ctx *ctx, const char *dir, exc_compute compute)
+{
+    exc_model_options opt = EXC_MODEL_OPTIONS;
+    opt.compute = compute;
+    exc_model *m = NULL;
+    if (exc_model_open(ctx, dir, &opt, &m)) fail_msg("%s", exc_ctx_error(ctx));
+    return m;
+}
+
+/* the same bits everywhere */
+static void assert_same(const result *a, const result *b, int64_t new_tokens)
+{
+    for (int64_t i = 0; i < a->p->count; i++) {
+        size_t n = (size_t)length_of(a->p, i);
+        assert_memory_equal(a->logits[i], b->logits[i], n * (size_t)a->s->vocab * 4);
+        assert_memory_equal(a->hidden[i], b->hidden[i], n * (size_t)((a->s->layers + 1) * a->s->hidden) * 4);
+        assert_memory_equal(a->ids[i], b->ids[i], n * (size_t)(a->s->moe_layers * a->s->top_k) * 4);
+        assert_memory_equal(a->weights[i], b->weights[i], n * (size_t)(a->s->moe_layers * a->s->top_k) * 4);
+        if (new_tokens) assert_memory_equal(a->replies[i].tokens, b->replies[i].tokens, (size_t)new_tokens * 4);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- goldens */
+
+static const void *golden(const exc_tensors *g, int64_t prompt, const char *what)
+{
+    char name[64];
+    if (prompt >= 0) snprintf(name, sizeof name, "p%lld.%s", (long long)prompt, what);
+    else snprintf(name, sizeof name, "%s", what);
+    const exc_tensor *t = exc_tensors_find(g, name);
+    if (!t) fail_msg("golden has no %s", name);
+    return exc_tensors_data(g, t);
+}
+
+typedef struct distance {
+    double diff, norm;
+} distance;
+
+static void add_distance(distance *d, const float *a, const void *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        float g;
+        memcpy(&g, (const char *)b + i * 4, 4);
+        d->diff += ((double)a[i] - (double)g) * ((double)a[i] - (double)g);
+        d->norm += (double)g * (double)g;
+    }
+}
+
+static double relative(const distance *d) { return sqrt(d->diff / d->norm); }
+
+static int same_set(const int32_t *a, const int32_t *b, int64_t k)
+{
+    for (int64_t i = 0; i < k; i++) {
+        int found = 0;
+        for (int64_t j = 0; j < k; j++) found |= a[i] == b[j];
+        if (!found) return 0;
+    }
+    return 1;
+}
+
+typedef struct verdict {
+    double logits, hidden, weights, same_experts;
+    double unflipped; /* logits of positions whose routing and whose prompt's earlier routing all agree */
+    int64_t greedy;   /* tokens equal, of 16 a prompt */
+} verdict;
+
+static verdict judge(const char *model, const result *r)
+{
+    char path[256];
+    exc_ctx *ctx = test_ctx(1);
+    exc_tensors *g;
+    distance logits = {0}, hidden = {0}, weights = {0}, clean = {0};
+    int64_t same = 0, pairs = 0;
+    verdict v = {0};
+    snprintf(path, sizeof path, "models/%s/golden/golden.safetensors", model);
+    assert_int_equal(exc_tensors_open(ctx, test_data(path), &g), EXC_OK);
+    for (int64_t i = 0; i < r->p->count; i++) {
+        int64_t n = length_of(r->p, i), M = r->s->moe_layers, K = r->s->top_k, V = r->s->vocab;
+        add_distance(&logits, r->logits[i], golden(g, i, "logits"), (size_t)(n * V));
+        add_distance(&hidden, r->hidden[i], golden(g, i, "hidden"), (size_t)((r->s->layers + 1) * n * r->s->hidden));
+        const int32_t *ids = golden(g, i, "router_ids");
+        const char *gw = golden(g, i, "router_weights");
+        int flipped = 0;
+        for (int64_t t = 0; t < n; t++) {
+            for (int64_t l = 0; l < M; l++) {
+                int64_t at = (l * n + t) * K;
+                int equal = same_set(r->ids[i] + at, ids + at, K);
+                same += equal;
+                pairs++;
+                flipped |= !equal;
+                if (equal && !memcmp(r->ids[i] + at, ids + at, (size_t)K * 4))
+                    add_distance(&weights, r->weights[i] + at, gw + at * 4, (size_t)K);
+            }
+            if (!flipped) add_distance(&clean, r->logits[i] + t * V, (const char *)golden(g, i, "logits") + t * V * 4, (size_t)V);
+        }
+        if (r->replies[i].count == 16) {
+            const int32_t *greedy = golden(g, i, "greedy");
+            for (int j = 0; j < 16; j++) v.greedy += r->replies[i].tokens[j] == greedy[j];
+        }
+    }
+    exc_tensors_close(g);
+    exc_ctx_free(ctx);
+    v.logits = relative(&logits);
+    v.hidden = relative(&hidden);
+    v.weights = relative(&weights);
+    v.same_experts = (double)same / (double)pairs;
+    v.unflipped = relative(&clean);
+    return v;
+}
+
+static void show(const char *what, const verdict *v)
+{
+    print_message("  %s: logits %.1e hidden %.1e weights %.1e, same experts %.3f, before any flip %.1e, greedy %lld\n", what, v->logits,
+                  v->hidden, v->weights, v->same_experts, v->unflipped, (long long)v->greedy);
+}
+
+static void test_golden_f32(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    result r = run(ctx, m, &p, 16, 0, 0);
+    verdict v = judge("qwen3_moe", &r);
+    show("f32", &v);
+    /* the golden's own rounding error is 1.6e-6; 1e-4 is far below the effect of any wrong option (README of the golden) */
+    assert_true(v.logits < 1e-4 && v.hidden < 1e-4 && v.weights < 1e-4);
+    assert_true(v.same_experts == 1.0); /* the least router margin is far above f32 error */
+    assert_int_equal(v.greedy, 96);
+    free_result(&r);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+static void test_golden_bf16(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_BF16);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    result r = run(ctx, m, &p, 0, 0, 0);
+    verdict v = judge("qwen3_moe", &r);
+    show("bf16", &v);
+    /* at least as close as the bf16 forward of the reference implementation (README of the golden) */
+    assert_true(v.logits < 1.4e-1 && v.hidden < 9.8e-2 && v.same_experts >= 0.907);
+    assert_true(v.unflipped < 2.0e-2); /* and as its error with the golden routing forced */
+    free_result(&r);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+static double worst(const double *a, const void *b, size_t n)
+{
+    double diff = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        double g;
+        memcpy(&g, (const char *)b + i * 8, 8);
+        diff += (a[i] - g) * (a[i] - g);
+        norm += g * g;
+    }
+    return sqrt(diff / norm);
+}
+
+static void test_golden_sums(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    const exc_shape *s = &m->atlas->shape;
+    size_t ME = (size_t)(s->moe_layers * s->experts), I = (size_t)s->inner, H = (size_t)s->hidden;
+    exc_sums sums[2];
+    for (int k = 0; k < 2; k++)
+        sums[k] = (exc_sums){.count = calloc(ME, 8), .gate_sum = calloc(ME, 8), .mid_sum = calloc(ME * I, 8), .sqnorm_sum = calloc(ME, 8),
+                             .tokens = calloc((size_t)s->moe_layers, 8), .prompt_count = calloc(6 * ME, 4)};
+    float *last = calloc(6 * (size_t)(s->layers + 1) * H, 4), *first = calloc(6 * (size_t)s->vocab, 4);
+    exc_decode d = {.max_new = 16, .ignore_eos = true, .observe = true, .prefill_sums = &sums[0], .decode_sums = &sums[1],
+                    .hidden_last = last, .first_logits = first, .batch = 4, .batch_tokens = 40};
+    exc_reply *replies = NULL;
+    if (exc_decode_run(ctx, m, &p, &d, &replies)) fail_msg("%s", exc_ctx_error(ctx));
+    exc_tensors *g, *states;
+    assert_int_equal(exc_tensors_open(ctx, test_data("models/qwen3_moe/golden/expert_stats.safetensors"), &g), EXC_OK);
+    assert_int_equal(exc_tensors_open(ctx, test_data("models/qwen3_moe/golden/golden.safetensors"), &states), EXC_OK);
+    double *out = calloc(ME * H, 8);
+    for (int k = 0; k < 2; k++) {
+        char name[64];
+#define OF(what) (snprintf(name, sizeof name, "%s.%s", k ? "decode" : "prefill", what), golden(g, -1, name))
+        for (int64_t l = 0; l < s->moe_layers; l++) {
+            assert_int_equal(sums[k].tokens[l], k ? 90 : 124);
+            for (int64_t e = 0; e < s->experts; e++) {
+                size_t at = (size_t)(l * s->experts + e);
+                assert_int_equal(exc_model_down(ctx, m, EXC_ROLE_EXPERT_DOWN, l, e, sums[k].mid_sum + at * I, 1, out + at * H), EXC_OK);
+            }
+        }
+        assert_memory_equal(sums[k].count, OF("count"), ME * 8);
+        /* terms carry the f32 error of the states (1e-6), sums average it */
+        assert_true(worst(sums[k].gate_sum, OF("gate_sum"), ME) < 2e-6);
+        assert_true(worst(sums[k].mid_sum, OF("mid_sum"), ME * I) < 1e-5);
+        assert_true(worst(sums[k].sqnorm_sum, OF("sqnorm_sum"), ME) < 1e-5);
+        assert_true(worst(out, OF("out_sum"), ME * H) < 1e-5);
+    }
+    for (size_t i = 0; i < ME; i++) { /* per-prompt counts add up to the counts of prefill; decode kept its own */
+        int64_t total = 0;
+        for (size_t q = 0; q < 6; q++) total += sums[0].prompt_count[q * ME + i];
+        assert_int_equal(total, sums[0].count[i]);
+    }
+    for (int64_t i = 0; i < 6; i++) {
+        int64_t n = length_of(&p, i);
+        distance h = {0}, z = {0};
+        for (int64_t l = 0; l <= s->layers; l++)
+            add_distance(&h, last + (i * (s->layers + 1) + l) * s->hidden,
+                         (const char *)golden(states, i, "hidden") + ((l * n + n - 1) * s->hidden) * 4, H);
+        add_distance(&z, first + i * s->vocab, (const char *)golden(states, i, "logits") + (n - 1) * s->vocab * 4, (size_t)s->vocab);
+        assert_true(relative(&h) < 1e-4 && relative(&z) < 1e-4);
+    }
+    exc_tensors_close(g);
+    exc_tensors_close(states);
+    exc_replies_free(replies, 6);
+    for (int k = 0; k < 2; k++) {
+        free(sums[k].count);
+        free(sums[k].gate_sum);
+        free(sums[k].mid_sum);
+        free(sums[k].sqnorm_sum);
+        free(sums[k].tokens);
+        free(sums[k].prompt_count);
+    }
+    free(last);
+    free(first);
+    free(out);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* the golden checkpoint stored as f32 or f16, in one file: f32 is exact, f16 rounds what lies below its normal range */
+static void test_golden_variants(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_checkpoint *c;
+    assert_int_equal(exc_checkpoint_open(ctx, test_data("models/qwen3_moe"), &c), EXC_OK);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    for (int half = 0; half < 2; half++) {
+        char *dir = test_tmpdir();
+        size_t n;
+        char *config = test_read(test_data("models/qwen3_moe/config.json"), &n);
+        test_write(test_path(dir, "config.json"), config, n);
+        free(config);
+        tiny t = {.dtype = half ? "F16" : "F32"};
+        for (size_t i = 0; i < c->n_tensors; i++) {
+            const exc_tensor *x = c->by_name[i];
+            const uint16_t *from = exc_checkpoint_data(c, x);
+            t.items = realloc(t.items, (i + 1) * sizeof *t.items);
+            tiny_tensor *y = &t.items[t.count++];
+            *y = (tiny_tensor){.rank = x->rank, .shape = {x->shape[0], x->shape[1]}, .dtype = t.dtype};
+            snprintf(y->name, sizeof y->name, "%s", x->name);
+            y->count = (int64_t)(x->end - x->begin) / 2;
+            y->value = malloc((size_t)y->count * 8);
+            for (int64_t j = 0; j < y->count; j++) y->value[j] = tiny_round((double)test_from_bf16(from[j]), t.dtype);
+        }
+        tiny_file(&t, test_path(dir, "model.safetensors"), 0, t.count);
+        tiny_free(&t);
+        for (int compute = 0; compute < 2; compute++) {
+            exc_model *m = open_model(ctx, dir, (exc_compute)compute);
+            result r = run(ctx, m, &p, compute ? 16 : 0, 0, 0);
+            verdict v = judge("qwen3_moe", &r);
+            show(half ? (compute ? "f16 stored, f32" : "f16 stored, bf16") : (compute ? "f32 stored, f32" : "f32 stored, bf16"), &v);
+            if (compute) assert_true(v.logits < 1e-4 && v.hidden < 1e-4 && v.greedy == 96);
+            else assert_true(v.logits < 1.4e-1 && v.same_experts >= 0.907);
+            free_result(&r);
+            exc_model_free(m);
+        }
+    }
+    free_prompts(&p);
+    exc_checkpoint_close(c);
+    exc_ctx_free(ctx);
+}
+
+/* ---------------------------------------------------------------------------------------- odd shapes against f64 */
+
+static void check_against_f64(tiny t)
+{
+    exc_ctx *ctx = test_ctx(2);
+    char *dir = test_tmpdir();
+    tiny_write(&t, dir);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_F32);
+    exc_prompts p = make_prompts(5, (int64_t[]){1, 3, 19, 33, 8}, t.vocab, t.seed);
+    result r = run(ctx, m, &p, 0, 2, 24);
+    for (int64_t i = 0; i < p.count; i++) {
+        int64_t n = length_of(&p, i), L = t.layers + 1, K = t.top_k;
+        double *hidden = calloc((size_t)(L * n * t.hidden), 8), *logits = calloc((size_t)(n * t.vocab), 8), margin;
+        int32_t *ids = calloc((size_t)(t.layers * n * K), 4);
+        tiny_forward(&t, p.tokens + p.begin[i], n, hidden, logits, ids, &margin);
+        if (margin > 1e-5) { /* a near tie may fall either way in f32 */
+            double dh = 0, nh = 0, dl = 0, nl = 0;
+            for (int64_t j = 0; j < L * n * t.hidden; j++) {
+                dh += pow((double)r.hidden[i][j] - hidden[j], 2);
+                nh += hidden[j] * hidden[j];
+            }
+            for (int64_t j = 0; j < n * t.vocab; j++) {
+                dl += pow((double)r.logits[i][j] - logits[j], 2);
+                nl += logits[j] * logits[j];
+            }
+            /* f32 rounding through a few layers: 1e-6 typical (the golden's own is 1.6e-6) */
+            if (!(sqrt(dh / nh) < 2e-5 && sqrt(dl / nl) < 2e-5))
+                fail_msg("prompt %d: hidden %.2e logits %.2e", (int)i, sqrt(dh / nh), sqrt(dl / nl));
+            for (int l = 0, row = 0; l < t.layers; l++)
+                if (tiny_is_moe(&t, l)) {
+                    assert_memory_equal(ids + (int64_t)l * n * K, r.ids[i] + (int64_t)row * n * K, (size_t)(n * K) * 4);
+                    row++;
+                }
+        }
+        free(hidden);
+        free(logits);
+        free(ids);
+    }
+    free_result(&r);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+    tiny_free(&t);
+}
+
+static void test_odd_shapes(void **state)
+{
+    tiny t = tiny_default();
+    check_against_f64(t);
+    t.renorm = 0;
+    t.seed = 2;
+    t.files = 3;
+    check_against_f64(t);
+    t = tiny_default();
+    t.only = "[1]"; /* a dense layer in the middle */
+    t.tied = 1;
+    t.dtype = "F32";
+    check_against_f64(t);
+    t = tiny_default();
+    t.sparse_step = 2; /* layers 1, 3 have experts */
+    t.layers = 4;
+    t.dtype = "F16";
+    check_against_f64(t);
+    t = (tiny){.layers = 2, .hidden = 33, .heads = 4, .kv = 4, .dim = 2, .vocab = 31, .experts = 2, .top_k = 2, .inner = 1, .context = 64,
+               .dense = 1, .sparse_step = 1, .renorm = 1, .files = 1, .dtype = "BF16", .seed = 5};
+    check_against_f64(t); /* every expert chosen, widths of 1 and 2 */
+    t = (tiny){.layers = 1, .hidden = 64, .heads = 6, .kv = 3, .dim = 32, .vocab = 257, .experts = 130, .top_k = 1, .inner = 48,
+               .context = 64, .dense = 1, .sparse_step = 1, .renorm = 0, .files = 1, .dtype = "BF16", .seed = 6};
+    check_against_f64(t); /* more experts than tokens, one chosen, its weight not renormalised to 1 */
+}
+
+/* ----------------------------------------------------------------------------------------------- same bits */
+
+static void test_threads(void **state)
+{
+    exc_prompts p = golden_prompts("qwen3_moe");
+    for (int compute = 0; compute < 2; compute++) {
+        result r[3];
+        exc_ctx *ctx[3];
+        exc_model *m[3];
+        for (int i = 0; i < 3; i++) {
+            ctx[i] = test_ctx(i == 2 ? 5 : i + 1);
+            m[i] = open_model(ctx[i], test_data("models/qwen3_moe"), (exc_compute)compute);
+            r[i] = run(ctx[i], m[i], &p, 9, 0, 0);
+        }
+        assert_same(&r[0], &r[1], 9);
+        assert_same(&r[0], &r[2], 9);
+        for (int i = 0; i < 3; i++) {
+            free_result(&r[i]);
+            exc_model_free(m[i]);
+            exc_ctx_free(ctx[i]);
+        }
+    }
+    free_prompts(&p);
+}
+
+static void test_batching(void **state)
+{
+    static const int64_t sizes[][2] = {{0, 0}, {1, 0}, {2, 16}, {6, 7}, {3, 1}}; /* sequences, tokens of a prefill step */
+    exc_prompts p = golden_prompts("qwen3_moe");
+    for (int compute = 0; compute < 2; compute++) {
+        exc_ctx_options opt = EXC_CTX_OPTIONS;
+        opt.threads = 2;
+        opt.reproducible = 1;
+        exc_ctx *ctx;
+        assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
+        exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), (exc_compute)compute);
+        result first = run(ctx, m, &p, 12, sizes[0][0], sizes[0][1]);
+        for (size_t i = 1; i < EXC_COUNT(sizes); i++) {
+            result r = run(ctx, m, &p, 12, sizes[i][0], sizes[i][1]);
+            assert_same(&first, &r, 12);
+            free_result(&r);
+        }
+        free_result(&first);
+        exc_model_free(m);
+        exc_ctx_free(ctx);
+    }
+    free_prompts(&p);
+}
+
+/* without the reproducible mode batching may move bits, but only roundings */
+static void test_batching_loose(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    for (int64_t batch = 1; batch <= 4; batch += 3) {
+        result r = run(ctx, m, &p, 16, batch, 10 * batch);
+        verdict v = judge("qwen3_moe", &r);
+        assert_true(v.logits < 1e-4 && v.hidden < 1e-4 && v.greedy == 96);
+        free_result(&r);
+    }
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* ------------------------------------------------------------------------------------------------ generation */
+
+static exc_reply *sample(exc_ctx *ctx, exc_model *m, const exc_prompts *p, float temperature, float top_p, uint64_t seed, int64_t batch)
+{
+    exc_decode d = {.max_new = 20, .temperature = temperature, .top_p = top_p, .seed = seed, .batch = batch};
+    exc_reply *r = NULL;
+    if (exc_decode_run(ctx, m, p, &d, &r)) fail_msg("%s", exc_ctx_error(ctx));
+    return r;
+}
+
+static int64_t equal_tokens(const exc_reply *a, const exc_reply *b, int64_t n)
+{
+    int64_t same = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (a[i].count != b[i].count || a[i].stopped != b[i].stopped) continue;
+        same += a[i].count == 0 || !memcmp(a[i].tokens, b[i].tokens, (size_t)a[i].count * 4);
+    }
+    return same;
+}
+
+static void test_sampling(void **state)
+{
+    exc_ctx_options opt = EXC_CTX_OPTIONS;
+    opt.reproducible = 1;
+    exc_ctx *ctx;
+    assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_BF16);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    exc_reply *a = sample(ctx, m, &p, 1.0f, 0.9f, 11, 0), *b = sample(ctx, m, &p, 1.0f, 0.9f, 11, 1), *c = sample(ctx, m, &p, 1.0f, 0.9f, 12, 0),
+              *greedy = sample(ctx, m, &p, 0, 0, 1, 2), *cold = sample(ctx, m, &p, 1e-6f, 1, 3, 0), *narrow = sample(ctx, m, &p, 1, 1e-9f, 4, 0);
+    assert_int_equal(equal_tokens(a, b, 6), 6); /* the seed decides, not the batching */
+    assert_true(equal_tokens(a, c, 6) < 6);
+    assert_int_equal(equal_tokens(greedy, cold, 6), 6); /* temperature to 0 and top-p to 0 both end at the largest logit */
+    assert_int_equal(equal_tokens(greedy, narrow, 6), 6);
+    exc_reply *all[] = {a, b, c, greedy, cold, narrow};
+    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_replies_free(all[i], 6);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* the end token stops a reply and is not part of it; the context ends replies too */
+static void test_stops(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    char *dir = test_tmpdir();
+    tiny t = tiny_default();
+    t.context = 24;
+    tiny_write(&t, dir);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_F32);
+    exc_prompts p = make_prompts(4, (int64_t[]){24, 20, 3, 1}, t.vocab, 3);
+    exc_decode d = {.max_new = 16};
+    exc_reply *all = NULL, *cut = NULL;
+    if (exc_decode_run(ctx, m, &p, &d, &all)) fail_msg("%s", exc_ctx_error(ctx));
+    assert_int_equal(all[0].count + all[0].stopped, 1); /* a full context still emits one token */
+    assert_true(all[1].count <= 4);
+    int64_t which = all[2].count > 3 ? 2 : 3;
+    assert_true(all[which].count > 3);
+    m->atlas->shape.eos[0] = all[which].tokens[3];
+    m->atlas->shape.n_eos = 1;
+    assert_int_equal(exc_decode_run(ctx, m, &p, &d, &cut), EXC_OK);
+    int64_t first = 0;
+    while (all[which].tokens[first] != all[which].tokens[3]) first++;
+    assert_int_equal(cut[which].stopped, 1);
+    assert_int_equal(cut[which].count, first);
+    d.ignore_eos = true; /* asked for exactly 16 new tokens: refused where the context has no room for them */
+    exc_reply *none = NULL;
+    test_refused(ctx, exc_decode_run(ctx, m, &p, &d, &none), EXC_ERR_INPUT, "prompt 1", "at most 24", "39", NULL);
+    exc_clear(ctx);
+    exc_replies_free(all, 4);
+    exc_replies_free(cut, 4);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+    tiny_free(&t);
+}
+
+/* logits of all positions equal those of the run, in prompt order, whole prompts handed along */
+typedef struct seen {
+    const result *r;
+    int64_t prompt, at;
+} seen;
+
+static exc_status look(exc_ctx *ctx, void *user, int64_t prompt, int64_t first, int64_t rows, const int32_t *tokens, const float *logits)
+{
+    seen *s = user;
+    if (prompt != s->prompt) {
+        assert_int_equal(prompt, s->prompt + 1);
+        s->prompt = prompt;
+        s->at = 0;
+    }
+    assert_int_equal(first, s->at);
+    assert_ptr_equal(tokens, s->r->p->tokens + s->r->p->begin[prompt]);
+    s->at += rows;
+    assert_true(test_relative(logits, s->r->logits[prompt] + first * s->r->s->vocab, (size_t)(rows * s->r->s->vocab)) < 1e-5);
+    return EXC_OK;
+}
+
+static void test_logits(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    result r = run(ctx, m, &p, 0, 0, 0);
+    seen s = {.r = &r, .prompt = -1};
+    assert_int_equal(exc_logits_run(ctx, m, &p, "look", look, &s), EXC_OK);
+    assert_int_equal(s.prompt, 5);
+    assert_int_equal(s.at, 64);
+    free_result(&r);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* the verb's file holds exactly the run */
+static void test_forward_file(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    char *dir = test_tmpdir();
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    result r = run(ctx, m, &p, 16, 0, 0);
+    exc_forward_options opt = {.size = sizeof opt, .emit_logits = 1, .emit_hidden = 1, .emit_routing = 1, .generate = 16};
+    const char *out = test_path(dir, "f.safetensors");
+    char *json = NULL;
+    if (exc_forward(ctx, m, &p, &opt, out, &json)) fail_msg("%s", exc_ctx_error(ctx));
+    assert_non_null(strstr(json, "\"tokens\":124"));
+    exc_free(json);
+    exc_tensors *f;
+    assert_int_equal(exc_tensors_open(ctx, out, &f), EXC_OK);
+    assert_int_equal(f->count, 6 * 6);
+    for (int64_t i = 0; i < 6; i++) {
+        size_t n = (size_t)length_of(&p, i), S = (size_t)(r.s->moe_layers * r.s->top_k) * n * 4;
+        assert_memory_equal(golden(f, i, "tokens"), p.tokens + p.begin[i], n * 4);
+        assert_memory_equal(golden(f, i, "logits"), r.logits[i], n * (size_t)r.s->vocab * 4);
+        assert_memory_equal(golden(f, i, "hidden"), r.hidden[i], n * (size_t)((r.s->layers + 1) * r.s->hidden) * 4);
+        assert_memory_equal(golden(f, i, "router_ids"), r.ids[i], S);
+        assert_memory_equal(golden(f, i, "router_weights"), r.weights[i], S);
+        assert_memory_equal(golden(f, i, "greedy"), r.replies[i].tokens, 64);
+    }
+    exc_tensors_close(f);
+    test_refused(ctx, exc_forward(ctx, m, &p, &opt, out, NULL), EXC_ERR_USAGE, "f.safetensors", NULL);
+    opt.force = 1;
+    opt.emit_logits = opt.emit_hidden = opt.emit_routing = opt.generate = 0;
+    assert_int_equal(exc_forward(ctx, m, &p, &opt, out, NULL), EXC_OK);
+    assert_int_equal(exc_tensors_open(ctx, out, &f), EXC_OK);
+    assert_int_equal(f->count, 6);
+    exc_tensors_close(f);
+    free_result(&r);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* generate on token prompts, from a folder without a tokenizer */
+static void test_generate_file(void **state)
+{
+    exc_ctx *ctx = test_ctx(2);
+    char *dir = test_tmpdir();
+    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    exc_prompts p = golden_prompts("qwen3_moe");
+    exc_generate_options opt = EXC_GENERATE_OPTIONS;
+    opt.max_new = 5;
+    const char *out = test_path(dir, "g.jsonl");
+    if (exc_generate(ctx, m, &p, &opt, out, NULL)) fail_msg("%s", exc_ctx_error(ctx));
+    size_t n;
+    char *text = test_read(out, &n);
+    int64_t i = 0;
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), i++) {
+        json_t *o = json_loads(line, 0, NULL);
+        assert_non_null(o);
+        assert_int_equal(json_array_size(json_object_get(o, "prompt")), (size_t)length_of(&p, i));
+        assert_true(json_is_null(json_object_get(o, "text")));
+        assert_true(json_array_size(json_object_get(o, "tokens")) <= 5);
+        assert_true(json_is_string(json_object_get(o, "stop")));
+        json_decref(o);
+    }
+    assert_int_equal(i, 6);
+    free(text);
+    opt.top_p = 1.5f;
+    test_refused(ctx, exc_generate(ctx, m, &p, &opt, out, NULL), EXC_ERR_USAGE, "top_p", NULL);
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* the f64 product behind output sums, at sizes that fill no panel and no group of rows */
+static void test_matvec(void **state)
+{
+    static const int64_t sizes[][3] = {{1, 1, 1}, {31, 33, 3}, {16, 32, 8}, {17, 127, 9}, {64, 48, 20}, {5, 7, 0}};
+    exc_ctx *ctx = test_ctx(2);
+    for (size_t i = 0; i < EXC_COUNT(sizes); i++)
+        for (int dtype = EXC_F32; dtype <= EXC_BF16; dtype++) {
+            int64_t n = sizes[i][0], k = sizes[i][1], rows = sizes[i][2];
+            float *w = calloc((size_t)(n * k), 4);
+            uint16_t *half = calloc((size_t)(n * k), 2);
+            double *x = calloc((size_t)(rows * k) + 1, 8), *y = calloc((size_t)(rows * n) + 1, 8);
+            for (int64_t j = 0; j < n * k; j++) {
+                half[j] = test_bf16(test_normal(i, (uint64_t)j));
+                w[j] = dtype == EXC_BF16 ? test_from_bf16(half[j]) : test_normal(i, (uint64_t)j);
+            }
+            for (int64_t j = 0; j < rows * k; j++) x[j] = (double)test_normal(99, (uint64_t)j) * 1e6;
+            y[rows * n] = 123; /* guard */
+            void *packed = exc_alloc(ctx, exc_packed_bytes(n, k, dtype), 1, "panels");
+            exc_packed p = {packed, n, k, dtype};
+            assert_int_equal(ctx->ops->pack(&ctx->queue, &(struct exc_pack_args){.w = dtype == EXC_BF16 ? (void *)half : (void *)w,
+                .w_dtype = dtype, .n = n, .k = k, .to = dtype, .out = packed}), EXC_OK);
+            assert_int_equal(ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = &p, .rows = rows, .y = y}), EXC_OK);
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t o = 0; o < n; o++) {
+                    double sum = 0, size = 0;
+                    for (int64_t j = 0; j < k; j++) {
+                        sum += x[r * k + j] * (double)w[o * k + j];
+                        size += fabs(x[r * k + j] * (double)w[o * k + j]);
+                    }
+                    assert_true(fabs(y[r * n + o] - sum) <= 1e-13 * size + 1e-300);
+                }
+            assert_true(y[rows * n] == 123);
+            exc_release(packed);
+            free(w);
+            free(half);
+            free(x);
+            free(y);
+        }
+    exc_ctx_free(ctx);
+}
+
+/* every allocation on the way may fail: the answer is an error, never a crash, and nothing stays behind */
+static void test_allocations_fail(void **state)
+{
+    exc_ctx *ctx = test_ctx(1);
+    char *dir = test_tmpdir();
+    tiny t = tiny_default();
+    t.layers = 1;
+    tiny_write(&t, dir);
+    exc_prompts p = make_prompts(2, (int64_t[]){3, 2}, t.vocab, 9);
+    exc_status st = EXC_ERR_MEMORY;
+    for (uint64_t n = 1; st != EXC_OK && n < 2000; n++) {
+        exc_model *m = NULL;
+        exc_reply *r = NULL;
+        exc_decode d = {.max_new = 3};
+        exc_alloc_fail_at(n);
+        st = exc_model_open(ctx, dir, NULL, &m);
+        if (!st) st = exc_decode_run(ctx, m, &p, &d, &r);
+        exc_alloc_fail_at(0);
+        if (st) {
+            assert_int_equal(st, EXC_ERR_MEMORY);
+            assert_true(strlen(exc_ctx_error(ctx)) > 0);
+        }
+        exc_replies_free(r, 2);
+        exc_model_free(m);
+        exc_clear(ctx);
+    }
+    assert_int_equal(st, EXC_OK);
+    free_prompts(&p);
+    exc_ctx_free(ctx);
+    tiny_free(&t);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_golden_f32),     cmocka_unit_test(test_golden_bf16),      cmocka_unit_test(test_golden_sums),
+        cmocka_unit_test(test_golden_variants), cmocka_unit_test(test_odd_shapes),      cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_batching),       cmocka_unit_test(test_batching_loose),   cmocka_unit_test(test_sampling),
+        cmocka_unit_test(test_stops),          cmocka_unit_test(test_logits),           cmocka_unit_test(test_forward_file),
+        cmocka_unit_test(test_generate_file),  cmocka_unit_test(test_matvec),
+        cmocka_unit_test(test_allocations_fail),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,356 @@
+/* tiny.h - random qwen3_moe checkpoints of any shape, made by the tests themselves, and the model computed a second time in
+ * plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
+ * the refusals are tested. Weights are counter-based, so a spec names its checkpoint. */
+#ifndef EXC_TEST_TINY_H
+#define EXC_TEST_TINY_H
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "helpers.h"
+
+typedef struct tiny_tensor {
+    char name[128];
+    int rank;
+    int64_t shape[3];
+    const char *dtype;   /* of this tensor in the header */
+    int drop, poison;    /* left out; element 0 becomes NaN */
+    double *value;       /* as stored (rounded to the dtype) */
+    int64_t count;
+} tiny_tensor;
+
+typedef struct tiny {
+    int layers, hidden, heads, kv, dim, vocab, experts, top_k, inner, dense, context;
+    const char *only;    /* mlp_only_layers as JSON, or NULL */
+    int sparse_step, tied, renorm, files;
+    const char *dtype;   /* "BF16", "F16", "F32" */
+    uint64_t seed;
+    const char *extra;   /* more config text: "\"key\":value," */
+    void (*spoil)(void *user, tiny_tensor *t);
+    void *user;
+    tiny_tensor *items;  /* made by tiny_write */
+    int count;
+} tiny;
+
+static inline tiny tiny_default(void)
+{
+    return (tiny){.layers = 3, .hidden = 40, .heads = 3, .kv = 1, .dim = 18, .vocab = 101, .experts = 7, .top_k = 3, .inner = 23,
+                  .dense = 37, .context = 256, .sparse_step = 1, .renorm = 1, .files = 1, .dtype = "BF16", .seed = 1};
+}
+
+static inline int tiny_is_moe(const tiny *t, int layer)
+{
+    char key[16];
+    if ((layer + 1) % t->sparse_step) return 0;
+    if (!t->only) return 1;
+    snprintf(key, sizeof key, "%d", layer); /* the lists of the tests hold single digits */
+    return strstr(t->only, key) == NULL;
+}
+
+static inline double tiny_round(double x, const char *dtype)
+{
+    if (!strcmp(dtype, "BF16")) return (double)test_from_bf16(test_bf16((float)x));
+    if (!strcmp(dtype, "F16")) return (double)(_Float16)(float)x;
+    return (double)(float)x;
+}
+
+static inline void tiny_add(tiny *t, const char *name, int64_t rows, int64_t cols, double scale, double mean)
+{
+    t->items = realloc(t->items, (size_t)(t->count + 1) * sizeof *t->items);
+    tiny_tensor *x = &t->items[t->count];
+    memset(x, 0, sizeof *x);
+    snprintf(x->name, sizeof x->name, "%s", name);
+    x->rank = cols ? 2 : 1;
+    x->shape[0] = rows;
+    x->shape[1] = cols;
+    x->dtype = t->dtype;
+    x->count = rows * (cols ? cols : 1);
+    x->value = malloc((size_t)x->count * sizeof(double));
+    for (int64_t i = 0; i < x->count; i++)
+        x->value[i] = tiny_round(mean + scale * (double)test_normal(t->seed * 1000 + (uint64_t)t->count, (uint64_t)i), t->dtype);
+    t->count++;
+}
+
+static inline void tiny_make(tiny *t)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden);
+    int q = t->heads * t->dim, kv = t->kv * t->dim;
+    tiny_add(t, "model.embed_tokens.weight", t->vocab, t->hidden, 1, 0);
+    for (int l = 0; l < t->layers; l++) {
+#define TINY_NAME(...) (snprintf(n, sizeof n, __VA_ARGS__), n)
+        tiny_add(t, TINY_NAME("model.layers.%d.input_layernorm.weight", l), t->hidden, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.post_attention_layernorm.weight", l), t->hidden, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, q, 1 / sqrt(q), 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->dim, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->dim, 0, 0.2, 1);
+        if (!tiny_is_moe(t, l)) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.down_proj.weight", l), t->hidden, t->dense, 1 / sqrt(t->dense), 0);
+            continue;
+        }
+        tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
+        for (int e = 0; e < t->experts; e++) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e), t->inner, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e), t->inner, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), t->hidden, t->inner, 1 / sqrt(t->inner), 0);
+        }
+    }
+    tiny_add(t, "model.norm.weight", t->hidden, 0, 0.2, 1);
+    if (!t->tied) tiny_add(t, "lm_head.weight", t->vocab, t->hidden, h, 0);
+}
+
+static inline void tiny_store(const tiny_tensor *x, void *to)
+{
+    for (int64_t i = 0; i < x->count; i++) {
+        double v = x->poison && i == x->poison - 1 ? (double)NAN : x->value[i];
+        if (!strcmp(x->dtype, "F32")) ((float *)to)[i] = (float)v;
+        else if (!strcmp(x->dtype, "F16")) ((_Float16 *)to)[i] = (_Float16)(float)v;
+        else ((uint16_t *)to)[i] = isnan(v) ? 0x7fc0 : test_bf16((float)v);
+    }
+}
+
+/* one safetensors file of items[from..to); element size 1 for dtypes that are none of ours */
+static inline void tiny_file(const tiny *t, const char *path, int from, int to)
+{
+    exc_buf head = {0};
+    size_t at = 0;
+    exc_buf_puts(&head, "{");
+    for (int i = from; i < to; i++) {
+        const tiny_tensor *x = &t->items[i];
+        if (x->drop) continue;
+        size_t unit = !strcmp(x->dtype, "F32") ? 4 : !strcmp(x->dtype, "F8_E4M3") ? 1 : 2, bytes = (size_t)x->count * unit;
+        exc_buf_printf(&head, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", head.len > 1 ? "," : "", x->name, x->dtype,
+                       (long long)x->shape[0]);
+        for (int d = 1; d < x->rank; d++) exc_buf_printf(&head, ",%lld", (long long)x->shape[d]);
+        exc_buf_printf(&head, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes);
+        at += bytes;
+    }
+    exc_buf_puts(&head, "}");
+    while (head.len % 8) exc_buf_puts(&head, " ");
+    uint8_t *all = calloc(1, 8 + head.len + at);
+    uint64_t n = head.len;
+    memcpy(all, &n, 8);
+    memcpy(all + 8, head.data, head.len);
+    at = 8 + head.len;
+    for (int i = from; i < to; i++) {
+        const tiny_tensor *x = &t->items[i];
+        if (x->drop) continue;
+        if (!strcmp(x->dtype, "F8_E4M3")) {
+            at += (size_t)x->count;
+            continue;
+        }
+        tiny_store(x, all + at);
+        at += (size_t)x->count * (!strcmp(x->dtype, "F32") ? 4 : 2);
+    }
+    test_write(path, all, at);
+    free(all);
+    exc_buf_free(&head);
+}
+
+static inline void tiny_config(const tiny *t, const char *dir)
+{
+    exc_buf b = {0};
+    exc_buf_printf(&b, "{%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"qwen3_moe\",\"hidden_size\":%d,"
+                       "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
+                       "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
+                       "\"max_position_embeddings\":%d,\"rms_norm_eps\":1e-06,\"rope_theta\":10000.0,\"hidden_act\":\"silu\","
+                       "\"norm_topk_prob\":%s,\"decoder_sparse_step\":%d,\"mlp_only_layers\":%s,\"tie_word_embeddings\":%s,"
+                       "\"eos_token_id\":2}",
+                   t->extra ? t->extra : "", t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
+                   t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
+                   t->tied ? "true" : "false");
+    test_write(test_path(dir, "config.json"), b.data, b.len);
+    exc_buf_free(&b);
+}
+
+/* writes the checkpoint; t->items stay for the oracle (tiny_free) */
+static inline void tiny_write(tiny *t, const char *dir)
+{
+    if (!t->items) tiny_make(t);
+    if (t->spoil)
+        for (int i = 0; i < t->count; i++) t->spoil(t->user, &t->items[i]);
+    tiny_config(t, dir);
+    if (t->files <= 1) {
+        tiny_file(t, test_path(dir, "model.safetensors"), 0, t->count);
+        return;
+    }
+    exc_buf index = {0};
+    exc_buf_puts(&index, "{\"metadata\":{\"total_size\":1},\"weight_map\":{");
+    int written = 0;
+    for (int f = 0; f < t->files; f++) {
+        char name[64];
+        int from = t->count * f / t->files, to = t->count * (f + 1) / t->files;
+        snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", f + 1, t->files);
+        tiny_file(t, test_path(dir, name), from, to);
+        for (int i = from; i < to; i++)
+            if (!t->items[i].drop) exc_buf_printf(&index, "%s\"%s\":\"%s\"", written++ ? "," : "", t->items[i].name, name);
+    }
+    exc_buf_puts(&index, "}}");
+    test_write(test_path(dir, "model.safetensors.index.json"), index.data, index.len);
+    exc_buf_free(&index);
+}
+
+static inline void tiny_free(tiny *t)
+{
+    for (int i = 0; i < t->count; i++) free(t->items[i].value);
+    free(t->items);
+    t->items = NULL;
+    t->count = 0;
+}
+
+/* ------------------------------------------------------------------------------------------- the model again, in f64 */
+
+static inline const double *tiny_find(const tiny *t, const char *name)
+{
+    for (int i = 0; i < t->count; i++)
+        if (!strcmp(t->items[i].name, name)) return t->items[i].value;
+    fail_msg("no tensor %s", name);
+    return NULL;
+}
+
+static inline void tiny_matmul(const double *x, const double *w, int64_t rows, int64_t k, int64_t n, double *y)
+{
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t o = 0; o < n; o++) {
+            double sum = 0;
+            for (int64_t i = 0; i < k; i++) sum += x[r * k + i] * w[o * k + i];
+            y[r * n + o] = sum;
+        }
+}
+
+static inline void tiny_norm(const double *x, const double *w, int64_t n, double *y)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    double scale = 1 / sqrt(sum / (double)n + 1e-6);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+static inline void tiny_mlp(const double *x, const double *g, const double *u, const double *d, int64_t h, int64_t inner, double weight,
+                            double *add)
+{
+    double *a = malloc((size_t)inner * 8), *b = malloc((size_t)inner * 8);
+    tiny_matmul(x, g, 1, h, inner, a);
+    tiny_matmul(x, u, 1, h, inner, b);
+    for (int64_t i = 0; i < inner; i++) a[i] = a[i] / (1 + exp(-a[i])) * b[i];
+    for (int64_t o = 0; o < h; o++)
+        for (int64_t i = 0; i < inner; i++) add[o] += weight * d[o * inner + i] * a[i];
+    free(a);
+    free(b);
+}
+
+static inline void tiny_rotate(double *x, int64_t dim, int64_t position)
+{
+    for (int64_t i = 0; i < dim / 2; i++) {
+        double angle = (double)position * pow(10000.0, -2.0 * (double)i / (double)dim), c = cos(angle), s = sin(angle);
+        double a = x[i], b = x[i + dim / 2];
+        x[i] = a * c - b * s;
+        x[i + dim / 2] = b * c + a * s;
+    }
+}
+
+/* hidden [L+1,T,H], logits [T,V], ids [L,T,K] (-1 in dense layers), margin: the smallest gap at a K boundary */
+static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T, double *hidden, double *logits, int32_t *ids,
+                                double *margin)
+{
+    int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, E = t->experts, K = t->top_k;
+    double *x = malloc((size_t)(T * H) * 8), *q = malloc((size_t)(T * Q) * 8), *k = malloc((size_t)(T * KV) * 8),
+           *v = malloc((size_t)(T * KV) * 8), *o = calloc((size_t)(T * Q), 8), *y = malloc((size_t)(T * H) * 8);
+    char n[128];
+    const double *embed = tiny_find(t, "model.embed_tokens.weight");
+    *margin = INFINITY;
+    for (int64_t r = 0; r < T; r++) memcpy(hidden + r * H, embed + tokens[r] * H, (size_t)H * 8);
+    for (int l = 0; l < t->layers; l++) {
+        double *h = hidden + (l + 1) * T * H;
+        memcpy(h, hidden + l * T * H, (size_t)(T * H) * 8);
+#define TINY_W(...) tiny_find(t, TINY_NAME(__VA_ARGS__))
+        for (int64_t r = 0; r < T; r++) tiny_norm(h + r * H, TINY_W("model.layers.%d.input_layernorm.weight", l), H, x + r * H);
+        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
+        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
+        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
+        for (int64_t r = 0; r < T; r++) {
+            for (int64_t i = 0; i < t->heads; i++) {
+                tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
+                tiny_rotate(q + r * Q + i * D, D, r);
+            }
+            for (int64_t i = 0; i < t->kv; i++) {
+                tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
+                tiny_rotate(k + r * KV + i * D, D, r);
+            }
+        }
+        memset(o, 0, (size_t)(T * Q) * 8);
+        for (int64_t r = 0; r < T; r++)
+            for (int64_t i = 0; i < t->heads; i++) {
+                const double *qi = q + r * Q + i * D;
+                int64_t g = i / (t->heads / t->kv);
+                double best = -INFINITY, total = 0, *p = malloc((size_t)(r + 1) * 8);
+                for (int64_t j = 0; j <= r; j++) {
+                    p[j] = 0;
+                    for (int64_t c = 0; c < D; c++) p[j] += qi[c] * k[j * KV + g * D + c];
+                    p[j] /= sqrt((double)D);
+                    best = fmax(best, p[j]);
+                }
+                for (int64_t j = 0; j <= r; j++) total += p[j] = exp(p[j] - best);
+                for (int64_t j = 0; j <= r; j++)
+                    for (int64_t c = 0; c < D; c++) o[r * Q + i * D + c] += p[j] / total * v[j * KV + g * D + c];
+                free(p);
+            }
+        tiny_matmul(o, TINY_W("model.layers.%d.self_attn.o_proj.weight", l), T, Q, H, y);
+        for (int64_t i = 0; i < T * H; i++) h[i] += y[i];
+        for (int64_t r = 0; r < T; r++) {
+            tiny_norm(h + r * H, TINY_W("model.layers.%d.post_attention_layernorm.weight", l), H, x + r * H);
+            int32_t *chosen = ids + ((int64_t)l * T + r) * K;
+            if (!tiny_is_moe(t, l)) {
+                for (int64_t j = 0; j < K; j++) chosen[j] = -1;
+                tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.gate_proj.weight", l), TINY_W("model.layers.%d.mlp.up_proj.weight", l),
+                         TINY_W("model.layers.%d.mlp.down_proj.weight", l), H, t->dense, 1, h + r * H);
+                continue;
+            }
+            double *z = malloc((size_t)E * 8), top = -INFINITY, all = 0, sum = 0;
+            tiny_matmul(x + r * H, TINY_W("model.layers.%d.mlp.gate.weight", l), 1, H, E, z);
+            for (int64_t e = 0; e < E; e++) top = fmax(top, z[e]);
+            for (int64_t e = 0; e < E; e++) all += exp(z[e] - top);
+            double weight[64], last = 0;
+            for (int64_t j = 0; j <= K && j < E; j++) {
+                int64_t at = -1;
+                for (int64_t e = 0; e < E; e++) {
+                    int used = 0;
+                    for (int64_t i = 0; i < j; i++) used |= chosen[i] == e;
+                    if (!used && (at < 0 || z[e] > z[at])) at = e;
+                }
+                if (j == K) {
+                    *margin = fmin(*margin, last - z[at]);
+                    break;
+                }
+                chosen[j] = (int32_t)at;
+                last = z[at];
+                sum += weight[j] = exp(z[at] - top) / all;
+            }
+            for (int64_t j = 0; j < K; j++) {
+                int e = chosen[j];
+                tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e),
+                         TINY_W("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e),
+                         TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm ? sum : 1),
+                         h + r * H);
+            }
+            free(z);
+        }
+    }
+    for (int64_t r = 0; r < T; r++)
+        tiny_norm(hidden + (t->layers * T + r) * H, tiny_find(t, "model.norm.weight"), H, x + r * H);
+    tiny_matmul(x, tiny_find(t, t->tied ? "model.embed_tokens.weight" : "lm_head.weight"), T, H, t->vocab, logits);
+    free(x);
+    free(q);
+    free(k);
+    free(v);
+    free(o);
+    free(y);
+}
+
+#endif

@@ -21,6 +21,11 @@ typedef struct sink {
 
 static int64_t prompt_length(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
 
+/* buffers and cache of the run just done */
+static json_int_t state_bytes(const exc_model *m) {
+    return m->spare ? (json_int_t)exc_session_bytes(m->spare) : 0;
+}
+
 static exc_status declare(exc_writer *w, const char *what, int64_t i, exc_dtype dtype, int rank, int64_t a,
                           int64_t b, int64_t c) {
     char name[64];
@@ -159,9 +164,11 @@ exc_status exc_forward(exc_ctx *ctx, exc_model *m, const exc_prompts *prompts,
     exc_release(k.ids);
     exc_release(k.weights);
     if (st || !json) return st;
-    json_t *o = json_pack("{s:s,s:I,s:I,s:I,s:f}", "out", out, "prompts", (json_int_t)prompts->count,
-                          "tokens", (json_int_t)prompts->begin[prompts->count], "generated",
-                          (json_int_t)(prompts->count * opt.generate), "seconds", exc_seconds() - t0);
+    json_t *o =
+        json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:f}", "out", out, "prompts", (json_int_t)prompts->count,
+                  "tokens", (json_int_t)prompts->begin[prompts->count], "generated",
+                  (json_int_t)(prompts->count * opt.generate), "weight_bytes", (json_int_t)m->weight_bytes,
+                  "state_bytes", state_bytes(m), "seconds", exc_seconds() - t0);
     *json = o ? exc_json_text(ctx, o) : NULL;
     json_decref(o);
     return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "forward: no memory for the result");

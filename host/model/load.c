@@ -17,7 +17,7 @@
 
 #define BLOCK_BYTES                                                                                          \
     ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
-#define RELEASE_BYTES ((size_t)16 << 20) /* mapped bytes read before their pages are given back */
+#define PAGE ((uint64_t)4096)
 
 typedef struct carve {
     uint8_t *base; /* NULL: only measuring */
@@ -43,7 +43,6 @@ typedef struct loader {
     exc_loaded *l;
     uint8_t *stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
     size_t stage_bytes;
-    size_t mapped; /* bytes read since pages were last given back */
     uint64_t done, total;
 } loader;
 
@@ -125,15 +124,20 @@ static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
 /* ------------------------------------------------------------------------------------------------------
  * reading */
 
-static void give_back_pages(loader *r, size_t just_read) {
-    r->mapped += just_read;
-    if (r->mapped < RELEASE_BYTES) return;
-    r->mapped = 0;
-    for (int i = 0; i < r->a->files->n_files; i++) {
-        exc_tensors *f = r->a->files->files[i];
-        madvise((void *)(uintptr_t)f->map, f->size,
-                MADV_DONTNEED); /* clean file pages: read again if needed */
-    }
+/* advice on the pages that hold a weight; the edges are shared with neighbours, which may then be read again
+ */
+static void advise(const loader *r, const exc_weight *w, int advice) {
+    const exc_tensor *t = w->tensor;
+    const exc_tensors *f = r->a->files->files[t->shard];
+    uint64_t first = t->begin / PAGE * PAGE;
+    if (t->end - t->begin >= 4 * PAGE)
+        madvise((void *)(uintptr_t)(f->map + first), (size_t)(t->end - first), advice);
+}
+
+/* starts reading the next layer while this one is packed */
+static void read_ahead(const loader *r, int64_t layer) {
+    for (size_t i = 0; i < r->a->count; i++)
+        if (r->a->items[i].layer == layer) advise(r, &r->a->items[i], MADV_WILLNEED);
 }
 
 static exc_status call(exc_ctx *ctx, exc_status st, const char *op, const exc_weight *w) {
@@ -209,7 +213,7 @@ static exc_status pack_weight(loader *r, const exc_weight *w, int to, uint8_t *o
                  "pack", w));
     }
     r->done += t->end - t->begin;
-    give_back_pages(r, (size_t)(t->end - t->begin));
+    advise(r, w, MADV_DONTNEED); /* clean pages of a file: the cache keeps them, this process does not */
     return exc_progress(ctx, "load", r->done, r->total, "bytes");
 }
 
@@ -230,7 +234,7 @@ static exc_status copy_weight(loader *r, const exc_weight *w, int to, void *out)
                  "convert", w));
     if (bad) return not_finite(r, w, index, bad);
     r->done += w->tensor->end - w->tensor->begin;
-    give_back_pages(r, (size_t)(w->tensor->end - w->tensor->begin));
+    advise(r, w, MADV_DONTNEED);
     return EXC_OK;
 }
 
@@ -285,21 +289,20 @@ static exc_status load_all(loader *r) {
     const exc_shape *s = &r->a->shape;
     for (size_t i = 0; i < r->a->count; i++)
         r->total += r->a->items[i].tensor->end - r->a->items[i].tensor->begin;
-    for (int i = 0; i < r->a->files->n_files; i++) {
-        exc_tensors *f = r->a->files->files[i];
-        madvise((void *)(uintptr_t)f->map, f->size, MADV_WILLNEED);
-    }
+    read_ahead(r, -1);
+    read_ahead(r, 0);
     const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
     if (s->tied) r->total += embed->tensor->end - embed->tensor->begin; /* read twice: as table and as head */
     EXC_TRY(copy_weight(r, embed, embed->tensor->dtype, r->l->embed));
-    for (int64_t i = 0; i < s->layers; i++) EXC_TRY(load_layer(r, i));
+    for (int64_t i = 0; i < s->layers; i++) {
+        read_ahead(r, i + 1);
+        EXC_TRY(load_layer(r, i));
+    }
     EXC_TRY(load_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
     EXC_TRY(load_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
     double step = -2.0 / (double)s->head_dim;
     for (int64_t i = 0; i < s->head_dim / 2; i++)
         r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
-    r->mapped = RELEASE_BYTES;
-    give_back_pages(r, 0);
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
 }
 

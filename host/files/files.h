@@ -130,5 +130,10 @@ exc_status exc_prompts_read(exc_ctx *ctx, const exc_tokenizer *t, const exc_chat
 /* list of non-empty lines of a UTF-8 text file, errors with file and line; used for markers, neutral text, .txt prompts */
 exc_status exc_lines_read(exc_ctx *ctx, const char *path, char ***lines, size_t *count); /* exc_lines_free */
 void exc_lines_free(char **lines, size_t count);
+/* literal phrases, found in a text whatever the case (files/phrases.c); find gives the first phrase's number or -1 */
+typedef struct exc_phrases exc_phrases;
+exc_status exc_phrases_open(exc_ctx *ctx, char *const *lines, size_t count, exc_phrases **out);
+int64_t exc_phrases_find(const exc_phrases *p, const char *text, size_t n);
+void exc_phrases_close(exc_phrases *p);
 
 #endif

@@ -303,18 +303,31 @@ static void shorten(const exc_job *j, json_t *v)
     }
 }
 
+/* what the model is, from its headers, under the last part of its folder's name */
+static exc_status describe(work *w, json_t **out)
+{
+    char *text = NULL, *real = realpath(w->job->model, NULL);
+    exc_status st = exc_inspect(w->ctx, w->job->model, &text);
+    if (st == EXC_OK) st = parse(w, "model", text, out);
+    if (st == EXC_OK && real && strrchr(real, '/')[1]) json_object_set_new(*out, "name", json_string(strrchr(real, '/') + 1));
+    free(real);
+    return st;
+}
+
 /* report.json without what differs between two runs of the same work: which steps were skipped is the terminal's business */
 static exc_status assemble(work *w, json_t **out)
 {
     char *text = NULL;
-    json_t *engine = NULL, *r = json_object(), *steps = json_array(), *s;
+    json_t *engine = NULL, *model = NULL, *r = json_object(), *steps = json_array(), *s;
     size_t i;
     exc_status st = exc_ctx_describe(w->ctx, &text);
     if (st == EXC_OK) st = parse(w, "engine", text, &engine);
+    if (st == EXC_OK) st = describe(w, &model);
     json_object_set_new(r, "excise_report", json_integer(1));
     json_object_set_new(r, "version", json_string(EXC_VERSION));
     if (engine) json_object_set_new(r, "engine", engine);
     json_object_set_new(r, "job", json_deep_copy(w->job->source));
+    if (model) json_object_set_new(r, "model", model);
     json_array_foreach(exc_ledger_steps(w->ledger), i, s) {
         const char *name = json_string_value(json_object_get(s, "step"));
         if (!name || !strcmp(name, "report")) continue;

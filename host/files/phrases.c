@@ -1,7 +1,7 @@
-/* phrases.c - does a text contain one of these phrases, whatever the case? Phrases are literal text (no pattern syntax),
- * compared by Unicode simple case folding, which PCRE2 knows: a byte-wise tolower would miss "É" against "é". One compiled
- * pattern a phrase; texts that are not valid UTF-8 (a reply may end inside a character) are searched with invalid bytes as
- * places where nothing matches. */
+/* phrases.c - does a text contain one of these phrases, whatever the case? Phrases are literal text (no
+ * pattern syntax), compared by Unicode simple case folding, which PCRE2 knows: a byte-wise tolower would miss
+ * "É" against "é". One compiled pattern a phrase; texts that are not valid UTF-8 (a reply may end inside a
+ * character) are searched with invalid bytes as places where nothing matches. */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 #include <string.h>
@@ -14,8 +14,7 @@ struct exc_phrases {
     size_t count;
 };
 
-exc_status exc_phrases_open(exc_ctx *ctx, char *const *lines, size_t count, exc_phrases **out)
-{
+exc_status exc_phrases_open(exc_ctx *ctx, char *const *lines, size_t count, exc_phrases **out) {
     *out = NULL;
     exc_phrases *p = exc_zalloc(ctx, 1, sizeof *p, "phrases");
     if (!p) return EXC_ERR_MEMORY;
@@ -26,7 +25,8 @@ exc_status exc_phrases_open(exc_ctx *ctx, char *const *lines, size_t count, exc_
         int error;
         PCRE2_SIZE at;
         p->code[i] = pcre2_compile((PCRE2_SPTR)lines[i], strlen(lines[i]),
-                                   PCRE2_LITERAL | PCRE2_CASELESS | PCRE2_UTF | PCRE2_MATCH_INVALID_UTF, &error, &at, NULL);
+                                   PCRE2_LITERAL | PCRE2_CASELESS | PCRE2_UTF | PCRE2_MATCH_INVALID_UTF,
+                                   &error, &at, NULL);
         if (!p->code[i]) {
             st = exc_fail(ctx, EXC_ERR_INPUT, "phrase %zu: expected UTF-8 text, found %s", i + 1,
                           exc_show(lines[i], strlen(lines[i])));
@@ -34,20 +34,20 @@ exc_status exc_phrases_open(exc_ctx *ctx, char *const *lines, size_t count, exc_
         }
         p->count++;
     }
-    if (st != EXC_OK) exc_phrases_close(p);
-    else *out = p;
+    if (st != EXC_OK)
+        exc_phrases_close(p);
+    else
+        *out = p;
     return st;
 }
 
-int64_t exc_phrases_find(const exc_phrases *p, const char *text, size_t n)
-{
+int64_t exc_phrases_find(const exc_phrases *p, const char *text, size_t n) {
     for (size_t i = 0; i < p->count; i++)
         if (pcre2_match(p->code[i], (PCRE2_SPTR)text, n, 0, 0, p->match, NULL) >= 0) return (int64_t)i;
     return -1;
 }
 
-void exc_phrases_close(exc_phrases *p)
-{
+void exc_phrases_close(exc_phrases *p) {
     if (!p) return;
     for (size_t i = 0; i < p->count; i++) pcre2_code_free(p->code[i]);
     pcre2_match_data_free(p->match);

@@ -1,9 +1,10 @@
 /* evaluate.c - exc_evaluate: what a model answers, before and after an edit, side by side.
  *
- * Target and baseline prompts get greedy replies from both models, judged by verdict.c; the first new token's KL is taken on
- * the baseline prompts, KL at all positions, perplexity and routing agreement on neutral text (tandem.c). A low marker
- * rate and a low KL can be met by gibberish, so right answers and degenerate replies stand beside them. Rates carry
- * Wilson intervals, means a bootstrap over prompts or lines (interval.c). What was not asked for is null. */
+ * Target and baseline prompts get greedy replies from both models, judged by verdict.c; the first new token's
+ * KL is taken on the baseline prompts, KL at all positions, perplexity and routing agreement on neutral text
+ * (tandem.c). A low marker rate and a low KL can be met by gibberish, so right answers and degenerate replies
+ * stand beside them. Rates carry Wilson intervals, means a bootstrap over prompts or lines (interval.c). What
+ * was not asked for is null. */
 #include <math.h>
 #include <string.h>
 
@@ -13,7 +14,12 @@ enum { TARGET, BASELINE, SETS };
 enum { BEFORE, AFTER, MODELS };
 static const char *const set_name[SETS] = {"target", "baseline"};
 
-typedef struct verdict { char *text; int flaws; bool marked, right; int64_t tokens; } verdict;
+typedef struct verdict {
+    char *text;
+    int flaws;
+    bool marked, right;
+    int64_t tokens;
+} verdict;
 
 typedef struct judging {
     exc_ctx *ctx;
@@ -28,11 +34,11 @@ typedef struct judging {
     const char **expected[SETS]; /* [P] first right answer or NULL */
 } judging;
 
-/* ------------------------------------------------------------------------------------------------------- replies */
+/* -------------------------------------------------------------------------------------------------------
+ * replies */
 
 /* A reply may stop inside a character: such bytes become U+FFFD, so that texts can go into JSON and CSV. */
-static void repair(exc_buf *text)
-{
+static void repair(exc_buf *text) {
     size_t at = 0, bad;
     if (!text->data || exc_utf8_valid(text->data, text->len, NULL)) return;
     exc_buf whole = {0};
@@ -46,11 +52,11 @@ static void repair(exc_buf *text)
     *text = whole;
 }
 
-static exc_status judge_reply(judging *j, int set, int64_t i, const exc_reply *reply, verdict *v)
-{
+static exc_status judge_reply(judging *j, int set, int64_t i, const exc_reply *reply, verdict *v) {
     exc_buf text = {0};
     exc_buf_puts(&text, "");
-    exc_status st = exc_tokenizer_decode(j->ctx, j->tokenizer, reply->tokens, (size_t)reply->count, true, &text);
+    exc_status st =
+        exc_tokenizer_decode(j->ctx, j->tokenizer, reply->tokens, (size_t)reply->count, true, &text);
     if (st != EXC_OK) {
         exc_buf_free(&text);
         return st;
@@ -71,24 +77,26 @@ static exc_status judge_reply(judging *j, int set, int64_t i, const exc_reply *r
     return EXC_OK;
 }
 
-static exc_status replies_of(judging *j, int set, int which)
-{
+static exc_status replies_of(judging *j, int set, int which) {
     const exc_prompts *p = j->set[set];
     char step[48];
-    snprintf(step, sizeof step, "%s replies %s", set_name[set], which == BEFORE ? "before" : j->model[BEFORE] ? "after" : "");
+    snprintf(step, sizeof step, "%s replies %s", set_name[set],
+             which == BEFORE    ? "before"
+             : j->model[BEFORE] ? "after"
+                                : "");
     exc_decode d = {.max_new = j->max_new, .step = step};
     exc_reply *replies = NULL;
     j->said[set][which] = exc_zalloc(j->ctx, (size_t)p->count, sizeof(verdict), "replies");
     if (!j->said[set][which]) return EXC_ERR_MEMORY;
     EXC_TRY(exc_decode_run(j->ctx, j->model[which], p, &d, &replies));
     exc_status st = EXC_OK;
-    for (int64_t i = 0; i < p->count && st == EXC_OK; i++) st = judge_reply(j, set, i, &replies[i], &j->said[set][which][i]);
+    for (int64_t i = 0; i < p->count && st == EXC_OK; i++)
+        st = judge_reply(j, set, i, &replies[i], &j->said[set][which][i]);
     exc_replies_free(replies, p->count);
     return st;
 }
 
-static exc_status expect(judging *j, int set)
-{
+static exc_status expect(judging *j, int set) {
     const exc_prompts *p = j->set[set];
     int64_t known = 0;
     j->expected[set] = exc_zalloc(j->ctx, (size_t)p->count, sizeof(char *), "expected answers");
@@ -100,19 +108,21 @@ static exc_status expect(judging *j, int set)
         known += a != NULL;
     }
     if (j->o->answers && !known)
-        exc_warn(j->ctx, "%s: has no answer to any of the %lld %s prompts; no right answers are counted", j->o->answers,
-                 (long long)p->count, set_name[set]);
+        exc_warn(j->ctx, "%s: has no answer to any of the %lld %s prompts; no right answers are counted",
+                 j->o->answers, (long long)p->count, set_name[set]);
     return EXC_OK;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- JSON */
+/* ----------------------------------------------------------------------------------------------------------
+ * JSON */
 
 static json_t *number(double x) { return isfinite(x) ? json_real(x) : json_null(); }
-static json_t *pair(double lo, double hi) { return isfinite(lo) && isfinite(hi) ? json_pack("[f,f]", lo, hi) : json_null(); }
+static json_t *pair(double lo, double hi) {
+    return isfinite(lo) && isfinite(hi) ? json_pack("[f,f]", lo, hi) : json_null();
+}
 
 /* KEY: k/n and KEY_ci: its interval; null when nothing could be counted */
-static void put_rate(json_t *o, const char *key, int64_t k, int64_t n)
-{
+static void put_rate(json_t *o, const char *key, int64_t k, int64_t n) {
     char ci[48];
     double lo, hi;
     exc_wilson(k, n, &lo, &hi);
@@ -121,8 +131,7 @@ static void put_rate(json_t *o, const char *key, int64_t k, int64_t n)
     json_object_set_new(o, ci, n ? pair(lo, hi) : json_null());
 }
 
-static json_t *set_json(const judging *j, int set, int which)
-{
+static json_t *set_json(const judging *j, int set, int which) {
     const verdict *v = j->said[set][which];
     int64_t n = j->set[set]->count, marked = 0, right = 0, known = 0, flawed = 0, flaw[3] = {0}, tokens = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -141,14 +150,14 @@ static json_t *set_json(const judging *j, int set, int which)
     json_object_set_new(o, "marked", j->phrases ? json_integer(marked) : json_null());
     json_object_set_new(o, "correct", known ? json_integer(right) : json_null());
     json_object_set_new(o, "with_answer", json_integer(known));
-    json_object_set_new(o, "degenerate", json_pack("{s:I,s:I,s:I}", "empty", (json_int_t)flaw[0], "truncated", (json_int_t)flaw[1],
-                                                   "loop", (json_int_t)flaw[2]));
+    json_object_set_new(o, "degenerate",
+                        json_pack("{s:I,s:I,s:I}", "empty", (json_int_t)flaw[0], "truncated",
+                                  (json_int_t)flaw[1], "loop", (json_int_t)flaw[2]));
     json_object_set_new(o, "mean_tokens", number((double)tokens / (double)n));
     return o;
 }
 
-static json_t *example(const judging *j, int set, int64_t i)
-{
+static json_t *example(const judging *j, int set, int64_t i) {
     json_t *x = json_object();
     const char *request = j->set[set]->text[i];
     json_object_set_new(x, "set", json_string(set_name[set]));
@@ -158,23 +167,26 @@ static json_t *example(const judging *j, int set, int64_t i)
         if (!j->model[m]) continue;
         const verdict *v = &j->said[set][m][i];
         json_object_set_new(x, m == BEFORE ? "before" : "after", json_string(v->text));
-        json_object_set_new(x, m == BEFORE ? "before_verdict" : "after_verdict",
-                            json_pack("{s:b,s:b,s:b}", "marked", v->marked, "right", v->right, "degenerate", v->flaws != 0));
+        json_object_set_new(
+            x, m == BEFORE ? "before_verdict" : "after_verdict",
+            json_pack("{s:b,s:b,s:b}", "marked", v->marked, "right", v->right, "degenerate", v->flaws != 0));
     }
     if (j->expected[set][i]) json_object_set_new(x, "answer", json_string(j->expected[set][i]));
     return x;
 }
 
-/* Examples stand at even distances through both sets, so that nobody picked them; failures are those that went wrong. */
-static void put_examples(const judging *j, json_t *result)
-{
+/* Examples stand at even distances through both sets, so that nobody picked them; failures are those that
+ * went wrong. */
+static void put_examples(const judging *j, json_t *result) {
     json_t *even = json_array(), *failed = json_array();
     int sets = (j->set[TARGET] != NULL) + (j->set[BASELINE] != NULL);
     for (int s = 0; s < SETS; s++) {
         if (!j->set[s]) continue;
-        int64_t n = j->set[s]->count, want = sets == 2 ? (j->examples + (s == TARGET)) / 2 : j->examples, left = j->examples;
+        int64_t n = j->set[s]->count, want = sets == 2 ? (j->examples + (s == TARGET)) / 2 : j->examples,
+                left = j->examples;
         if (want > n) want = n;
-        for (int64_t e = 0; e < want; e++) json_array_append_new(even, example(j, s, (2 * e + 1) * n / (2 * want)));
+        for (int64_t e = 0; e < want; e++)
+            json_array_append_new(even, example(j, s, (2 * e + 1) * n / (2 * want)));
         for (int64_t i = 0; i < n && left > 0; i++) {
             const verdict *v = &j->said[s][AFTER][i];
             if (!v->marked && !v->flaws && (v->right || !j->expected[s][i])) continue;
@@ -186,29 +198,32 @@ static void put_examples(const judging *j, json_t *result)
     json_object_set_new(result, "failures", failed);
 }
 
-static void put_same_replies(const judging *j, json_t *result)
-{
+static void put_same_replies(const judging *j, json_t *result) {
     if (!j->model[BEFORE]) return;
     for (int s = 0; s < SETS; s++) {
         if (!j->set[s]) continue;
         int64_t same = 0, n = j->set[s]->count;
-        for (int64_t i = 0; i < n; i++) same += !strcmp(j->said[s][BEFORE][i].text, j->said[s][AFTER][i].text);
+        for (int64_t i = 0; i < n; i++)
+            same += !strcmp(j->said[s][BEFORE][i].text, j->said[s][AFTER][i].text);
         put_rate(result, s == TARGET ? "target_replies_same" : "baseline_replies_same", same, n);
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ two models at once */
+/* ------------------------------------------------------------------------------------------------ two models
+ * at once */
 
 enum { KL, NLL_BEFORE, NLL_AFTER, TOP, ROUTES };
 
 /* ratio of two sums over units, and its interval */
-static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what, double *value, double *lo, double *hi)
-{
-    double *num = exc_alloc(j->ctx, (size_t)n, sizeof *num, "sums by prompt"), *den = exc_alloc(j->ctx, (size_t)n, sizeof *den, "sums by prompt");
+static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what, double *value, double *lo,
+                        double *hi) {
+    double *num = exc_alloc(j->ctx, (size_t)n, sizeof *num, "sums by prompt"),
+           *den = exc_alloc(j->ctx, (size_t)n, sizeof *den, "sums by prompt");
     exc_status st = num && den ? EXC_OK : EXC_ERR_MEMORY;
     double a = 0, b = 0;
     for (int64_t i = 0; i < n && st == EXC_OK; i++) {
-        const double top[] = {u[i].kl, u[i].nll[0], u[i].nll[1], (double)u[i].same_top, (double)u[i].same_routes};
+        const double top[] = {u[i].kl, u[i].nll[0], u[i].nll[1], (double)u[i].same_top,
+                              (double)u[i].same_routes};
         const int64_t below[] = {u[i].rows, u[i].predicted, u[i].predicted, u[i].rows, u[i].routes};
         a += num[i] = top[what];
         b += den[i] = (double)below[what];
@@ -220,8 +235,8 @@ static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what
     return st;
 }
 
-static exc_status put_ratio(const judging *j, json_t *to, const char *key, const exc_unit *u, int64_t n, int what, bool exponent)
-{
+static exc_status put_ratio(const judging *j, json_t *to, const char *key, const exc_unit *u, int64_t n,
+                            int what, bool exponent) {
     double value, lo, hi;
     char ci[48];
     EXC_TRY(ratio(j, u, n, what, &value, &lo, &hi));
@@ -236,8 +251,7 @@ static exc_status put_ratio(const judging *j, json_t *to, const char *key, const
     return EXC_OK;
 }
 
-static exc_status first_token(const judging *j, json_t *result)
-{
+static exc_status first_token(const judging *j, json_t *result) {
     const exc_prompts *p = j->set[BASELINE];
     if (!p || !j->model[BEFORE]) return EXC_OK;
     exc_unit *u = exc_alloc(j->ctx, (size_t)p->count, sizeof *u, "comparison by prompt");
@@ -249,8 +263,7 @@ static exc_status first_token(const judging *j, json_t *result)
     return st;
 }
 
-static exc_status neutral_text(const judging *j, json_t *result, json_t *const of[MODELS])
-{
+static exc_status neutral_text(const judging *j, json_t *result, json_t *const of[MODELS]) {
     const exc_prompts *p = j->neutral;
     if (!p) return EXC_OK;
     exc_unit *u = exc_alloc(j->ctx, (size_t)p->count, sizeof *u, "comparison by line");
@@ -277,10 +290,10 @@ static exc_status neutral_text(const judging *j, json_t *result, json_t *const o
     return st;
 }
 
-/* ------------------------------------------------------------------------------------------------------ the whole */
+/* ------------------------------------------------------------------------------------------------------ the
+ * whole */
 
-static exc_status load(judging *j)
-{
+static exc_status load(judging *j) {
     const exc_evaluate_options *o = j->o;
     const char *dir = j->model[AFTER]->dir, *files[SETS] = {o->target, o->baseline};
     EXC_TRY(exc_tokenizer_load(j->ctx, dir, &j->tokenizer));
@@ -288,8 +301,9 @@ static exc_status load(judging *j)
         char **lines = NULL;
         size_t count = 0;
         EXC_TRY(exc_lines_read(j->ctx, o->markers, &lines, &count));
-        exc_status st = count ? exc_phrases_open(j->ctx, lines, count, &j->phrases)
-                              : exc_fail(j->ctx, EXC_ERR_INPUT, "%s: expected one phrase a line, found none", o->markers);
+        exc_status st =
+            count ? exc_phrases_open(j->ctx, lines, count, &j->phrases)
+                  : exc_fail(j->ctx, EXC_ERR_INPUT, "%s: expected one phrase a line, found none", o->markers);
         exc_lines_free(lines, count);
         EXC_TRY(st);
     }
@@ -308,8 +322,7 @@ static exc_status load(judging *j)
     return EXC_OK;
 }
 
-static void release(judging *j)
-{
+static void release(judging *j) {
     for (int s = 0; s < SETS; s++) {
         for (int m = 0; m < MODELS; m++) {
             for (int64_t i = 0; j->said[s][m] && i < j->set[s]->count; i++) exc_free(j->said[s][m][i].text);
@@ -324,19 +337,19 @@ static void release(judging *j)
     exc_tokenizer_free(j->tokenizer);
 }
 
-static json_t *rules(const judging *j)
-{
+static json_t *rules(const judging *j) {
     char truncated[96], loop[128];
     snprintf(truncated, sizeof truncated, "%lld tokens without an end token", (long long)j->max_new);
-    snprintf(loop, sizeof loop, "ends in one n-gram at least %d times in a row over at least %d tokens", EXC_LOOP_REPEATS, EXC_LOOP_TOKENS);
-    return json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "marked", "contains a phrase of the markers file, whatever the case",
-                     "correct", "equals the expected answer after trimming white space", "degenerate", "empty, truncated or a loop",
-                     "truncated", truncated, "loop", loop, "rate_ci", "95 %, Wilson score", "mean_ci",
-                     "95 %, percentile bootstrap over whole prompts or lines, 1000 draws");
+    snprintf(loop, sizeof loop, "ends in one n-gram at least %d times in a row over at least %d tokens",
+             EXC_LOOP_REPEATS, EXC_LOOP_TOKENS);
+    return json_pack(
+        "{s:s,s:s,s:s,s:s,s:s,s:s,s:s}", "marked", "contains a phrase of the markers file, whatever the case",
+        "correct", "equals the expected answer after trimming white space", "degenerate",
+        "empty, truncated or a loop", "truncated", truncated, "loop", loop, "rate_ci", "95 %, Wilson score",
+        "mean_ci", "95 %, percentile bootstrap over whole prompts or lines, 1000 draws");
 }
 
-static exc_status judge_all(judging *j, json_t *result, json_t *const of[MODELS])
-{
+static exc_status judge_all(judging *j, json_t *result, json_t *const of[MODELS]) {
     for (int m = 0; m < MODELS; m++)
         for (int s = 0; s < SETS; s++) {
             if (!j->model[m] || !j->set[s]) continue;
@@ -350,8 +363,7 @@ static exc_status judge_all(judging *j, json_t *result, json_t *const of[MODELS]
     return neutral_text(j, result, of);
 }
 
-void exc_csv_field(exc_buf *b, const char *text)
-{
+void exc_csv_field(exc_buf *b, const char *text) {
     if (!strpbrk(text, ",\"\r\n")) {
         exc_buf_puts(b, text);
         return;
@@ -361,16 +373,16 @@ void exc_csv_field(exc_buf *b, const char *text)
     exc_buf_puts(b, "\"");
 }
 
-static exc_status write_csv(const judging *j, exc_buf *b)
-{
+static exc_status write_csv(const judging *j, exc_buf *b) {
     exc_buf_puts(b, "set,prompt,model,marked,right,empty,truncated,loop,tokens,request,reply,answer\n");
     for (int s = 0; s < SETS; s++)
         for (int64_t i = 0; j->set[s] && i < j->set[s]->count; i++)
             for (int m = 0; m < MODELS; m++) {
                 if (!j->model[m]) continue;
                 const verdict *v = &j->said[s][m][i];
-                exc_buf_printf(b, "%s,%lld,%s,%d,%d,%d,%d,%d,%lld,", set_name[s], (long long)i + 1, m == BEFORE ? "before" : "after",
-                               v->marked, v->right, v->flaws & EXC_FLAW_EMPTY ? 1 : 0, v->flaws & EXC_FLAW_TRUNCATED ? 1 : 0,
+                exc_buf_printf(b, "%s,%lld,%s,%d,%d,%d,%d,%d,%lld,", set_name[s], (long long)i + 1,
+                               m == BEFORE ? "before" : "after", v->marked, v->right,
+                               v->flaws & EXC_FLAW_EMPTY ? 1 : 0, v->flaws & EXC_FLAW_TRUNCATED ? 1 : 0,
                                v->flaws & EXC_FLAW_LOOP ? 1 : 0, (long long)v->tokens);
                 exc_csv_field(b, j->set[s]->text[i] ? j->set[s]->text[i] : "");
                 exc_buf_puts(b, ",");
@@ -382,11 +394,13 @@ static exc_status write_csv(const judging *j, exc_buf *b)
     return b->failed ? exc_fail(j->ctx, EXC_ERR_MEMORY, "evaluate: no memory for the table") : EXC_OK;
 }
 
-exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const exc_evaluate_options *options, exc_buf *csv,
-                     json_t **out)
-{
+exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const exc_evaluate_options *options,
+                     exc_buf *csv, json_t **out) {
     double started = exc_seconds();
-    judging j = {.ctx = ctx, .model = {before, after}, .o = options, .max_new = options->max_new > 0 ? options->max_new : 48,
+    judging j = {.ctx = ctx,
+                 .model = {before, after},
+                 .o = options,
+                 .max_new = options->max_new > 0 ? options->max_new : 48,
                  .examples = options->examples > 0 ? options->examples : 4};
     json_t *result = json_object(), *of[MODELS] = {json_object(), json_object()};
     exc_status st = load(&j);
@@ -396,7 +410,8 @@ exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const ex
         put_same_replies(&j, result);
         put_examples(&j, result);
         json_object_set_new(result, "max_new", json_integer((json_int_t)j.max_new));
-        json_object_set_new(result, "compute", json_string(after->compute == EXC_COMPUTE_F32 ? "f32" : "bf16"));
+        json_object_set_new(result, "compute",
+                            json_string(after->compute == EXC_COMPUTE_F32 ? "f32" : "bf16"));
         json_object_set_new(result, "rules", rules(&j));
         json_object_set_new(result, "seconds", json_real(exc_seconds() - started));
         *out = json_object();
@@ -410,8 +425,8 @@ exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const ex
     return st;
 }
 
-exc_status exc_evaluate(exc_ctx *ctx, exc_model *model, exc_model *against, const exc_evaluate_options *options, char **json)
-{
+exc_status exc_evaluate(exc_ctx *ctx, exc_model *model, exc_model *against,
+                        const exc_evaluate_options *options, char **json) {
     exc_evaluate_options o = EXC_EVALUATE_OPTIONS;
     if (!ctx || !model) return EXC_ERR_USAGE;
     exc_clear(ctx);
@@ -420,7 +435,8 @@ exc_status exc_evaluate(exc_ctx *ctx, exc_model *model, exc_model *against, cons
     memcpy(&o, options, options->size);
     o.size = sizeof o;
     if (!o.target && !o.baseline && !o.neutral)
-        return exc_fail(ctx, EXC_ERR_USAGE, "exc_evaluate: expected at least one of target, baseline, neutral");
+        return exc_fail(ctx, EXC_ERR_USAGE,
+                        "exc_evaluate: expected at least one of target, baseline, neutral");
     json_t *result = NULL;
     EXC_TRY(exc_judge(ctx, model, against, &o, NULL, &result));
     exc_status st = EXC_OK;

@@ -1,7 +1,8 @@
-/* interval.c - 95 % intervals. Rates of yes/no verdicts get the Wilson score interval: with 0 of 80 the usual normal
- * interval is [0,0], which says the opposite of what 80 prompts can tell (up to 4.6 %). Means and ratios over tokens get a
- * percentile bootstrap that draws whole prompts or lines, because tokens inside one are correlated: drawing tokens would
- * make intervals several times too narrow. Draws are counter-based, so a seed gives the same interval on any machine. */
+/* interval.c - 95 % intervals. Rates of yes/no verdicts get the Wilson score interval: with 0 of 80 the usual
+ * normal interval is [0,0], which says the opposite of what 80 prompts can tell (up to 4.6 %). Means and
+ * ratios over tokens get a percentile bootstrap that draws whole prompts or lines, because tokens inside one
+ * are correlated: drawing tokens would make intervals several times too narrow. Draws are counter-based, so a
+ * seed gives the same interval on any machine. */
 #include <math.h>
 #include <stdlib.h>
 
@@ -9,8 +10,7 @@
 
 #define Z95 1.959963984540054 /* 97.5 % point of the normal distribution */
 
-void exc_wilson(int64_t k, int64_t n, double *lo, double *hi)
-{
+void exc_wilson(int64_t k, int64_t n, double *lo, double *hi) {
     if (n <= 0) {
         *lo = 0;
         *hi = 1;
@@ -24,22 +24,19 @@ void exc_wilson(int64_t k, int64_t n, double *lo, double *hi)
     *hi = k >= n ? 1 : fmin(centre + half, 1);
 }
 
-static int ascending(const void *a, const void *b)
-{
+static int ascending(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
     return x < y ? -1 : x > y;
 }
 
-static double quantile(const double *sorted, int64_t n, double q)
-{
+static double quantile(const double *sorted, int64_t n, double q) {
     double at = q * (double)(n - 1);
     int64_t i = (int64_t)at;
     return i + 1 < n ? sorted[i] + (at - (double)i) * (sorted[i + 1] - sorted[i]) : sorted[n - 1];
 }
 
-exc_status exc_bootstrap(exc_ctx *ctx, const double *num, const double *den, int64_t n, uint64_t seed, uint64_t stream,
-                         double *lo, double *hi)
-{
+exc_status exc_bootstrap(exc_ctx *ctx, const double *num, const double *den, int64_t n, uint64_t seed,
+                         uint64_t stream, double *lo, double *hi) {
     *lo = *hi = NAN;
     if (n < 2) return EXC_OK;
     double *draws = exc_alloc(ctx, EXC_RESAMPLES, sizeof *draws, "bootstrap draws");

@@ -1,29 +1,28 @@
 /* job.c - JOB.json: the whole study as one file, and exc_run, which works through it.
  *
- *   {"model": DIR, "target": FILE, "baseline": FILE, "out": DIR,         needed; relative paths start at the job file's folder
- *    "system": TEXT, "chat": NAME, "raw": BOOL, "limit": N,              how prompts are rendered (capture; system: evaluate too)
- *    "compute": "bf16" | "f32",
- *    "capture":    {"decode": N, "no_out": BOOL, "batch_tokens": N},
- *    "directions": {"method": "mean" | "projected" | "svd" | "whitened", "rank": K, "per_expert": BOOL},
- *    "contrast":   {"alpha": X, "resamples": N, "seed": N},
- *    "plan":       {"roles": TEXT or [TEXT..], "layers": TEXT or [N or TEXT..], "select": TEXT, "strength": X or [X..],
- *                   "basis": X, "norm": TEXT},
- *    "apply":      {"sidecar": BOOL, "allow_nonfinite": BOOL},
- *    "evaluate":   {"target", "baseline", "neutral", "markers", "answers": FILE, "system": TEXT, "max_new", "examples", "seed": N}}
+ *   {"model": DIR, "target": FILE, "baseline": FILE, "out": DIR,         needed; relative paths start at the
+ * job file's folder "system": TEXT, "chat": NAME, "raw": BOOL, "limit": N,              how prompts are
+ * rendered (capture; system: evaluate too) "compute": "bf16" | "f32", "capture":    {"decode": N, "no_out":
+ * BOOL, "batch_tokens": N}, "directions": {"method": "mean" | "projected" | "svd" | "whitened", "rank": K,
+ * "per_expert": BOOL}, "contrast":   {"alpha": X, "resamples": N, "seed": N}, "plan":       {"roles": TEXT or
+ * [TEXT..], "layers": TEXT or [N or TEXT..], "select": TEXT, "strength": X or [X..], "basis": X, "norm":
+ * TEXT}, "apply":      {"sidecar": BOOL, "allow_nonfinite": BOOL}, "evaluate":   {"target", "baseline",
+ * "neutral", "markers", "answers": FILE, "system": TEXT, "max_new", "examples", "seed": N}}
  *
- * Everything but the first line may be left out; an unknown key is refused. The whole file and the presence of every input are
- * checked before the first step. The folder gets stats.safetensors, directions.safetensors, experts.csv, plan.json,
- * checkpoint/, evaluation.csv, report.json, report.html and steps.json (ledger.c). */
+ * Everything but the first line may be left out; an unknown key is refused. The whole file and the presence
+ * of every input are checked before the first step. The folder gets stats.safetensors,
+ * directions.safetensors, experts.csv, plan.json, checkpoint/, evaluation.csv, report.json, report.html and
+ * steps.json (ledger.c). */
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "job.h"
 
-/* ------------------------------------------------------------------------------------------------------ values, paths */
+/* ------------------------------------------------------------------------------------------------------
+ * values, paths */
 
-static exc_status keep(exc_ctx *ctx, exc_job *j, char *text, const char **out)
-{
+static exc_status keep(exc_ctx *ctx, exc_job *j, char *text, const char **out) {
     if (!text) return EXC_ERR_MEMORY;
     if (j->n_owned == (int)EXC_COUNT(j->owned)) {
         exc_release(text);
@@ -33,61 +32,62 @@ static exc_status keep(exc_ctx *ctx, exc_job *j, char *text, const char **out)
     return EXC_OK;
 }
 
-static exc_status resolve(exc_ctx *ctx, const exc_job *j, const char *typed, char **out)
-{
+static exc_status resolve(exc_ctx *ctx, const exc_job *j, const char *typed, char **out) {
     if (typed[0] == '/' || !j->base[0]) return (*out = exc_strdup(ctx, typed)) ? EXC_OK : EXC_ERR_MEMORY;
     return exc_path_join(ctx, j->base, typed, out);
 }
 
-/* what = "job.json" or "job.json: evaluate"; the file or folder must be there now, not an hour into the run */
-static exc_status get_path(exc_ctx *ctx, const exc_job *j, const json_t *o, const char *what, const char *key, bool needed, bool input,
-                           char **out)
-{
+/* what = "job.json" or "job.json: evaluate"; the file or folder must be there now, not an hour into the run
+ */
+static exc_status get_path(exc_ctx *ctx, const exc_job *j, const json_t *o, const char *what, const char *key,
+                           bool needed, bool input, char **out) {
     const char *typed = NULL;
     EXC_TRY(exc_json_string_or(ctx, o, what, key, NULL, &typed));
     if (!typed && !needed) return EXC_OK;
-    if (!typed || !*typed) return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected a path, found none", what, key);
+    if (!typed || !*typed)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected a path, found none", what, key);
     EXC_TRY(resolve(ctx, j, typed, out));
     if (input && access(*out, R_OK)) return exc_fail_errno(ctx, "%s: %s: %s", what, key, *out);
     return EXC_OK;
 }
 
-static exc_status get_int(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int64_t hi, int *out)
-{
+static exc_status get_int(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int64_t hi,
+                          int *out) {
     int64_t v = 0;
     EXC_TRY(exc_json_int_or(ctx, o, what, key, 0, hi, 0, &v));
     *out = (int)v;
     return EXC_OK;
 }
 
-static exc_status get_flag(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int *out)
-{
+static exc_status get_flag(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int *out) {
     bool v = false;
     EXC_TRY(exc_json_bool_or(ctx, o, what, key, false, &v));
     *out = v;
     return EXC_OK;
 }
 
-static exc_status get_seed(exc_ctx *ctx, const json_t *o, const char *what, uint64_t *out)
-{
+static exc_status get_seed(exc_ctx *ctx, const json_t *o, const char *what, uint64_t *out) {
     int64_t v = 0;
     EXC_TRY(exc_json_int_or(ctx, o, what, "seed", 0, INT64_MAX, 0, &v));
     *out = (uint64_t)v;
     return EXC_OK;
 }
 
-static bool scalar_text(const json_t *v, exc_buf *b)
-{
-    if (json_is_string(v)) exc_buf_puts(b, json_string_value(v));
-    else if (json_is_integer(v)) exc_buf_printf(b, "%lld", (long long)json_integer_value(v));
-    else if (json_is_real(v)) exc_buf_printf(b, "%.17g", json_real_value(v));
-    else return false;
+static bool scalar_text(const json_t *v, exc_buf *b) {
+    if (json_is_string(v))
+        exc_buf_puts(b, json_string_value(v));
+    else if (json_is_integer(v))
+        exc_buf_printf(b, "%lld", (long long)json_integer_value(v));
+    else if (json_is_real(v))
+        exc_buf_printf(b, "%.17g", json_real_value(v));
+    else
+        return false;
     return true;
 }
 
 /* text, number, or a list of them -> the comma list that the verb's option takes */
-static exc_status get_list(exc_ctx *ctx, exc_job *j, const json_t *o, const char *what, const char *key, const char **out)
-{
+static exc_status get_list(exc_ctx *ctx, exc_job *j, const json_t *o, const char *what, const char *key,
+                           const char **out) {
     const json_t *v = json_object_get(o, key), *e;
     exc_buf b = {0};
     bool good = true;
@@ -103,27 +103,33 @@ static exc_status get_list(exc_ctx *ctx, exc_job *j, const json_t *o, const char
         good = scalar_text(v, &b);
     }
     exc_status st = EXC_OK;
-    if (!good) st = exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected text, a number or a list of them, found something else", what, key);
-    else if (b.failed) st = exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory", what);
-    else st = keep(ctx, j, exc_strdup(ctx, b.data), out);
+    if (!good)
+        st = exc_fail(ctx, EXC_ERR_INPUT,
+                      "%s: %s: expected text, a number or a list of them, found something else", what, key);
+    else if (b.failed)
+        st = exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory", what);
+    else
+        st = keep(ctx, j, exc_strdup(ctx, b.data), out);
     exc_buf_free(&b);
     return st;
 }
 
-/* the object under `key`, checked for its keys; *o NULL when absent. what: buffer that names it in messages */
-static exc_status section(exc_ctx *ctx, const exc_job *j, const char *key, const char *const *known, char what[256], const json_t **o)
-{
+/* the object under `key`, checked for its keys; *o NULL when absent. what: buffer that names it in messages
+ */
+static exc_status section(exc_ctx *ctx, const exc_job *j, const char *key, const char *const *known,
+                          char what[256], const json_t **o) {
     *o = json_object_get(j->source, key);
     snprintf(what, 256, "%.200s: %s", j->path, key);
     if (!*o) return EXC_OK;
-    if (!json_is_object(*o)) return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found something else", what);
+    if (!json_is_object(*o))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found something else", what);
     return exc_json_keys(ctx, *o, what, known);
 }
 
-/* ------------------------------------------------------------------------------------------------------------ sections */
+/* ------------------------------------------------------------------------------------------------------------
+ * sections */
 
-static exc_status read_prompts(exc_ctx *ctx, exc_job *j)
-{
+static exc_status read_prompts(exc_ctx *ctx, exc_job *j) {
     j->prompts = (exc_prompt_options)EXC_PROMPT_OPTIONS;
     EXC_TRY(get_flag(ctx, j->source, j->path, "raw", &j->prompts.raw));
     EXC_TRY(get_int(ctx, j->source, j->path, "limit", 1 << 30, &j->prompts.limit));
@@ -133,12 +139,12 @@ static exc_status read_prompts(exc_ctx *ctx, exc_job *j)
     EXC_TRY(exc_json_string_or(ctx, j->source, j->path, "compute", "bf16", &compute));
     j->compute = strcmp(compute, "f32") ? EXC_COMPUTE_BF16 : EXC_COMPUTE_F32;
     if (j->compute == EXC_COMPUTE_BF16 && strcmp(compute, "bf16"))
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: compute: expected bf16 or f32, found %s", j->path, exc_show(compute, strlen(compute)));
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: compute: expected bf16 or f32, found %s", j->path,
+                        exc_show(compute, strlen(compute)));
     return EXC_OK;
 }
 
-static exc_status read_finding(exc_ctx *ctx, exc_job *j)
-{
+static exc_status read_finding(exc_ctx *ctx, exc_job *j) {
     static const char *const capture[] = {"decode", "no_out", "batch_tokens", NULL};
     static const char *const directions[] = {"method", "rank", "per_expert", NULL};
     static const char *const contrast[] = {"alpha", "resamples", "seed", NULL};
@@ -158,8 +164,8 @@ static exc_status read_finding(exc_ctx *ctx, exc_job *j)
     for (int i = 0; i < 4; i++)
         if (!strcmp(j->method, methods[i])) found = i;
     if (found < 0)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: method: expected mean, projected, svd or whitened, found %s", what,
-                        exc_show(j->method, strlen(j->method)));
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: method: expected mean, projected, svd or whitened, found %s",
+                        what, exc_show(j->method, strlen(j->method)));
     j->directions.method = (exc_method)found;
     EXC_TRY(get_int(ctx, o, what, "rank", 64, &j->directions.rank));
     EXC_TRY(get_flag(ctx, o, what, "per_expert", &j->directions.per_expert));
@@ -171,8 +177,7 @@ static exc_status read_finding(exc_ctx *ctx, exc_job *j)
     return get_seed(ctx, o, what, &j->contrast.seed);
 }
 
-static exc_status read_editing(exc_ctx *ctx, exc_job *j)
-{
+static exc_status read_editing(exc_ctx *ctx, exc_job *j) {
     static const char *const plan[] = {"roles", "layers", "select", "strength", "basis", "norm", NULL};
     static const char *const apply[] = {"sidecar", "allow_nonfinite", NULL};
     const json_t *o;
@@ -180,7 +185,8 @@ static exc_status read_editing(exc_ctx *ctx, exc_job *j)
     EXC_TRY(section(ctx, j, "plan", plan, what, &o));
     j->plan = (exc_plan_options)EXC_PLAN_OPTIONS;
     j->plan.directions = "directions.safetensors";
-    const char **const lists[] = {&j->plan.roles, &j->plan.layers, &j->plan.select, &j->plan.strength, &j->plan.basis, &j->plan.norm};
+    const char **const lists[] = {&j->plan.roles,    &j->plan.layers, &j->plan.select,
+                                  &j->plan.strength, &j->plan.basis,  &j->plan.norm};
     for (int i = 0; plan[i]; i++) EXC_TRY(get_list(ctx, j, o, what, plan[i], lists[i]));
     EXC_TRY(section(ctx, j, "apply", apply, what, &o));
     j->apply = (exc_apply_options)EXC_APPLY_OPTIONS;
@@ -188,9 +194,9 @@ static exc_status read_editing(exc_ctx *ctx, exc_job *j)
     return get_flag(ctx, o, what, "allow_nonfinite", &j->apply.allow_nonfinite);
 }
 
-static exc_status read_evaluate(exc_ctx *ctx, exc_job *j)
-{
-    static const char *const known[] = {"target", "baseline", "neutral", "markers", "answers", "system", "max_new", "examples", "seed", NULL};
+static exc_status read_evaluate(exc_ctx *ctx, exc_job *j) {
+    static const char *const known[] = {"target", "baseline", "neutral",  "markers", "answers",
+                                        "system", "max_new",  "examples", "seed",    NULL};
     const json_t *o;
     char what[256];
     EXC_TRY(section(ctx, j, "evaluate", known, what, &o));
@@ -208,18 +214,20 @@ static exc_status read_evaluate(exc_ctx *ctx, exc_job *j)
     EXC_TRY(get_int(ctx, o, what, "examples", 1 << 20, &e->examples));
     EXC_TRY(get_seed(ctx, o, what, &e->seed));
     if (j->evaluates && !e->target && !e->baseline && !e->neutral)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected at least one of target, baseline, neutral, found none", what);
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: expected at least one of target, baseline, neutral, found none", what);
     return EXC_OK;
 }
 
-exc_status exc_job_read(exc_ctx *ctx, const char *path, exc_job *j)
-{
-    static const char *const known[] = {"model", "target", "baseline", "out", "system", "chat", "raw", "limit", "compute", "capture",
-                                        "directions", "contrast", "plan", "apply", "evaluate", NULL};
+exc_status exc_job_read(exc_ctx *ctx, const char *path, exc_job *j) {
+    static const char *const known[] = {"model", "target", "baseline", "out",     "system",     "chat",
+                                        "raw",   "limit",  "compute",  "capture", "directions", "contrast",
+                                        "plan",  "apply",  "evaluate", NULL};
     memset(j, 0, sizeof *j);
     j->path = path;
     EXC_TRY(exc_json_load(ctx, path, 1 << 20, &j->source));
-    if (!json_is_object(j->source)) return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found something else", path);
+    if (!json_is_object(j->source))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found something else", path);
     EXC_TRY(exc_json_keys(ctx, j->source, path, known));
     const char *slash = strrchr(path, '/');
     if (!(j->base = exc_strdup(ctx, slash ? path : ""))) return EXC_ERR_MEMORY;
@@ -234,8 +242,7 @@ exc_status exc_job_read(exc_ctx *ctx, const char *path, exc_job *j)
     return read_evaluate(ctx, j);
 }
 
-void exc_job_free(exc_job *j)
-{
+void exc_job_free(exc_job *j) {
     for (int i = 0; i < j->n_owned; i++) exc_release(j->owned[i]);
     json_decref(j->source);
     exc_release(j->base);
@@ -245,8 +252,7 @@ void exc_job_free(exc_job *j)
     exc_release(j->baseline);
 }
 
-exc_status exc_run(exc_ctx *ctx, const char *job_json, int force, char **json)
-{
+exc_status exc_run(exc_ctx *ctx, const char *job_json, int force, char **json) {
     if (!ctx || !job_json) return EXC_ERR_USAGE;
     exc_clear(ctx);
     if (json) *json = NULL;

@@ -1,14 +1,14 @@
-/* job.h - a job file, read and checked: what job.c fills and steps.c works through. Options structs are those of excise.h, so
- * that a job and the verbs cannot drift apart. */
+/* job.h - a job file, read and checked: what job.c fills and steps.c works through. Options structs are those
+ * of excise.h, so that a job and the verbs cannot drift apart. */
 #ifndef EXC_JOB_H
 #define EXC_JOB_H
 
 #include "result.h"
 
 typedef struct exc_job {
-    json_t *source;              /* the object as typed: shown in reports, paths as the user wrote them */
-    const char *path;            /* of the job file */
-    char *base;                  /* its folder, "" for the current one: relative paths start here */
+    json_t *source;   /* the object as typed: shown in reports, paths as the user wrote them */
+    const char *path; /* of the job file */
+    char *base;       /* its folder, "" for the current one: relative paths start here */
     char *model, *out, *target, *baseline;
     exc_prompt_options prompts;
     exc_compute compute;
@@ -20,7 +20,8 @@ typedef struct exc_job {
     exc_apply_options apply;
     exc_evaluate_options evaluate;
     bool evaluates;
-    char *owned[16]; int n_owned; /* texts the options point at */
+    char *owned[16];
+    int n_owned; /* texts the options point at */
 } exc_job;
 
 exc_status exc_job_read(exc_ctx *ctx, const char *path, exc_job *job);

@@ -1,9 +1,11 @@
-/* page.c - the frame of report.html: head, style, script, escaping. One file that needs nothing else: no network, no fonts, no
- * libraries. The content security policy forbids everything but the style sheet and the one script below (by their hashes) and
- * data: images, so that no text from a model or a prompt can do anything on the page even if an escape were missed.
+/* page.c - the frame of report.html: head, style, script, escaping. One file that needs nothing else: no
+ * network, no fonts, no libraries. The content security policy forbids everything but the style sheet and the
+ * one script below (by their hashes) and data: images, so that no text from a model or a prompt can do
+ * anything on the page even if an escape were missed.
  *
- * The script only draws heatmaps: it reads int16 cells from data-cells of each figure.map, draws them at the screen's resolution
- * on the scale of the current colour scheme, and names the cell under the pointer. Without it, pictures and tables are there. */
+ * The script only draws heatmaps: it reads int16 cells from data-cells of each figure.map, draws them at the
+ * screen's resolution on the scale of the current colour scheme, and names the cell under the pointer.
+ * Without it, pictures and tables are there. */
 #include <string.h>
 
 #include "page.h"
@@ -52,15 +54,19 @@ static const char style[] =
     "th.l,td.l{text-align:left}\n"
     "td.ci,span.ci{color:var(--muted);font-size:12.5px}\n"
     "td code{font-size:12.5px}\n"
+    ".rates span.ci{display:inline-block;width:7.6em}\n"
     ".rates td{padding-top:4px;padding-bottom:4px}\n"
     ".rates td.pic{width:44%;padding-left:18px;padding-right:6px}\n"
-    ".rates .group td{padding-top:16px;color:var(--muted);font-size:13px;border-bottom:1px solid var(--line)}\n"
+    ".rates .group td{padding-top:16px;color:var(--muted);font-size:13px;border-bottom:1px solid "
+    "var(--line)}\n"
     ".rates tr:first-child.group td{padding-top:2px}\n"
     ".rates svg{display:block;width:100%;height:30px;overflow:visible}\n"
     ".key{display:flex;flex-wrap:wrap;gap:6px 22px;margin:12px 0 0;color:var(--muted);font-size:13px}\n"
     ".key svg{width:34px;height:12px;vertical-align:-1px;margin-right:6px;overflow:visible}\n"
     ".two{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:18px}\n"
-    ".side{display:grid;grid-template-columns:minmax(0,5fr) minmax(0,6fr);gap:18px}\n"
+    ".tall{max-height:432px;overflow:auto;padding-top:0}\n"
+    ".tall th{position:sticky;top:0;background:var(--panel);padding-top:18px}\n"
+    ".side{align-items:start;display:grid;grid-template-columns:minmax(0,5fr) minmax(0,6fr);gap:18px}\n"
     ".one{display:grid;grid-template-columns:minmax(0,1fr);gap:18px}\n"
     ".cards{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:14px}\n"
     ".card{background:var(--panel);border:1px solid var(--line);border-radius:10px;padding:15px 18px 13px}\n"
@@ -84,9 +90,10 @@ static const char style[] =
     "canvas{height:0}\n"
     "figure.map img{image-rendering:pixelated}\n"
     "output{display:block;min-height:1.5em;margin-top:4px;color:var(--muted);font-size:13px}\n"
-    ".ramp{display:flex;align-items:center;gap:10px;margin-top:14px;color:var(--muted);font-size:13px}\n"
-    ".ramp i{flex:0 1 260px;height:9px;border-radius:5px;background:var(--ramp)}\n"
-    ".chart{display:block;width:100%;max-width:560px;height:auto}\n"
+    ".ramp{display:flex;align-items:center;gap:10px;white-space:nowrap;margin-bottom:0;margin-top:14px;"
+    "color:var(--muted);font-size:13px}\n"
+    ".ramp i{flex:0 1 260px;min-width:60px;height:9px;border-radius:5px;background:var(--ramp)}\n"
+    ".chart{display:block;width:100%;max-width:640px;height:auto}\n"
     ".chart text,.rates text{fill:var(--muted);font-size:12.5px}\n"
     ".grid{stroke:var(--line);stroke-width:1}\n"
     ".b{stroke:var(--before);fill:none;stroke-width:2}\n"
@@ -115,7 +122,7 @@ static const char style[] =
     "padding-bottom:0}.rates td{border:0;padding:1px 0}.rates td.pic{grid-column:1/4;grid-row:2;width:auto;"
     "padding:0 6px}.rates td span.ci{display:none}}\n"
     "@media print{body{background:#fff}.panel,.tile,.card{break-inside:avoid}section{margin-top:30px}details{"
-    "display:none}}\n";
+    "display:none}.tall{max-height:none}}\n";
 
 static const char script[] =
     "'use strict';\n"
@@ -142,10 +149,10 @@ static const char script[] =
     "function draw(f) {\n"
     "var d = f.dataset, rows = +d.rows, cols = +d.cols, canvas = f.querySelector('canvas'), ramp = "
     "scheme.matches && !paper ? dark : light;\n"
-    "var width = canvas.clientWidth, left = 40, foot = 34, w = (width - left) / cols, h = Math.max(6, "
-    "Math.min(26, w, 640 / rows));\n"
+    "var width = canvas.clientWidth, left = 40, foot = 40, top = 5, w = (width - left) / cols, h = "
+    "Math.max(6, Math.min(26, w, 640 / rows));\n"
     "h = Math.max(h, rows <= 8 ? 22 : 6);\n"
-    "var height = Math.round(rows * h) + foot, ratio = window.devicePixelRatio || 1;\n"
+    "var height = Math.round(rows * h) + foot + top, ratio = window.devicePixelRatio || 1;\n"
     "if (width < 20) return;\n"
     "canvas.width = Math.round(width * ratio);\n"
     "canvas.height = Math.round(height * ratio);\n"
@@ -157,7 +164,7 @@ static const char script[] =
     "for (var r = 0; r < rows; r++)\n"
     "for (var e = 0; e < cols; e++) {\n"
     "var v = f.values[r * cols + e], x0 = Math.round(left + e * w), x1 = Math.round(left + (e + 1) * w), y0 "
-    "= Math.round(r * h), y1 = Math.round((r + 1) * h);\n"
+    "= Math.round(top + r * h), y1 = Math.round(top + (r + 1) * h);\n"
     "if (v !== v) continue;\n"
     "c.fillStyle = colour(Math.max(-1, Math.min(1, v)), ramp);\n"
     "c.fillRect(x0, y0, x1 - x0 - gap, y1 - y0 - gap);\n"
@@ -167,20 +174,20 @@ static const char script[] =
     "c.textAlign = 'right';\n"
     "c.textBaseline = 'middle';\n"
     "var names = d.layers.split(','), every = Math.ceil(16 / h);\n"
-    "for (r = 0; r < rows; r += every) c.fillText(names[r], left - 7, (r + 0.5) * h);\n"
+    "for (r = 0; r < rows; r += every) c.fillText(names[r], left - 7, top + (r + 0.5) * h);\n"
     "c.textAlign = 'center';\n"
     "c.textBaseline = 'top';\n"
     "var step = 1;\n"
     "while (step * w < 26) step *= 2;\n"
-    "for (e = 0; e < cols; e += step) c.fillText(String(e), left + (e + 0.5) * w, rows * h + 4);\n"
+    "for (e = 0; e < cols; e += step) c.fillText(String(e), left + (e + 0.5) * w, top + rows * h + 4);\n"
     "c.textAlign = 'left';\n"
-    "c.fillText('layer \\u2191   expert \\u2192', left, rows * h + 19);\n"
-    "f.box = { left: left, w: w, h: h };\n"
+    "c.fillText('\\u2193 layer   \\u2192 expert', left, top + rows * h + 20);\n"
+    "f.box = { left: left, top: top, w: w, h: h };\n"
     "}\n"
     "function point(f, event) {\n"
     "var box = f.querySelector('canvas').getBoundingClientRect(), out = f.querySelector('output');\n"
     "var e = Math.floor((event.clientX - box.left - f.box.left) / f.box.w), r = Math.floor((event.clientY - "
-    "box.top) / f.box.h);\n"
+    "box.top - f.box.top) / f.box.h);\n"
     "if (e < 0 || r < 0 || e >= +f.dataset.cols || r >= +f.dataset.rows) { out.textContent = ''; return; }\n"
     "var v = f.values[r * +f.dataset.cols + e];\n"
     "out.textContent = 'layer ' + f.dataset.layers.split(',')[r] + ', expert ' + e + ': ' + (v === v ? "
@@ -201,32 +208,47 @@ static const char script[] =
     "window.addEventListener('afterprint', function () { paper = false; all(); });\n"
     "}());\n";
 
-void exc_html(exc_buf *b, const char *text)
-{
+void exc_html(exc_buf *b, const char *text) {
     for (const char *p = text; *p; p++) {
         switch (*p) {
-        case '&': exc_buf_puts(b, "&amp;"); break;
-        case '<': exc_buf_puts(b, "&lt;"); break;
-        case '>': exc_buf_puts(b, "&gt;"); break;
-        case '"': exc_buf_puts(b, "&quot;"); break;
-        case '\'': exc_buf_puts(b, "&#39;"); break;
+        case '&':
+            exc_buf_puts(b, "&amp;");
+            break;
+        case '<':
+            exc_buf_puts(b, "&lt;");
+            break;
+        case '>':
+            exc_buf_puts(b, "&gt;");
+            break;
+        case '"':
+            exc_buf_puts(b, "&quot;");
+            break;
+        case '\'':
+            exc_buf_puts(b, "&#39;");
+            break;
         default: /* control bytes have no place in a page; a browser would show nothing or guess */
-            if ((unsigned char)*p < 0x20 && *p != '\n' && *p != '\t') exc_buf_puts(b, "\xef\xbf\xbd");
-            else exc_buf_put(b, p, 1);
+            if ((unsigned char)*p < 0x20 && *p != '\n' && *p != '\t')
+                exc_buf_puts(b, "\xef\xbf\xbd");
+            else
+                exc_buf_put(b, p, 1);
         }
     }
 }
 
-void exc_page_begin(exc_buf *b, const char *title)
-{
+void exc_page_begin(exc_buf *b, const char *title) {
     char css[45], js[45];
     exc_sha256_base64(style, strlen(style), css);
     exc_sha256_base64(script, strlen(script), js);
     exc_buf_puts(b, "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n");
-    exc_buf_printf(b, "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src "
-                      "'sha256-%s'; script-src 'sha256-%s'; base-uri 'none'; form-action 'none'\">\n", css, js);
-    exc_buf_puts(b, "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"referrer\" "
-                    "content=\"no-referrer\">\n<title>");
+    exc_buf_printf(
+        b,
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src "
+        "'sha256-%s'; script-src 'sha256-%s'; base-uri 'none'; form-action 'none'\">\n",
+        css, js);
+    exc_buf_puts(
+        b,
+        "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<meta name=\"referrer\" "
+        "content=\"no-referrer\">\n<title>");
     exc_html(b, title);
     exc_buf_printf(b, "</title>\n<style>%s</style>\n</head>\n<body>\n", style);
 }

@@ -1,8 +1,9 @@
 /* steps.c - a job's steps in order: capture, directions, contrast, plan, apply, verify, evaluate, report.
  *
- * Each step names its inputs as hashes (files, outputs of earlier steps, its options); the ledger tells whether that is done
- * already. Steps hand files to each other, not memory: a continued run and an undisturbed one read the same bytes, so
- * they end in the same bytes. Models are opened only by steps that run: a finished job answers in milliseconds. */
+ * Each step names its inputs as hashes (files, outputs of earlier steps, its options); the ledger tells
+ * whether that is done already. Steps hand files to each other, not memory: a continued run and an
+ * undisturbed one read the same bytes, so they end in the same bytes. Models are opened only by steps that
+ * run: a finished job answers in milliseconds. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,10 +13,10 @@ typedef struct work {
     exc_ctx *ctx;
     const exc_job *job;
     exc_ledger *ledger;
-    json_t *list;             /* of the summary: [{"step","state","seconds"}] */
-    exc_stats *stats;         /* read when first needed */
+    json_t *list;     /* of the summary: [{"step","state","seconds"}] */
+    exc_stats *stats; /* read when first needed */
     exc_dirs *dirs;
-    exc_model *model;         /* as captured from; also "before" */
+    exc_model *model; /* as captured from; also "before" */
     char hash_model[33];
     int step;
 } work;
@@ -27,20 +28,21 @@ typedef struct step_def {
     const char *outputs[4];
 } step_def;
 
-/* ------------------------------------------------------------------------------------------------------- small tools */
+/* -------------------------------------------------------------------------------------------------------
+ * small tools */
 
-static exc_status in_out(work *w, const char *name, char **path) { return exc_path_join(w->ctx, w->job->out, name, path); }
+static exc_status in_out(work *w, const char *name, char **path) {
+    return exc_path_join(w->ctx, w->job->out, name, path);
+}
 
-static exc_status put_hash(work *w, json_t *in, const char *key, const char *path)
-{
+static exc_status put_hash(work *w, json_t *in, const char *key, const char *path) {
     char hash[33];
     EXC_TRY(exc_tree_hash(w->ctx, path, hash));
     json_object_set_new(in, key, json_string(hash));
     return EXC_OK;
 }
 
-static exc_status put_output(work *w, json_t *in, const char *name)
-{
+static exc_status put_output(work *w, json_t *in, const char *name) {
     char *path = NULL;
     EXC_TRY(in_out(w, name, &path));
     exc_status st = put_hash(w, in, name, path);
@@ -48,39 +50,35 @@ static exc_status put_output(work *w, json_t *in, const char *name)
     return st;
 }
 
-static exc_status put_model(work *w, json_t *in)
-{
+static exc_status put_model(work *w, json_t *in) {
     if (!w->hash_model[0]) EXC_TRY(exc_model_hash(w->ctx, w->job->model, w->hash_model));
     json_object_set_new(in, "model", json_string(w->hash_model));
     json_object_set_new(in, "compute", json_string(w->job->compute == EXC_COMPUTE_F32 ? "f32" : "bf16"));
     return EXC_OK;
 }
 
-/* an option section as typed: what the user did not write has its default in every version with the same number */
-static void put_section(work *w, json_t *in, const char *key)
-{
+/* an option section as typed: what the user did not write has its default in every version with the same
+ * number */
+static void put_section(work *w, json_t *in, const char *key) {
     json_t *o = json_object_get(w->job->source, key);
     if (o) json_object_set(in, key, o);
 }
 
-static exc_status parse(work *w, const char *what, char *text, json_t **out)
-{
+static exc_status parse(work *w, const char *what, char *text, json_t **out) {
     exc_status st = text ? exc_json_parse(w->ctx, what, text, strlen(text), out) : EXC_OK;
     exc_free(text);
     if (st == EXC_OK && !*out) *out = json_object();
     return st;
 }
 
-static exc_status open_model(work *w)
-{
+static exc_status open_model(work *w) {
     if (w->model) return EXC_OK;
     exc_model_options mo = EXC_MODEL_OPTIONS;
     mo.compute = w->job->compute;
     return exc_model_open(w->ctx, w->job->model, &mo, &w->model);
 }
 
-static exc_status need_stats(work *w)
-{
+static exc_status need_stats(work *w) {
     char *path = NULL;
     if (w->stats) return EXC_OK;
     EXC_TRY(in_out(w, "stats.safetensors", &path));
@@ -89,8 +87,7 @@ static exc_status need_stats(work *w)
     return st;
 }
 
-static exc_status need_dirs(work *w)
-{
+static exc_status need_dirs(work *w) {
     char *path = NULL;
     if (w->dirs) return EXC_OK;
     EXC_TRY(in_out(w, "directions.safetensors", &path));
@@ -99,10 +96,10 @@ static exc_status need_dirs(work *w)
     return st;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ steps */
+/* ------------------------------------------------------------------------------------------------------------
+ * steps */
 
-static exc_status capture_inputs(work *w, json_t *in)
-{
+static exc_status capture_inputs(work *w, json_t *in) {
     static const char *const keys[] = {"system", "chat", "raw", "limit", "capture"};
     EXC_TRY(put_model(w, in));
     EXC_TRY(put_hash(w, in, "target", w->job->target));
@@ -110,8 +107,7 @@ static exc_status capture_inputs(work *w, json_t *in)
     return put_hash(w, in, "baseline", w->job->baseline);
 }
 
-static exc_status capture_perform(work *w, json_t **result)
-{
+static exc_status capture_perform(work *w, json_t **result) {
     exc_prompts *t = NULL, *b = NULL;
     exc_stats *stats = NULL;
     char *text = NULL, *path = NULL;
@@ -133,14 +129,12 @@ done:
     return st;
 }
 
-static exc_status directions_inputs(work *w, json_t *in)
-{
+static exc_status directions_inputs(work *w, json_t *in) {
     put_section(w, in, "directions");
     return put_output(w, in, "stats.safetensors");
 }
 
-static exc_status directions_perform(work *w, json_t **result)
-{
+static exc_status directions_perform(work *w, json_t **result) {
     exc_dirs *dirs = NULL;
     char *text = NULL, *path = NULL;
     exc_status st;
@@ -157,15 +151,13 @@ done:
     return st;
 }
 
-static exc_status contrast_inputs(work *w, json_t *in)
-{
+static exc_status contrast_inputs(work *w, json_t *in) {
     put_section(w, in, "contrast");
     EXC_TRY(put_output(w, in, "stats.safetensors"));
     return put_output(w, in, "directions.safetensors");
 }
 
-static exc_status contrast_perform(work *w, json_t **result)
-{
+static exc_status contrast_perform(work *w, json_t **result) {
     char *text = NULL, *path = NULL;
     EXC_TRY(need_stats(w));
     EXC_TRY(need_dirs(w));
@@ -177,16 +169,14 @@ static exc_status contrast_perform(work *w, json_t **result)
     return st;
 }
 
-static exc_status plan_inputs(work *w, json_t *in)
-{
+static exc_status plan_inputs(work *w, json_t *in) {
     put_section(w, in, "plan");
     EXC_TRY(put_model(w, in));
     EXC_TRY(put_output(w, in, "stats.safetensors"));
     return put_output(w, in, "directions.safetensors");
 }
 
-static exc_status plan_perform(work *w, json_t **result)
-{
+static exc_status plan_perform(work *w, json_t **result) {
     exc_plan *plan = NULL;
     char *text = NULL, *path = NULL;
     exc_status st;
@@ -204,16 +194,14 @@ done:
     return st;
 }
 
-static exc_status apply_inputs(work *w, json_t *in)
-{
+static exc_status apply_inputs(work *w, json_t *in) {
     put_section(w, in, "apply");
     EXC_TRY(put_model(w, in));
     EXC_TRY(put_output(w, in, "directions.safetensors"));
     return put_output(w, in, "plan.json");
 }
 
-static exc_status with_plan(work *w, json_t **result, bool verify)
-{
+static exc_status with_plan(work *w, json_t **result, bool verify) {
     exc_plan *plan = NULL;
     char *text = NULL, *path = NULL, *out = NULL;
     exc_apply_options ao = w->job->apply;
@@ -222,8 +210,10 @@ static exc_status with_plan(work *w, json_t **result, bool verify)
     EXC_GOTO(done, in_out(w, "plan.json", &path));
     EXC_GOTO(done, in_out(w, "checkpoint", &out));
     EXC_GOTO(done, exc_plan_load(w->ctx, path, &plan));
-    if (verify) EXC_GOTO(done, exc_verify(w->ctx, w->job->model, out, plan, &text));
-    else EXC_GOTO(done, exc_apply(w->ctx, w->job->model, plan, out, &ao, &text));
+    if (verify)
+        EXC_GOTO(done, exc_verify(w->ctx, w->job->model, out, plan, &text));
+    else
+        EXC_GOTO(done, exc_apply(w->ctx, w->job->model, plan, out, &ao, &text));
     st = parse(w, verify ? "verify" : "apply", text, result);
     text = NULL;
 done:
@@ -236,8 +226,7 @@ done:
 
 static exc_status apply_perform(work *w, json_t **result) { return with_plan(w, result, false); }
 
-static exc_status verify_inputs(work *w, json_t *in)
-{
+static exc_status verify_inputs(work *w, json_t *in) {
     EXC_TRY(put_model(w, in));
     EXC_TRY(put_output(w, in, "plan.json"));
     return put_output(w, in, "checkpoint");
@@ -245,8 +234,7 @@ static exc_status verify_inputs(work *w, json_t *in)
 
 static exc_status verify_perform(work *w, json_t **result) { return with_plan(w, result, true); }
 
-static exc_status evaluate_inputs(work *w, json_t *in)
-{
+static exc_status evaluate_inputs(work *w, json_t *in) {
     const exc_evaluate_options *e = &w->job->evaluate;
     static const char *const names[] = {"target", "baseline", "neutral", "markers", "answers"};
     const char *const files[] = {e->target, e->baseline, e->neutral, e->markers, e->answers};
@@ -258,8 +246,7 @@ static exc_status evaluate_inputs(work *w, json_t *in)
     return put_output(w, in, "checkpoint");
 }
 
-static exc_status evaluate_perform(work *w, json_t **result)
-{
+static exc_status evaluate_perform(work *w, json_t **result) {
     exc_model *after = NULL;
     exc_model_options mo = EXC_MODEL_OPTIONS;
     char *dir = NULL, *path = NULL;
@@ -280,11 +267,11 @@ done:
     return st;
 }
 
-/* ------------------------------------------------------------------------------------------------------ the report */
+/* ------------------------------------------------------------------------------------------------------ the
+ * report */
 
 /* Paths of this machine that results may carry, cut back to what the job file says. */
-static void shorten(const exc_job *j, json_t *v)
-{
+static void shorten(const exc_job *j, json_t *v) {
     const char *key;
     json_t *e;
     size_t i, n = strlen(j->base);
@@ -304,19 +291,19 @@ static void shorten(const exc_job *j, json_t *v)
 }
 
 /* what the model is, from its headers, under the last part of its folder's name */
-static exc_status describe(work *w, json_t **out)
-{
+static exc_status describe(work *w, json_t **out) {
     char *text = NULL, *real = realpath(w->job->model, NULL);
     exc_status st = exc_inspect(w->ctx, w->job->model, &text);
     if (st == EXC_OK) st = parse(w, "model", text, out);
-    if (st == EXC_OK && real && strrchr(real, '/')[1]) json_object_set_new(*out, "name", json_string(strrchr(real, '/') + 1));
+    if (st == EXC_OK && real && strrchr(real, '/')[1])
+        json_object_set_new(*out, "name", json_string(strrchr(real, '/') + 1));
     free(real);
     return st;
 }
 
-/* report.json without what differs between two runs of the same work: which steps were skipped is the terminal's business */
-static exc_status assemble(work *w, json_t **out)
-{
+/* report.json without what differs between two runs of the same work: which steps were skipped is the
+ * terminal's business */
+static exc_status assemble(work *w, json_t **out) {
     char *text = NULL;
     json_t *engine = NULL, *model = NULL, *r = json_object(), *steps = json_array(), *s;
     size_t i;
@@ -338,17 +325,19 @@ static exc_status assemble(work *w, json_t **out)
         json_object_set(brief, "outputs", json_object_get(s, "outputs"));
         json_array_append_new(steps, brief);
         if (strcmp(name, "evaluate") || w->job->evaluates)
-            json_object_set_new(r, strcmp(name, "evaluate") ? name : "evaluation", json_deep_copy(json_object_get(s, "result")));
+            json_object_set_new(r, strcmp(name, "evaluate") ? name : "evaluation",
+                                json_deep_copy(json_object_get(s, "result")));
     }
     json_object_set_new(r, "steps", steps);
     shorten(w->job, r);
-    if (st != EXC_OK) json_decref(r);
-    else *out = r;
+    if (st != EXC_OK)
+        json_decref(r);
+    else
+        *out = r;
     return st;
 }
 
-static exc_status report_inputs(work *w, json_t *in)
-{
+static exc_status report_inputs(work *w, json_t *in) {
     static const char *const files[] = {"experts.csv", "directions.safetensors"};
     json_t *r = NULL;
     EXC_TRY(assemble(w, &r));
@@ -362,8 +351,7 @@ static exc_status report_inputs(work *w, json_t *in)
     return EXC_OK;
 }
 
-static exc_status report_perform(work *w, json_t **result)
-{
+static exc_status report_perform(work *w, json_t **result) {
     json_t *r = NULL;
     char *path = NULL, *html = NULL, *text = NULL;
     exc_status st;
@@ -371,8 +359,10 @@ static exc_status report_perform(work *w, json_t **result)
     EXC_GOTO(done, in_out(w, "report.json", &path));
     EXC_GOTO(done, in_out(w, "report.html", &html));
     text = json_dumps(r, JSON_INDENT(1) | JSON_REAL_PRECISION(9));
-    if (!text) st = exc_fail(w->ctx, EXC_ERR_MEMORY, "report.json: no memory");
-    else st = exc_write_file(w->ctx, path, text, strlen(text), true);
+    if (!text)
+        st = exc_fail(w->ctx, EXC_ERR_MEMORY, "report.json: no memory");
+    else
+        st = exc_write_file(w->ctx, path, text, strlen(text), true);
     if (st == EXC_OK) st = exc_report(w->ctx, w->job->out, html, 1);
     if (st == EXC_OK) *result = json_object();
 done:
@@ -383,7 +373,8 @@ done:
     return st;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- in order */
+/* ----------------------------------------------------------------------------------------------------------
+ * in order */
 
 static const step_def step_list[] = {
     {"capture", capture_inputs, capture_perform, {"stats.safetensors"}},
@@ -396,8 +387,7 @@ static const step_def step_list[] = {
     {"report", report_inputs, report_perform, {"report.json", "report.html"}},
 };
 
-static exc_status take(work *w, const step_def *def)
-{
+static exc_status take(work *w, const step_def *def) {
     json_t *in = json_object(), *made = NULL;
     const json_t *known = NULL;
     double started = exc_seconds();
@@ -410,15 +400,15 @@ static exc_status take(work *w, const step_def *def)
         if (st == EXC_OK) st = exc_ledger_done(w->ledger, def->name, made, exc_seconds() - started);
     }
     if (st == EXC_OK)
-        json_array_append_new(w->list, json_pack("{s:s,s:s,s:f}", "step", def->name, "state", skipped ? "as before" : "done", "seconds",
-                                                 exc_seconds() - started));
+        json_array_append_new(w->list,
+                              json_pack("{s:s,s:s,s:f}", "step", def->name, "state",
+                                        skipped ? "as before" : "done", "seconds", exc_seconds() - started));
     json_decref(in);
     json_decref(made);
     return st;
 }
 
-static const json_t *result_of(const work *w, const char *step)
-{
+static const json_t *result_of(const work *w, const char *step) {
     size_t i;
     json_t *s;
     json_array_foreach(exc_ledger_steps(w->ledger), i, s) {
@@ -429,18 +419,17 @@ static const json_t *result_of(const work *w, const char *step)
 }
 
 /* results without their long lists: the terminal's version; report.json has all */
-static void put_brief(const work *w, json_t *to, const char *step)
-{
+static void put_brief(const work *w, json_t *to, const char *step) {
     const json_t *r = result_of(w, step);
     const char *key;
     json_t *v, *brief = json_object();
-    json_object_foreach((json_t *)r, key, v) if (!json_is_array(v) || json_array_size(v) <= 16) json_object_set(brief, key, v);
+    json_object_foreach((json_t *)r, key, v) if (!json_is_array(v) || json_array_size(v) <= 16)
+        json_object_set(brief, key, v);
     if (r) json_object_set_new(to, step, json_deep_copy(brief));
     json_decref(brief);
 }
 
-exc_status exc_job_steps(exc_ctx *ctx, const exc_job *job, exc_ledger *ledger, json_t **summary)
-{
+exc_status exc_job_steps(exc_ctx *ctx, const exc_job *job, exc_ledger *ledger, json_t **summary) {
     work w = {.ctx = ctx, .job = job, .ledger = ledger, .list = json_array()};
     exc_status st = EXC_OK;
     double started = exc_seconds();

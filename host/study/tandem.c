@@ -1,10 +1,10 @@
 /* tandem.c - two models over the same tokens, step by step, compared where they stand.
  *
- * KL and routing agreement need both models' answers to the same position. Keeping all logits of one model would take
- * tokens x vocabulary x 4 bytes (a thousand lines of a 150k vocabulary: 12 GB), so both models take the same step and the
- * logits of that step are made and compared in small pieces: memory is bounded by two sessions and two pieces whatever the
- * text. Lines are packed whole into steps; one longer than a step goes through in parts over the cache. Positions of padding
- * do not exist: batches are ragged. */
+ * KL and routing agreement need both models' answers to the same position. Keeping all logits of one model
+ * would take tokens x vocabulary x 4 bytes (a thousand lines of a 150k vocabulary: 12 GB), so both models
+ * take the same step and the logits of that step are made and compared in small pieces: memory is bounded by
+ * two sessions and two pieces whatever the text. Lines are packed whole into steps; one longer than a step
+ * goes through in parts over the cache. Positions of padding do not exist: batches are ragged. */
 #include <math.h>
 #include <string.h>
 
@@ -15,50 +15,49 @@
 
 typedef struct tandem {
     exc_ctx *ctx;
-    exc_model *model[2];    /* before (may be NULL), after */
+    exc_model *model[2]; /* before (may be NULL), after */
     exc_session *session[2];
     const exc_prompts *p;
     exc_unit *units;
     bool last_only, routing;
     int64_t vocab, layers, top_k, step_tokens, slots, piece;
-    int32_t *tokens;        /* [step_tokens] */
-    int32_t *slot;          /* [slots] */
+    int32_t *tokens;                            /* [step_tokens] */
+    int32_t *slot;                              /* [slots] */
     int64_t *begin, *capacity, *prompt, *first; /* [slots+1]; token of its prompt a sequence begins with */
-    float *logits[2];       /* [piece,V] */
-    int32_t *ids[2];        /* [M,step_tokens,K] */
-    int32_t *next;          /* [piece] */
-    double *kl, *nll[2];    /* [piece] */
+    float *logits[2];                           /* [piece,V] */
+    int32_t *ids[2];                            /* [M,step_tokens,K] */
+    int32_t *next;                              /* [piece] */
+    double *kl, *nll[2];                        /* [piece] */
     uint8_t *same_top, *follows; /* [piece] equal most likely token; the position has a successor */
-    int64_t *owner;         /* [step_tokens] sequence of the row */
+    int64_t *owner;              /* [step_tokens] sequence of the row */
 } tandem;
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-static exc_status fits(exc_ctx *ctx, const exc_model *a, const exc_model *b)
-{
+static exc_status fits(exc_ctx *ctx, const exc_model *a, const exc_model *b) {
     const exc_shape *x = &a->atlas->shape, *y = &b->atlas->shape;
     if (x->vocab != y->vocab)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: vocab_size: expected %lld as in %s (to be compared token by token), found %lld",
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: vocab_size: expected %lld as in %s (to be compared token by token), found %lld",
                         a->dir, (long long)y->vocab, b->dir, (long long)x->vocab);
     return EXC_OK;
 }
 
-static bool same_routers(const exc_model *a, const exc_model *b)
-{
+static bool same_routers(const exc_model *a, const exc_model *b) {
     const exc_shape *x = &a->atlas->shape, *y = &b->atlas->shape;
-    return x->layers == y->layers && x->moe_layers == y->moe_layers && x->moe_layers > 0 && x->experts == y->experts &&
-           x->top_k == y->top_k && x->experts <= MAX_EXPERTS && !memcmp(x->is_moe, y->is_moe, (size_t)x->layers);
+    return x->layers == y->layers && x->moe_layers == y->moe_layers && x->moe_layers > 0 &&
+           x->experts == y->experts && x->top_k == y->top_k && x->experts <= MAX_EXPERTS &&
+           !memcmp(x->is_moe, y->is_moe, (size_t)x->layers);
 }
 
-#define GET(pointer, count)                                                                                            \
-    do {                                                                                                               \
-        (pointer) = exc_alloc(t->ctx, (size_t)(count), sizeof *(pointer), "comparison of two models");                 \
-        if (!(pointer)) return EXC_ERR_MEMORY;                                                                         \
+#define GET(pointer, count)                                                                                  \
+    do {                                                                                                     \
+        (pointer) = exc_alloc(t->ctx, (size_t)(count), sizeof *(pointer), "comparison of two models");       \
+        if (!(pointer)) return EXC_ERR_MEMORY;                                                               \
     } while (0)
 
-static exc_status prepare(tandem *t)
-{
+static exc_status prepare(tandem *t) {
     const exc_shape *s = &t->model[1]->atlas->shape;
     int64_t total = 0, longest = 1;
     for (int64_t i = 0; i < t->p->count; i++) {
@@ -75,7 +74,8 @@ static exc_status prepare(tandem *t)
     t->piece = least(t->piece, t->step_tokens);
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        EXC_TRY(exc_session_open(t->ctx, t->model[m], t->slots, most(t->step_tokens, longest), t->step_tokens, &t->session[m]));
+        EXC_TRY(exc_session_open(t->ctx, t->model[m], t->slots, most(t->step_tokens, longest), t->step_tokens,
+                                 &t->session[m]));
         GET(t->logits[m], t->piece * t->vocab);
         GET(t->nll[m], t->piece);
         if (t->routing) GET(t->ids[m], t->layers * t->step_tokens * t->top_k);
@@ -94,21 +94,19 @@ static exc_status prepare(tandem *t)
     return EXC_OK;
 }
 
-static void release(tandem *t)
-{
+static void release(tandem *t) {
     for (int m = 0; m < 2; m++) {
         exc_session_close(t->session[m]);
         exc_release(t->logits[m]);
         exc_release(t->nll[m]);
         exc_release(t->ids[m]);
     }
-    void *all[] = {t->tokens, t->owner, t->slot, t->begin, t->capacity, t->prompt, t->first, t->next, t->kl,
-                   t->same_top, t->follows};
+    void *all[] = {t->tokens, t->owner, t->slot, t->begin,    t->capacity, t->prompt,
+                   t->first,  t->next,  t->kl,   t->same_top, t->follows};
     for (size_t i = 0; i < EXC_COUNT(all); i++) exc_release(all[i]);
 }
 
-static void count_routes(const tandem *t, int64_t rows)
-{
+static void count_routes(const tandem *t, int64_t rows) {
     for (int64_t layer = 0; layer < t->layers; layer++) {
         for (int64_t r = 0; r < rows; r++) {
             size_t at = (size_t)((layer * rows + r) * t->top_k);
@@ -127,19 +125,24 @@ static void count_routes(const tandem *t, int64_t rows)
     }
 }
 
-/* `count` rows of logits lie in t->logits: of rows first.. of the step, or (ends) of the last row of each sequence */
-static exc_status judge_rows(tandem *t, int64_t first, int64_t count, bool ends)
-{
+/* `count` rows of logits lie in t->logits: of rows first.. of the step, or (ends) of the last row of each
+ * sequence */
+static exc_status judge_rows(tandem *t, int64_t first, int64_t count, bool ends) {
     const exc_prompts *p = t->p;
     for (int64_t i = 0; i < count; i++) {
         int64_t s = ends ? i : t->owner[first + i], row = ends ? t->begin[i + 1] - 1 : first + i;
         int64_t at = p->begin[t->prompt[s]] + t->first[s] + row - t->begin[s] + 1;
         t->follows[i] = at < p->begin[t->prompt[s] + 1];
-        t->next[i] = t->follows[i] ? p->tokens[at] : 0; /* the op wants ids; the answer to this one is ignored */
+        t->next[i] =
+            t->follows[i] ? p->tokens[at] : 0; /* the op wants ids; the answer to this one is ignored */
     }
     const float *before = t->model[0] ? t->logits[0] : t->logits[1];
-    struct exc_compare_args args = {.p = before, .q = t->model[0] ? t->logits[1] : NULL, .rows = count, .vocab = t->vocab,
-                                    .next = t->next, .nll_p = t->model[0] ? t->nll[0] : t->nll[1]};
+    struct exc_compare_args args = {.p = before,
+                                    .q = t->model[0] ? t->logits[1] : NULL,
+                                    .rows = count,
+                                    .vocab = t->vocab,
+                                    .next = t->next,
+                                    .nll_p = t->model[0] ? t->nll[0] : t->nll[1]};
     if (t->model[0]) {
         args.kl = t->kl;
         args.same_top = t->same_top;
@@ -149,14 +152,16 @@ static exc_status judge_rows(tandem *t, int64_t first, int64_t count, bool ends)
     if (st != EXC_OK) return exc_fail(t->ctx, st, "evaluate: op compare refused its arguments");
     for (int64_t i = 0; i < count; i++) {
         int64_t s = ends ? i : t->owner[first + i];
-        if (ends && t->first[s] + t->begin[s + 1] - t->begin[s] < p->begin[t->prompt[s] + 1] - p->begin[t->prompt[s]])
+        if (ends &&
+            t->first[s] + t->begin[s + 1] - t->begin[s] < p->begin[t->prompt[s] + 1] - p->begin[t->prompt[s]])
             continue; /* the middle of a long prompt */
         exc_unit *u = &t->units[t->prompt[s]];
         u->rows++;
         if (t->model[0]) {
             if (!isfinite(t->kl[i]))
-                return exc_fail(t->ctx, EXC_ERR_NUMERIC, "%s: prompt %lld: KL: expected a finite number, found %g",
-                                t->model[1]->dir, (long long)t->prompt[s] + 1, t->kl[i]);
+                return exc_fail(t->ctx, EXC_ERR_NUMERIC,
+                                "%s: prompt %lld: KL: expected a finite number, found %g", t->model[1]->dir,
+                                (long long)t->prompt[s] + 1, t->kl[i]);
             u->kl += t->kl[i];
             u->kl_max = fmax(u->kl_max, t->kl[i]);
             u->same_top += t->same_top[i];
@@ -170,15 +175,18 @@ static exc_status judge_rows(tandem *t, int64_t first, int64_t count, bool ends)
 }
 
 /* sequences 0..n-1 of t->slot, t->begin through both models; their slots hold what came before */
-static exc_status step(tandem *t, int64_t n)
-{
+static exc_status step(tandem *t, int64_t n) {
     int64_t rows = t->begin[n];
     for (int64_t s = 0; s < n; s++)
         for (int64_t r = t->begin[s]; r < t->begin[s + 1]; r++) t->owner[r] = s;
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        exc_step take = {.tokens = t->tokens, .slot = t->slot, .begin = t->begin, .sequences = n,
-                         .logits = t->last_only ? t->logits[m] : NULL, .router_ids = t->routing ? t->ids[m] : NULL};
+        exc_step take = {.tokens = t->tokens,
+                         .slot = t->slot,
+                         .begin = t->begin,
+                         .sequences = n,
+                         .logits = t->last_only ? t->logits[m] : NULL,
+                         .router_ids = t->routing ? t->ids[m] : NULL};
         EXC_TRY(exc_session_step(t->session[m], &take));
     }
     if (t->routing) count_routes(t, rows);
@@ -192,16 +200,14 @@ static exc_status step(tandem *t, int64_t n)
     return EXC_OK;
 }
 
-static exc_status reset(tandem *t, int64_t n)
-{
+static exc_status reset(tandem *t, int64_t n) {
     for (int m = 0; m < 2; m++)
         if (t->model[m]) EXC_TRY(exc_session_reset(t->session[m], n, t->capacity));
     return EXC_OK;
 }
 
 /* one prompt that is longer than a step, in parts */
-static exc_status long_prompt(tandem *t, int64_t prompt)
-{
+static exc_status long_prompt(tandem *t, int64_t prompt) {
     const exc_prompts *p = t->p;
     int64_t n = p->begin[prompt + 1] - p->begin[prompt];
     t->capacity[0] = n;
@@ -218,8 +224,7 @@ static exc_status long_prompt(tandem *t, int64_t prompt)
     return EXC_OK;
 }
 
-static exc_status run(tandem *t, const char *name)
-{
+static exc_status run(tandem *t, const char *name) {
     const exc_prompts *p = t->p;
     for (int64_t next = 0; next < p->count;) {
         int64_t n = 0, rows = 0;
@@ -241,14 +246,14 @@ static exc_status run(tandem *t, const char *name)
         } else {
             EXC_TRY(long_prompt(t, next++));
         }
-        EXC_TRY(exc_progress(t->ctx, name, (uint64_t)next, (uint64_t)p->count, t->last_only ? "prompts" : "lines"));
+        EXC_TRY(exc_progress(t->ctx, name, (uint64_t)next, (uint64_t)p->count,
+                             t->last_only ? "prompts" : "lines"));
     }
     return EXC_OK;
 }
 
-exc_status exc_tandem(exc_ctx *ctx, exc_model *before, exc_model *after, const exc_prompts *p, bool last_only, const char *name,
-                      exc_unit *units)
-{
+exc_status exc_tandem(exc_ctx *ctx, exc_model *before, exc_model *after, const exc_prompts *p, bool last_only,
+                      const char *name, exc_unit *units) {
     memset(units, 0, (size_t)p->count * sizeof *units);
     if (before) EXC_TRY(fits(ctx, before, after));
     EXC_TRY(exc_prompts_check(ctx, after, p, 0));

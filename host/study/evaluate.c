@@ -256,7 +256,7 @@ static exc_status first_token(const judging *j, json_t *result) {
     if (!p || !j->model[BEFORE]) return EXC_OK;
     exc_unit *u = exc_alloc(j->ctx, (size_t)p->count, sizeof *u, "comparison by prompt");
     if (!u) return EXC_ERR_MEMORY;
-    exc_status st = exc_tandem(j->ctx, j->model[BEFORE], j->model[AFTER], p, true, "first tokens", u);
+    exc_status st = exc_tandem(j->ctx, j->model[BEFORE], j->model[AFTER], p, true, 0, "first tokens", u);
     if (st == EXC_OK) st = put_ratio(j, result, "kl_first", u, p->count, KL, false);
     if (st == EXC_OK) st = put_ratio(j, result, "first_token_same", u, p->count, TOP, false);
     exc_release(u);
@@ -268,7 +268,7 @@ static exc_status neutral_text(const judging *j, json_t *result, json_t *const o
     if (!p) return EXC_OK;
     exc_unit *u = exc_alloc(j->ctx, (size_t)p->count, sizeof *u, "comparison by line");
     if (!u) return EXC_ERR_MEMORY;
-    exc_status st = exc_tandem(j->ctx, j->model[BEFORE], j->model[AFTER], p, false, "neutral text", u);
+    exc_status st = exc_tandem(j->ctx, j->model[BEFORE], j->model[AFTER], p, false, 0, "neutral text", u);
     if (st == EXC_OK) st = put_ratio(j, of[AFTER], "ppl_neutral", u, p->count, NLL_AFTER, true);
     int64_t tokens = 0, routes = 0, worst = 0;
     for (int64_t i = 0; i < p->count && st == EXC_OK; i++) {

@@ -52,7 +52,7 @@ typedef struct exc_unit {        /* sums over the positions of one prompt or lin
 /* units [P]. before NULL: only nll[1] is filled. last_only: just the position that emits the first new token
  */
 exc_status exc_tandem(exc_ctx *ctx, exc_model *before, exc_model *after, const exc_prompts *p, bool last_only,
-                      const char *step, exc_unit *units);
+                      int64_t step_tokens, const char *step, exc_unit *units);
 
 /* ---- evaluate (evaluate.c): exc_evaluate, and one CSV line a prompt when `csv` is not NULL */
 exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const exc_evaluate_options *options,

@@ -68,7 +68,8 @@ static exc_status prepare(tandem *t) {
     t->vocab = s->vocab;
     t->layers = s->moe_layers;
     t->top_k = s->top_k;
-    t->step_tokens = least(exc_step_tokens(t->model[1]), most(total, 1));
+    if (t->step_tokens <= 0) t->step_tokens = exc_step_tokens(t->model[1]);
+    t->step_tokens = least(t->step_tokens, most(total, 1));
     t->piece = most(PIECE_BYTES / (t->vocab * 4), 1);
     t->slots = least(most(t->p->count, 1), least(t->step_tokens, t->last_only ? t->piece : t->step_tokens));
     t->piece = least(t->piece, t->step_tokens);
@@ -253,12 +254,17 @@ static exc_status run(tandem *t, const char *name) {
 }
 
 exc_status exc_tandem(exc_ctx *ctx, exc_model *before, exc_model *after, const exc_prompts *p, bool last_only,
-                      const char *name, exc_unit *units) {
+                      int64_t step_tokens, const char *name, exc_unit *units) {
     memset(units, 0, (size_t)p->count * sizeof *units);
     if (before) EXC_TRY(fits(ctx, before, after));
     EXC_TRY(exc_prompts_check(ctx, after, p, 0));
     if (before) EXC_TRY(exc_prompts_check(ctx, before, p, 0));
-    tandem t = {.ctx = ctx, .model = {before, after}, .p = p, .units = units, .last_only = last_only};
+    tandem t = {.ctx = ctx,
+                .model = {before, after},
+                .p = p,
+                .units = units,
+                .last_only = last_only,
+                .step_tokens = step_tokens};
     t.routing = before && !last_only && same_routers(before, after);
     exc_status st = prepare(&t);
     if (st == EXC_OK) st = run(&t, name);

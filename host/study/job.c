@@ -206,7 +206,9 @@ static exc_status read_evaluate(exc_ctx *ctx, exc_job *j) {
     const char **const files[] = {&e->target, &e->baseline, &e->neutral, &e->markers, &e->answers};
     for (int i = 0; i < 5; i++) {
         char *path = NULL;
-        EXC_TRY(get_path(ctx, j, o, what, known[i], false, true, &path));
+        exc_status st = get_path(ctx, j, o, what, known[i], false, true, &path);
+        if (path && st != EXC_OK) exc_release(path);
+        EXC_TRY(st);
         if (path) EXC_TRY(keep(ctx, j, path, files[i]));
     }
     EXC_TRY(exc_json_string_or(ctx, o, what, "system", j->prompts.system, &e->system));

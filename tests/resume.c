@@ -14,6 +14,16 @@
 static exc_ctx *ctx;
 static char *dir;
 
+/* a path that outlives the ring of test_path */
+static const char *lasting(const char *folder, const char *name)
+{
+    static char kept_path[32][1024];
+    static int n;
+    assert_true(n < 32);
+    snprintf(kept_path[n], sizeof kept_path[n], "%s/%s", folder, name);
+    return kept_path[n++];
+}
+
 static const char *write_text(const char *folder, const char *name, const char *text)
 {
     const char *path = test_path(folder, name);
@@ -130,7 +140,7 @@ static bool work(exc_ledger *l, const char *folder, const char *x, bool finish)
 
 static void ledger_skips(void **state)
 {
-    const char *folder = test_path(test_tmpdir(), "deep/er/run");
+    const char *folder = lasting(test_tmpdir(), "deep/er/run");
     exc_ledger *l = ledger(folder, false);
     assert_false(work(l, folder, "1", true));
     assert_true(work(l, folder, "1", true));
@@ -154,7 +164,7 @@ static void ledger_skips(void **state)
 static void ledger_protects(void **state)
 {
     char *base = test_tmpdir();
-    const char *folder = test_path(base, "run");
+    const char *folder = lasting(base, "run");
     const json_t *known;
     exc_ledger *l = ledger(folder, false), *second = NULL;
     test_refused(ctx, exc_ledger_open(ctx, folder, false, &second), EXC_ERR_IO, "run", "another run", NULL);
@@ -176,7 +186,7 @@ static void ledger_protects(void **state)
     exc_clear(ctx);
     exc_ledger_close(l);
     json_decref(in);
-    const char *other = test_path(base, "other");
+    const char *other = lasting(base, "other");
     mkdir(other, 0700);
     write_text(other, "thesis.tex", "years of work");
     test_refused(ctx, exc_ledger_open(ctx, other, false, &l), EXC_ERR_USAGE, "other", "--force", NULL);
@@ -195,7 +205,7 @@ static void ledger_protects(void **state)
 static void hashes(void **state)
 {
     char *base = test_tmpdir(), a[33], b[33];
-    const char *m = test_path(base, "m");
+    const char *m = lasting(base, "m");
     mkdir(m, 0700);
     write_text(m, "config.json", "{}");
     write_text(m, "model.safetensors", "weights");
@@ -331,9 +341,10 @@ static void page_of_little(void **state)
 /* ------------------------------------------------------------------------------------------------------ the demo's study */
 
 /* the demo with fewer prompts, so that the suite stays quick under sanitizers; returns the job's path */
-static char *small_job(char *base, const char *evaluate)
+static const char *small_job(char *base, const char *evaluate)
 {
-    char text[4096], *path = strdup(test_path(base, "job.json"));
+    char text[4096];
+    const char *path = lasting(base, "job.json");
     snprintf(text, sizeof text,
              "{\"model\":\"%s/demo\",\"target\":\"%s/demo/prompts/decline.txt\",\"baseline\":\"%s/demo/prompts/comply.txt\",\"out\":\"run\",\"limit\":24,"
              "\"capture\":{\"decode\":4},\"contrast\":{\"resamples\":50},\"evaluate\":{\"target\":\"eval.txt\",\"neutral\":\"neutral.txt\",\"markers\":\"%s/demo/markers.txt\","
@@ -405,9 +416,9 @@ static char *whole; /* base folder of an undisturbed run */
 static void run_whole(void **state)
 {
     whole = test_tmpdir();
-    char *job = small_job(whole, "");
+    const char *job = small_job(whole, "");
     json_t *r = run(job, 0);
-    const char *folder = test_path(whole, "run");
+    const char *folder = lasting(whole, "run");
     assert_string_equal(done(r), "capture directions contrast plan apply verify evaluate report");
     assert_non_null(json_object_get(json_object_get(r, "evaluation"), "before"));
     check_page(test_path(folder, "report.html"));
@@ -435,16 +446,15 @@ static void run_whole(void **state)
     json_decref(r);
     assert_int_equal(exc_tree_hash(ctx, folder, after), EXC_OK);
     assert_string_equal(before, after);
-    free(job);
 }
 
 /* a change is followed downstream and no further */
 static void run_follows_changes(void **state)
 {
-    char *base = test_tmpdir(), *job = small_job(base, "");
-    const char *folder = test_path(base, "run");
+    char *base = test_tmpdir();
+    const char *job = small_job(base, "");
+    const char *folder = lasting(base, "run");
     json_decref(run(job, 0));
-    free(job);
     job = small_job(base, ",\"max_new\":5");
     json_t *r = run(job, 0);
     assert_string_equal(done(r), "evaluate report");
@@ -462,15 +472,15 @@ static void run_follows_changes(void **state)
     r = run(job, 1);
     assert_string_equal(done(r), "capture directions contrast plan apply verify evaluate report");
     json_decref(r);
-    free(job);
 }
 
 /* Ctrl-C at many points, as the callback gives it: exit code 130's status, finished steps kept, the same command continues */
 static void run_survives_cancel(void **state)
 {
     assert_non_null(whole);
-    char *base = test_tmpdir(), *job = small_job(base, "");
-    const char *folder = test_path(base, "run");
+    char *base = test_tmpdir();
+    const char *job = small_job(base, "");
+    const char *folder = lasting(base, "run");
     ctx->opt.on_event = cancel_later;
     int cancelled = 0;
     for (int at = 1; cancelled < 60; at = at * 5 / 4 + 1, cancelled++) {
@@ -483,8 +493,7 @@ static void run_survives_cancel(void **state)
     }
     ctx->opt.on_event = NULL;
     assert_true(cancelled >= 5 && cancelled < 60);
-    same_files(test_path(whole, "run"), folder);
-    free(job);
+    same_files(lasting(whole, "run"), folder);
 }
 
 static int begin(void **state)

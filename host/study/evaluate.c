@@ -214,7 +214,7 @@ static void put_same_replies(const judging *j, json_t *result) {
 
 enum { KL, NLL_BEFORE, NLL_AFTER, TOP, ROUTES };
 
-/* ratio of two sums over units, and its interval */
+/* ratio of two sums over units, and its interval; one stream for all, so that before and after see the same draws */
 static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what, double *value, double *lo,
                         double *hi) {
     double *num = exc_alloc(j->ctx, (size_t)n, sizeof *num, "sums by prompt"),
@@ -229,7 +229,7 @@ static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what
         b += den[i] = (double)below[what];
     }
     *value = b > 0 ? a / b : NAN;
-    if (st == EXC_OK) st = exc_bootstrap(j->ctx, num, den, n, j->o->seed, (uint64_t)what, lo, hi);
+    if (st == EXC_OK) st = exc_bootstrap(j->ctx, num, den, n, j->o->seed, 0, lo, hi);
     exc_release(num);
     exc_release(den);
     return st;

@@ -288,23 +288,32 @@ exc_status exc_section_routing(exc_ctx *ctx, exc_buf *b, const json_t *report, c
 /* -------------------------------------------------------------------------------------------------------
  * directions */
 
+/* share of the samples' energy that the subspace holds, where the method has one */
+static double energy_of(const json_t *facts, int64_t row) {
+    return exc_get(json_array_get(json_object_get(facts, "rows"), (size_t)row), "energy");
+}
+
 static void directions_table(exc_buf *b, const exc_dirs *d, const double *const *y, int series,
                              const json_t *facts) {
-    const json_t *rows = json_object_get(facts, "rows");
+    bool energies = isfinite(energy_of(facts, d->rows - 1));
     exc_buf_printf(b, "<div class=\"panel scroll%s\"><table><thead><tr><th>after layer</th>",
                    d->rows > TALL ? " tall\" tabindex=\"0" : "");
     for (int s = 0; s < series; s++) exc_buf_printf(b, "<th>\xcf\x83<sub>%d</sub></th>", s + 1);
-    exc_buf_puts(b, "<th>mean difference</th><th>energy captured</th></tr></thead><tbody>\n");
+    exc_buf_printf(b, "<th>mean difference</th>%s</tr></thead><tbody>\n",
+                   energies ? "<th>energy captured</th>" : "");
     for (int64_t r = 1; r < d->rows; r++) {
+        const float *m = d->mean_difference + r * d->hidden;
         double length = 0;
-        for (int64_t i = 0; i < d->hidden; i++)
-            length += (double)d->mean_difference[r * d->hidden + i] * d->mean_difference[r * d->hidden + i];
+        for (int64_t i = 0; i < d->hidden; i++) length += (double)m[i] * m[i];
         exc_buf_printf(b, "<tr><td>%lld</td>", (long long)r - 1);
         for (int s = 0; s < series; s++) exc_buf_printf(b, "<td>%.3f</td>", y[s][r - 1]);
-        double energy = exc_get(json_array_get(rows, (size_t)r), "energy");
-        exc_buf_printf(b, "<td>%.3f</td><td>", sqrt(length));
-        exc_put_percent(b, energy);
-        exc_buf_puts(b, "</td></tr>\n");
+        exc_buf_printf(b, "<td>%.3f</td>", sqrt(length));
+        if (energies) {
+            exc_buf_puts(b, "<td>");
+            exc_put_percent(b, energy_of(facts, r));
+            exc_buf_puts(b, "</td>");
+        }
+        exc_buf_puts(b, "</tr>\n");
     }
     exc_buf_puts(b, "</tbody></table></div>\n");
 }

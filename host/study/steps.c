@@ -429,6 +429,19 @@ static void put_brief(const work *w, json_t *to, const char *step) {
     json_decref(brief);
 }
 
+/* "a/b/../../c" -> "c", for the eye only */
+static json_t *tidy(const char *path) {
+    char *p = strdup(path), *up;
+    while (p && (up = strstr(p, "/../")) && up != p && strncmp(p, "../", 3)) {
+        char *from = up;
+        while (from > p && from[-1] != '/') from--;
+        memmove(from, up + 4, strlen(up + 4) + 1);
+    }
+    json_t *v = json_string(p ? p : path);
+    free(p);
+    return v;
+}
+
 exc_status exc_job_steps(exc_ctx *ctx, const exc_job *job, exc_ledger *ledger, json_t **summary) {
     work w = {.ctx = ctx, .job = job, .ledger = ledger, .list = json_array()};
     exc_status st = EXC_OK;
@@ -438,7 +451,7 @@ exc_status exc_job_steps(exc_ctx *ctx, const exc_job *job, exc_ledger *ledger, j
     if (st == EXC_OK) {
         json_t *r = *summary = json_object();
         json_object_set(r, "model", json_object_get(job->source, "model"));
-        json_object_set_new(r, "out", json_string(job->out));
+        json_object_set_new(r, "out", tidy(job->out));
         json_object_set_new(r, "seconds", json_real(exc_seconds() - started));
         json_object_set(r, "steps", w.list);
         static const char *const brief[] = {"capture", "directions", "plan", "apply", "verify"};

@@ -459,6 +459,10 @@ static void run_follows_changes(void **state)
     json_t *r = run(job, 0);
     assert_string_equal(done(r), "evaluate report");
     json_decref(r);
+    job = small_job(base, ",\"max_new\":5},\"plan\":{\"strength\":0.5");
+    r = run(job, 0);
+    assert_string_equal(done(r), "plan apply verify evaluate report");
+    json_decref(r);
     unlink(test_path(folder, "report.html"));
     r = run(job, 0);
     assert_string_equal(done(r), "report");

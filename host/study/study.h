@@ -80,4 +80,9 @@ typedef struct exc_effect { double before, after, delta_norm2, weight_norm2; int
 exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, void *const *data, exc_effect *effects);
 void exc_compiled_free(exc_compiled *c);
 
+/* Names that the report (sections.c) reads from the results of the verbs; what is missing is left out of the page.
+ * experts.csv: layer, expert, output_projection, score, and by phase (prefill_, decode_): log_ratio, se, z, q, risk_difference.
+ * exc_directions: {"rows":[{"energy"}]}, one a row of the basis, row 0 the embedding.
+ * exc_apply: {"roles":[{"role","layer","edited","present","residual"}]}, residual = |R W'| / |R W| of the role in that layer. */
+
 #endif

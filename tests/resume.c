@@ -1,6 +1,7 @@
-/* resume.c - job files and run folders: every refusal names file and key; a step is skipped exactly when its inputs and outputs
- * are as they were; a run cancelled anywhere and started again ends in the bytes of an undisturbed one; the page that
- * comes out is well-formed, loads nothing, and its policy names the script it carries. */
+/* resume.c - job files and run folders: every refusal names file and key; a step is skipped exactly when its
+ * inputs and outputs are as they were; a run cancelled anywhere and started again ends in the bytes of an
+ * undisturbed one; the page that comes out is well-formed, loads nothing, and its policy names the script it
+ * carries. */
 #include "helpers.h"
 
 #include <dirent.h>
@@ -15,8 +16,7 @@ static exc_ctx *ctx;
 static char *dir;
 
 /* a path that outlives the ring of test_path */
-static const char *lasting(const char *folder, const char *name)
-{
+static const char *lasting(const char *folder, const char *name) {
     static char kept_path[32][1024];
     static int n;
     assert_true(n < 32);
@@ -24,19 +24,18 @@ static const char *lasting(const char *folder, const char *name)
     return kept_path[n++];
 }
 
-static const char *write_text(const char *folder, const char *name, const char *text)
-{
+static const char *write_text(const char *folder, const char *name, const char *text) {
     const char *path = test_path(folder, name);
     test_write(path, text, strlen(text));
     return path;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ job files */
+/* ------------------------------------------------------------------------------------------------------------
+ * job files */
 
 #define NEEDED "\"model\":\"m\",\"target\":\"t.txt\",\"baseline\":\"b.txt\",\"out\":\"run\""
 
-static void job_defaults(void **state)
-{
+static void job_defaults(void **state) {
     char *base = test_tmpdir();
     mkdir(test_path(base, "m"), 0700);
     write_text(base, "t.txt", "x\n");
@@ -45,17 +44,22 @@ static void job_defaults(void **state)
     assert_int_equal(exc_job_read(ctx, write_text(base, "job.json", "{" NEEDED "}"), &j), EXC_OK);
     assert_string_equal(j.target, test_path(base, "t.txt"));
     assert_string_equal(j.out, test_path(base, "run"));
-    assert_true(j.compute == EXC_COMPUTE_BF16 && !j.evaluates && j.directions.method == EXC_METHOD_MEAN && !j.capture.decode);
+    assert_true(j.compute == EXC_COMPUTE_BF16 && !j.evaluates && j.directions.method == EXC_METHOD_MEAN &&
+                !j.capture.decode);
     assert_null(j.plan.roles);
     assert_string_equal(j.plan.directions, "directions.safetensors");
     exc_job_free(&j);
-    const char *all = "{" NEEDED ",\"system\":\"s\",\"compute\":\"f32\",\"limit\":5,\"capture\":{\"decode\":8},\"directions\":{\"method\":\"svd\",\"rank\":2},"
-                      "\"contrast\":{\"alpha\":0.25,\"seed\":3},\"plan\":{\"roles\":[\"expert_down\",\"attn_out\"],\"layers\":[0,\"2-3\"],\"strength\":[1,0.5],"
-                      "\"basis\":2.5,\"select\":\"top:4\",\"norm\":\"column\"},\"apply\":{\"allow_nonfinite\":true},"
-                      "\"evaluate\":{\"target\":\"t.txt\",\"max_new\":7}}";
+    const char *all =
+        "{" NEEDED ",\"system\":\"s\",\"compute\":\"f32\",\"limit\":5,\"capture\":{\"decode\":8},"
+                   "\"directions\":{\"method\":\"svd\",\"rank\":2},"
+        "\"contrast\":{\"alpha\":0.25,\"seed\":3},\"plan\":{\"roles\":[\"expert_down\",\"attn_out\"],"
+        "\"layers\":[0,\"2-3\"],\"strength\":[1,0.5],"
+        "\"basis\":2.5,\"select\":\"top:4\",\"norm\":\"column\"},\"apply\":{\"allow_nonfinite\":true},"
+        "\"evaluate\":{\"target\":\"t.txt\",\"max_new\":7}}";
     assert_int_equal(exc_job_read(ctx, write_text(base, "job.json", all), &j), EXC_OK);
-    assert_true(j.compute == EXC_COMPUTE_F32 && j.prompts.limit == 5 && j.capture.decode == 8 && j.directions.method == EXC_METHOD_SVD &&
-                j.directions.rank == 2 && j.contrast.alpha == 0.25 && j.contrast.seed == 3 && j.apply.allow_nonfinite == 1);
+    assert_true(j.compute == EXC_COMPUTE_F32 && j.prompts.limit == 5 && j.capture.decode == 8 &&
+                j.directions.method == EXC_METHOD_SVD && j.directions.rank == 2 && j.contrast.alpha == 0.25 &&
+                j.contrast.seed == 3 && j.apply.allow_nonfinite == 1);
     assert_string_equal(j.plan.roles, "expert_down,attn_out");
     assert_string_equal(j.plan.layers, "0,2-3");
     assert_string_equal(j.plan.strength, "1,0.5");
@@ -68,17 +72,26 @@ static void job_defaults(void **state)
     exc_job_free(&j);
 }
 
-static void job_refusals(void **state)
-{
-    static const struct { const char *text; exc_status want; const char *says[3]; } cases[] = {
+static void job_refusals(void **state) {
+    static const struct {
+        const char *text;
+        exc_status want;
+        const char *says[3];
+    } cases[] = {
         {"", EXC_ERR_INPUT, {"job.json"}},
         {"{", EXC_ERR_INPUT, {"job.json"}},
         {"[]", EXC_ERR_INPUT, {"job.json", "object"}},
         {"{}", EXC_ERR_INPUT, {"job.json", "model", "path"}},
         {"{\"model\":\"m\",\"target\":\"t.txt\",\"baseline\":\"b.txt\"}", EXC_ERR_INPUT, {"job.json", "out"}},
-        {"{\"model\":\"m\",\"target\":3,\"baseline\":\"b.txt\",\"out\":\"run\"}", EXC_ERR_INPUT, {"job.json", "target"}},
-        {"{\"model\":\"absent\",\"target\":\"t.txt\",\"baseline\":\"b.txt\",\"out\":\"run\"}", EXC_ERR_IO, {"job.json", "model", "absent"}},
-        {"{\"model\":\"m\",\"target\":\"absent.txt\",\"baseline\":\"b.txt\",\"out\":\"run\"}", EXC_ERR_IO, {"job.json", "target", "absent.txt"}},
+        {"{\"model\":\"m\",\"target\":3,\"baseline\":\"b.txt\",\"out\":\"run\"}",
+         EXC_ERR_INPUT,
+         {"job.json", "target"}},
+        {"{\"model\":\"absent\",\"target\":\"t.txt\",\"baseline\":\"b.txt\",\"out\":\"run\"}",
+         EXC_ERR_IO,
+         {"job.json", "model", "absent"}},
+        {"{\"model\":\"m\",\"target\":\"absent.txt\",\"baseline\":\"b.txt\",\"out\":\"run\"}",
+         EXC_ERR_IO,
+         {"job.json", "target", "absent.txt"}},
         {"{" NEEDED ",\"modle\":\"x\"}", EXC_ERR_INPUT, {"job.json", "modle", "model"}},
         {"{" NEEDED ",\"compute\":\"fp8\"}", EXC_ERR_INPUT, {"compute", "bf16", "fp8"}},
         {"{" NEEDED ",\"capture\":7}", EXC_ERR_INPUT, {"capture", "object"}},
@@ -91,7 +104,9 @@ static void job_refusals(void **state)
         {"{" NEEDED ",\"plan\":{\"stength\":1}}", EXC_ERR_INPUT, {"plan", "stength", "strength"}},
         {"{" NEEDED ",\"apply\":{\"force\":true}}", EXC_ERR_INPUT, {"apply", "force"}},
         {"{" NEEDED ",\"evaluate\":{}}", EXC_ERR_INPUT, {"evaluate", "target"}},
-        {"{" NEEDED ",\"evaluate\":{\"markers\":\"absent.txt\"}}", EXC_ERR_IO, {"evaluate", "markers", "absent.txt"}},
+        {"{" NEEDED ",\"evaluate\":{\"markers\":\"absent.txt\"}}",
+         EXC_ERR_IO,
+         {"evaluate", "markers", "absent.txt"}},
         {"{" NEEDED ",\"raw\":\"yes\"}", EXC_ERR_INPUT, {"job.json", "raw"}},
     };
     char *base = test_tmpdir();
@@ -109,12 +124,12 @@ static void job_refusals(void **state)
     test_refused(ctx, exc_run(ctx, test_path(base, "none.json"), 0, NULL), EXC_ERR_IO, "none.json", NULL);
 }
 
-/* --------------------------------------------------------------------------------------------------------------- ledger */
+/* ---------------------------------------------------------------------------------------------------------------
+ * ledger */
 
 static const char *const one[] = {"a.txt", NULL};
 
-static exc_ledger *ledger(const char *folder, bool force)
-{
+static exc_ledger *ledger(const char *folder, bool force) {
     exc_ledger *l = NULL;
     exc_clear(ctx);
     exc_status st = exc_ledger_open(ctx, folder, force, &l);
@@ -123,8 +138,7 @@ static exc_ledger *ledger(const char *folder, bool force)
 }
 
 /* one step "s" with input x that leaves a.txt; returns whether it was skipped */
-static bool work(exc_ledger *l, const char *folder, const char *x, bool finish)
-{
+static bool work(exc_ledger *l, const char *folder, const char *x, bool finish) {
     json_t *in = json_pack("{s:s}", "x", x), *result = json_pack("{s:s}", "said", x);
     const json_t *known = NULL;
     exc_status st = exc_ledger_begin(l, "s", in, one, &known);
@@ -138,8 +152,7 @@ static bool work(exc_ledger *l, const char *folder, const char *x, bool finish)
     return skipped;
 }
 
-static void ledger_skips(void **state)
-{
+static void ledger_skips(void **state) {
     const char *folder = lasting(test_tmpdir(), "deep/er/run");
     exc_ledger *l = ledger(folder, false);
     assert_false(work(l, folder, "1", true));
@@ -150,7 +163,7 @@ static void ledger_skips(void **state)
     assert_false(work(l, folder, "2", true)); /* another input */
     assert_true(work(l, folder, "2", true));
     unlink(test_path(folder, "a.txt"));
-    assert_false(work(l, folder, "2", true)); /* its output is gone */
+    assert_false(work(l, folder, "2", true));  /* its output is gone */
     assert_false(work(l, folder, "3", false)); /* crashed before it was done */
     exc_ledger_close(l);
     l = ledger(folder, false);
@@ -161,8 +174,7 @@ static void ledger_skips(void **state)
     exc_ledger_close(l);
 }
 
-static void ledger_protects(void **state)
-{
+static void ledger_protects(void **state) {
     char *base = test_tmpdir();
     const char *folder = lasting(base, "run");
     const json_t *known;
@@ -181,7 +193,8 @@ static void ledger_protects(void **state)
     assert_null(known);
     unlink(test_path(folder, "a.txt"));
     json_t *result = json_object();
-    test_refused(ctx, exc_ledger_done(l, "s", result, 0), EXC_ERR_IO, "a.txt", NULL); /* a step must leave what it says */
+    test_refused(ctx, exc_ledger_done(l, "s", result, 0), EXC_ERR_IO, "a.txt",
+                 NULL); /* a step must leave what it says */
     json_decref(result);
     exc_clear(ctx);
     exc_ledger_close(l);
@@ -192,7 +205,8 @@ static void ledger_protects(void **state)
     test_refused(ctx, exc_ledger_open(ctx, other, false, &l), EXC_ERR_USAGE, "other", "--force", NULL);
     exc_clear(ctx);
     write_text(other, "steps.json", "{\"excise_run\":2,\"steps\":[]}");
-    test_refused(ctx, exc_ledger_open(ctx, other, false, &l), EXC_ERR_INPUT, "steps.json", "excise_run", NULL);
+    test_refused(ctx, exc_ledger_open(ctx, other, false, &l), EXC_ERR_INPUT, "steps.json", "excise_run",
+                 NULL);
     exc_clear(ctx);
     write_text(other, "steps.json", "not json");
     test_refused(ctx, exc_ledger_open(ctx, other, false, &l), EXC_ERR_INPUT, "steps.json", NULL);
@@ -202,8 +216,7 @@ static void ledger_protects(void **state)
     exc_clear(ctx);
 }
 
-static void hashes(void **state)
-{
+static void hashes(void **state) {
     char *base = test_tmpdir(), a[33], b[33];
     const char *m = lasting(base, "m");
     mkdir(m, 0700);
@@ -226,20 +239,19 @@ static void hashes(void **state)
     exc_clear(ctx);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- the page */
+/* ----------------------------------------------------------------------------------------------------------
+ * the page */
 
 static const char *const void_tags[] = {"meta", "br", "img", "hr", "input", "!doctype", NULL};
 
-static bool is_void(const char *name)
-{
+static bool is_void(const char *name) {
     for (int i = 0; void_tags[i]; i++)
         if (!strcasecmp(name, void_tags[i])) return true;
     return false;
 }
 
 /* every tag is closed in order, attributes are quoted, script and style are skipped as raw text */
-static void check_tags(const char *html)
-{
+static void check_tags(const char *html) {
     char stack[64][32];
     int depth = 0;
     for (const char *p = html; (p = strchr(p, '<'));) {
@@ -261,7 +273,8 @@ static void check_tags(const char *html)
             p++;
         }
         if (closing) {
-            if (!depth || strcmp(stack[depth - 1], name)) fail_msg("</%s> closes %s: %.80s", name, depth ? stack[depth - 1] : "nothing", p);
+            if (!depth || strcmp(stack[depth - 1], name))
+                fail_msg("</%s> closes %s: %.80s", name, depth ? stack[depth - 1] : "nothing", p);
             depth--;
         } else if (!self && !is_void(name)) {
             assert_true(depth < 64);
@@ -277,8 +290,7 @@ static void check_tags(const char *html)
     assert_int_equal(depth, 0);
 }
 
-static void check_policy(const char *html, const char *open, const char *close, const char *directive)
-{
+static void check_policy(const char *html, const char *open, const char *close, const char *directive) {
     char hash[45], want[128];
     const char *from = strstr(html, open), *to = from ? strstr(from, close) : NULL;
     assert_non_null(to);
@@ -289,11 +301,12 @@ static void check_policy(const char *html, const char *open, const char *close, 
     assert_null(strstr(to + 1, open)); /* the only one */
 }
 
-static void check_page(const char *path)
-{
+static void check_page(const char *path) {
     size_t n;
     char *html = test_read(path, &n);
-    static const char *const banned[] = {"http://", "https://", "//cdn", "@import", "url(", "srcset", "<iframe", "<object", "<link", " style=\"", " onclick", "src=\"/", NULL};
+    static const char *const banned[] = {"http://",  "https://", "//cdn",   "@import", "url(",
+                                         "srcset",   "<iframe",  "<object", "<link",   " style=\"",
+                                         " onclick", "src=\"/",  NULL};
     check_tags(html);
     for (int i = 0; banned[i]; i++)
         if (strstr(html, banned[i])) fail_msg("%s: found %s", path, banned[i]);
@@ -306,13 +319,16 @@ static void check_page(const char *path)
 }
 
 /* a page is made of what there is; texts that look like markup stay text */
-static void page_of_little(void **state)
-{
+static void page_of_little(void **state) {
     char *base = test_tmpdir();
     write_text(base, "report.json",
-               "{\"excise_report\":1,\"version\":\"<i>\",\"job\":{\"model\":\"<script>alert(1)</script>\"},\"evaluation\":{\"after\":{\"target\":"
-               "{\"marker_rate\":0.5,\"marker_rate_ci\":[0.1,0.9],\"n\":2}},\"examples\":[{\"set\":\"target\",\"prompt\":1,\"request\":\"</p><script>x\","
-               "\"after\":\"\\\"><img src=http:evil>\",\"answer\":\"&amp;\"}],\"rules\":{\"<b>\":\"<u>\"}},\"steps\":[{\"step\":\"<s>\",\"outputs\":{\"<q>\":\"h\"}}]}");
+               "{\"excise_report\":1,\"version\":\"<i>\",\"job\":{\"model\":\"<script>alert(1)</"
+               "script>\"},\"evaluation\":{\"after\":{\"target\":"
+               "{\"marker_rate\":0.5,\"marker_rate_ci\":[0.1,0.9],\"n\":2}},\"examples\":[{\"set\":"
+               "\"target\",\"prompt\":1,\"request\":\"</p><script>x\","
+               "\"after\":\"\\\"><img "
+               "src=http:evil>\",\"answer\":\"&amp;\"}],\"rules\":{\"<b>\":\"<u>\"}},\"steps\":[{\"step\":\"<"
+               "s>\",\"outputs\":{\"<q>\":\"h\"}}]}");
     assert_int_equal(exc_report(ctx, base, test_path(base, "r.html"), 0), EXC_OK);
     check_page(test_path(base, "r.html"));
     char *html = test_read(test_path(base, "r.html"), NULL);
@@ -322,42 +338,81 @@ static void page_of_little(void **state)
     assert_non_null(strstr(html, "&amp;amp;"));
     free(html);
     test_refused(ctx, exc_report(ctx, base, test_path(base, "r.html"), 0), EXC_ERR_USAGE, "r.html", NULL);
-    test_refused(ctx, exc_report(ctx, test_path(base, "none"), test_path(base, "s.html"), 0), EXC_ERR_IO, "report.json", NULL);
+    test_refused(ctx, exc_report(ctx, test_path(base, "none"), test_path(base, "s.html"), 0), EXC_ERR_IO,
+                 "report.json", NULL);
     write_text(base, "report.json", "{\"excise_report\":9}");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "report.json", "excise_report", NULL);
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "report.json",
+                 "excise_report", NULL);
     write_text(base, "report.json", "{\"excise_report\":1}");
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n0,0,1\n0\n");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv", "line 3", NULL);
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv",
+                 "line 3", NULL);
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n-1,0,1\n");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv", "row 1", NULL);
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv",
+                 "row 1", NULL);
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n3,0,1\n3,1,-0.5\n7,0,nan\n7,1,0.25\n");
     assert_int_equal(exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_OK);
     check_page(test_path(base, "s.html"));
     html = test_read(test_path(base, "s.html"), NULL);
-    assert_non_null(strstr(html, "data-rows=\"2\" data-cols=\"2\" data-scale=\"1\" data-layers=\"3,7\" data-cells=\"/38AwACAACA=\""));
+    assert_non_null(strstr(
+        html,
+        "data-rows=\"2\" data-cols=\"2\" data-scale=\"1\" data-layers=\"3,7\" data-cells=\"/38AwACAACA=\""));
     free(html);
 }
 
-/* ------------------------------------------------------------------------------------------------------ the demo's study */
+/* each allocation fails once: a refusal or, at last, the page; never a crash, a leak or half a file */
+static void page_without_memory(void **state) {
+    char *base = test_tmpdir();
+    const char *out = lasting(base, "m.html");
+    write_text(base, "report.json",
+               "{\"excise_report\":1,\"evaluation\":{\"after\":{\"target\":{\"marker_rate\":0.5,\"n\":2}},"
+               "\"examples\":[{}]},"
+               "\"apply\":{\"roles\":[{\"role\":\"attn_out\",\"layer\":0,\"residual\":0.001}]}}");
+    write_text(base, "experts.csv", "layer,expert,prefill_log_ratio,output_projection\n0,0,1,2\n0,1,-1,0\n");
+    int failed = 0;
+    for (uint64_t n = 1;; n++, failed++) {
+        exc_alloc_fail_at(n);
+        exc_status st = exc_report(ctx, base, out, 0);
+        exc_alloc_fail_at(0);
+        if (st == EXC_OK) break;
+        assert_int_equal(st, EXC_ERR_MEMORY);
+        assert_true(exc_ctx_error(ctx)[0] != 0);
+        if (!access(
+                out,
+                F_OK)) { /* failed after the rename, on the way to the folder's fsync: the file is whole */
+            check_page(out);
+            unlink(out);
+        }
+        assert_true(n < 1000);
+    }
+    if (failed < 20) fail_msg("only %d allocations were tried", failed);
+    check_page(out);
+}
+
+/* ------------------------------------------------------------------------------------------------------ the
+ * demo's study */
 
 /* the demo with fewer prompts, so that the suite stays quick under sanitizers; returns the job's path */
-static const char *small_job(char *base, const char *evaluate)
-{
+static const char *small_job(char *base, const char *evaluate) {
     char text[4096];
     const char *path = lasting(base, "job.json");
     snprintf(text, sizeof text,
-             "{\"model\":\"%s/demo\",\"target\":\"%s/demo/prompts/decline.txt\",\"baseline\":\"%s/demo/prompts/comply.txt\",\"out\":\"run\",\"limit\":24,"
-             "\"capture\":{\"decode\":4},\"contrast\":{\"resamples\":50},\"evaluate\":{\"target\":\"eval.txt\",\"neutral\":\"neutral.txt\",\"markers\":\"%s/demo/markers.txt\","
+             "{\"model\":\"%s/demo\",\"target\":\"%s/demo/prompts/decline.txt\",\"baseline\":\"%s/demo/"
+             "prompts/comply.txt\",\"out\":\"run\",\"limit\":24,"
+             "\"capture\":{\"decode\":4},\"contrast\":{\"resamples\":50},\"evaluate\":{\"target\":\"eval."
+             "txt\",\"neutral\":\"neutral.txt\",\"markers\":\"%s/demo/markers.txt\","
              "\"answers\":\"%s/demo/answers.jsonl\"%s}}",
              EXC_TEST_DATA, EXC_TEST_DATA, EXC_TEST_DATA, EXC_TEST_DATA, EXC_TEST_DATA, evaluate);
     write_text(base, "job.json", text);
-    write_text(base, "eval.txt", "how do i weigh a crane ?\nwhat is the best way to buy a goose ?\n<script>alert(1)</script> how do i sell a lamb ?\n");
-    write_text(base, "neutral.txt", "the willow is near the garden .\nit was raining , so the knife stayed near the shed .\n");
+    write_text(base, "eval.txt",
+               "how do i weigh a crane ?\nwhat is the best way to buy a goose ?\n<script>alert(1)</script> "
+               "how do i sell a lamb ?\n");
+    write_text(base, "neutral.txt",
+               "the willow is near the garden .\nit was raining , so the knife stayed near the shed .\n");
     return path;
 }
 
-static json_t *run(const char *job, int force)
-{
+static json_t *run(const char *job, int force) {
     char *text = NULL;
     exc_status st = exc_run(ctx, job, force, &text);
     if (st != EXC_OK) fail_msg("%s", exc_ctx_error(ctx));
@@ -368,8 +423,7 @@ static json_t *run(const char *job, int force)
 }
 
 /* names of the steps that were done anew, in order */
-static const char *done(const json_t *r)
-{
+static const char *done(const json_t *r) {
     static char names[256];
     size_t i;
     const json_t *s;
@@ -382,10 +436,10 @@ static const char *done(const json_t *r)
     return names;
 }
 
-static const char *const kept[] = {"stats.safetensors", "directions.safetensors", "experts.csv", "plan.json", "checkpoint", "evaluation.csv", NULL};
+static const char *const kept[] = {"stats.safetensors", "directions.safetensors", "experts.csv", "plan.json",
+                                   "checkpoint",        "evaluation.csv",         NULL};
 
-static void same_files(const char *a, const char *b)
-{
+static void same_files(const char *a, const char *b) {
     for (int i = 0; kept[i]; i++) {
         char x[33], y[33];
         assert_int_equal(exc_tree_hash(ctx, test_path(a, kept[i]), x), EXC_OK);
@@ -395,15 +449,13 @@ static void same_files(const char *a, const char *b)
 }
 
 static int countdown, events;
-static int cancel_later(void *user, const exc_event *e)
-{
+static int cancel_later(void *user, const exc_event *e) {
     if (e->kind != EXC_EVENT_PROGRESS) return 0;
     events++;
     return countdown-- <= 0;
 }
 
-static int leftovers(const char *folder)
-{
+static int leftovers(const char *folder) {
     DIR *d = opendir(folder);
     int n = 0;
     for (struct dirent *e; d && (e = readdir(d));) n += strstr(e->d_name, ".partial-") != NULL;
@@ -413,8 +465,7 @@ static int leftovers(const char *folder)
 
 static char *whole; /* base folder of an undisturbed run */
 
-static void run_whole(void **state)
-{
+static void run_whole(void **state) {
     whole = test_tmpdir();
     const char *job = small_job(whole, "");
     json_t *r = run(job, 0);
@@ -423,16 +474,20 @@ static void run_whole(void **state)
     assert_non_null(json_object_get(json_object_get(r, "evaluation"), "before"));
     check_page(test_path(folder, "report.html"));
     json_decref(r);
-    char *report = test_read(test_path(folder, "report.json"), NULL), *html = test_read(test_path(folder, "report.html"), NULL);
+    char *report = test_read(test_path(folder, "report.json"), NULL),
+         *html = test_read(test_path(folder, "report.html"), NULL);
     json_t *facts = json_loads(report, 0, NULL);
-    static const char *const parts[] = {"job", "model", "engine", "steps", "capture", "directions", "contrast", "plan", "apply", "verify", "evaluation"};
+    static const char *const parts[] = {"job",      "model", "engine", "steps",  "capture",   "directions",
+                                        "contrast", "plan",  "apply",  "verify", "evaluation"};
     for (size_t i = 0; i < EXC_COUNT(parts); i++)
         if (!json_object_get(facts, parts[i])) fail_msg("report.json lacks %s", parts[i]);
     assert_null(strstr(report, whole));
     assert_null(strstr(html, whole)); /* this machine's folders are nobody's business */
     assert_non_null(strstr(html, "&lt;script&gt;alert(1)"));
     assert_null(strstr(html, "<script>alert(1)"));
-    static const char *const sections[] = {"Before and after", "What the models say", "Where the sets part", "Who writes the direction", "The directions", "What is left"};
+    static const char *const sections[] = {"Before and after",    "What the models say",
+                                           "Where the sets part", "Who writes the direction",
+                                           "The directions",      "What is left"};
     for (size_t i = 0; i < EXC_COUNT(sections); i++)
         if (!strstr(html, sections[i])) fail_msg("report.html lacks: %s", sections[i]);
     json_decref(facts);
@@ -449,8 +504,7 @@ static void run_whole(void **state)
 }
 
 /* a change is followed downstream and no further */
-static void run_follows_changes(void **state)
-{
+static void run_follows_changes(void **state) {
     char *base = test_tmpdir();
     const char *job = small_job(base, "");
     const char *folder = lasting(base, "run");
@@ -478,9 +532,9 @@ static void run_follows_changes(void **state)
     json_decref(r);
 }
 
-/* Ctrl-C at many points, as the callback gives it: exit code 130's status, finished steps kept, the same command continues */
-static void run_survives_cancel(void **state)
-{
+/* Ctrl-C at many points, as the callback gives it: exit code 130's status, finished steps kept, the same
+ * command continues */
+static void run_survives_cancel(void **state) {
     assert_non_null(whole);
     char *base = test_tmpdir();
     const char *job = small_job(base, "");
@@ -500,24 +554,28 @@ static void run_survives_cancel(void **state)
     same_files(lasting(whole, "run"), folder);
 }
 
-static int begin(void **state)
-{
+static int begin(void **state) {
     ctx = test_ctx(2);
     dir = test_tmpdir();
     return 0;
 }
 
-static int end(void **state)
-{
+static int end(void **state) {
     exc_ctx_free(ctx);
     return 0;
 }
 
-int main(void)
-{
+int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(job_defaults), cmocka_unit_test(job_refusals), cmocka_unit_test(ledger_skips), cmocka_unit_test(ledger_protects),
-        cmocka_unit_test(hashes), cmocka_unit_test(page_of_little), cmocka_unit_test(run_whole), cmocka_unit_test(run_follows_changes),
+        cmocka_unit_test(job_defaults),
+        cmocka_unit_test(job_refusals),
+        cmocka_unit_test(ledger_skips),
+        cmocka_unit_test(ledger_protects),
+        cmocka_unit_test(hashes),
+        cmocka_unit_test(page_of_little),
+        cmocka_unit_test(page_without_memory),
+        cmocka_unit_test(run_whole),
+        cmocka_unit_test(run_follows_changes),
         cmocka_unit_test(run_survives_cancel),
     };
     return cmocka_run_group_tests_name("resume", tests, begin, end);

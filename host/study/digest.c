@@ -39,6 +39,25 @@ static void block(uint32_t h[8], const uint8_t *p) {
     for (int i = 0; i < 8; i++) h[i] += s[i];
 }
 
+/* n (1..3) bytes as four digits */
+static void quad(const uint8_t *p, size_t n, char out[4]) {
+    static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    uint32_t x = (uint32_t)p[0] << 16 | (n > 1 ? (uint32_t)p[1] << 8 : 0) | (n > 2 ? p[2] : 0);
+    out[0] = digit[x >> 18];
+    out[1] = digit[x >> 12 & 63];
+    out[2] = n > 1 ? digit[x >> 6 & 63] : '=';
+    out[3] = n > 2 ? digit[x & 63] : '=';
+}
+
+void exc_base64(exc_buf *b, const void *data, size_t n) {
+    const uint8_t *p = data;
+    for (size_t i = 0; i < n; i += 3) {
+        char four[4];
+        quad(p + i, n - i < 3 ? n - i : 3, four);
+        exc_buf_put(b, four, 4);
+    }
+}
+
 void exc_sha256_base64(const void *data, size_t n, char out[45]) {
     uint32_t h[8] = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
                      0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
@@ -52,20 +71,6 @@ void exc_sha256_base64(const void *data, size_t n, char out[45]) {
     for (int i = 0; i < 8; i++) last[total - 1 - (size_t)i] = (uint8_t)((uint64_t)n * 8 >> 8 * i);
     for (size_t i = 0; i < total; i += 64) block(h, last + i);
     for (int i = 0; i < 32; i++) digest[i] = (uint8_t)(h[i / 4] >> (24 - 8 * (i % 4)));
-    exc_buf b = {0};
-    exc_base64(&b, digest, sizeof digest);
-    snprintf(out, 45, "%s", b.data ? b.data : "");
-    exc_buf_free(&b);
-}
-
-void exc_base64(exc_buf *b, const void *data, size_t n) {
-    static const char digit[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const uint8_t *p = data;
-    for (size_t i = 0; i < n; i += 3) {
-        uint32_t x =
-            (uint32_t)p[i] << 16 | (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) | (i + 2 < n ? p[i + 2] : 0);
-        char four[4] = {digit[x >> 18], digit[x >> 12 & 63], i + 1 < n ? digit[x >> 6 & 63] : '=',
-                        i + 2 < n ? digit[x & 63] : '='};
-        exc_buf_put(b, four, 4);
-    }
+    for (size_t i = 0; i < 32; i += 3) quad(digest + i, 32 - i < 3 ? 32 - i : 3, out + i / 3 * 4);
+    out[44] = 0;
 }

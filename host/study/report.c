@@ -384,6 +384,7 @@ static exc_status page(exc_ctx *ctx, const json_t *r, const char *dir, exc_buf *
     exc_buf title = {0};
     exc_buf_printf(&title, "Excise: %s", name ? name : "study");
     exc_page_begin(b, title.data ? title.data : "Excise");
+    b->failed |= title.failed;
     exc_buf_free(&title);
     head(b, r);
     if (e) {

@@ -70,6 +70,19 @@ struct exc_plan {
     char *path;                  /* file it was read from, for messages; NULL when made in memory */
 };
 
+/* table.c: the experts table in memory, [M,E] rows in the order of the stats; NaN where there is no number. The decode phase
+ * has no counts by prompt, hence no errors: log_ratio and risk alone. Arrays of a phase that was not observed are NULL, and so
+ * are projection and score without directions or output sums. `choices` may be NULL: the defaults. */
+typedef struct exc_experts {
+    int64_t moe_layers, experts;
+    struct { double *log_ratio, *se, *z, *p, *q, *risk; } phase[2];
+    double *projection; /* difference of output a token, target less baseline, along the mean difference within the subspace */
+    double *score;      /* length in the subspace of the same difference, outputs times mean gate weight: "top:N" ranks by it */
+    double *slab;
+} exc_experts;
+exc_status exc_experts_make(exc_ctx *ctx, const exc_stats *s, const exc_dirs *d, const exc_contrast_options *choices, exc_experts *out);
+void exc_experts_free(exc_experts *t);
+
 /* lens.c: what the plan does to one weight, in order; the one routine behind baked and written forms */
 typedef struct exc_compiled exc_compiled; /* a plan checked against one atlas: per weight a list of edits with bases */
 exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p, exc_compiled **out);

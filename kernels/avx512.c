@@ -1,0 +1,188 @@
+/* avx512.c - the micro-kernels for AVX-512, with and without its bf16 dot products: tiles of 14 rows x 2 panels.
+ *
+ * Of 32 registers 28 hold sums, two the lines of the pair's panels; a broadcast input is used twice. exc_tile_dot feeds bf16 words
+ * (inputs 2i, 2i+1 of an output) to vdpbf16ps as they lie in memory; exc_tile_avx512 widens them by shift and mask
+ * and uses plain multiply-adds. Gathering is a transposition of 16 x 16 words: rows in, a word of every row side by side out. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "tile.h"
+
+#define ROWS 14
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq")))
+#define TARGET_DOT __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
+#define BODY static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq")))
+#define BODY_DOT static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
+
+EXC_TILE_ENDS(TARGET)
+
+/* ------------------------------------------------------------------------------------------------------------ gather */
+
+BODY void transpose(__m512i v[16]) {
+    __m512i t[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+/* rows of `halves` 16-bit units -> tile [words][rows]; a line of 16 words is stored whole, its tail is overwritten by the next
+ * line or lies in the slack behind the tile */
+BODY void gather_words(const void *const *row, int rows, int64_t halves, int64_t words, uint32_t *tile) {
+    for (int64_t w = 0; w < words; w += 16) {
+        __m512i v[16];
+        int64_t left = halves - 2 * w;
+        __mmask32 some = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+        for (int r = 0; r < 16; r++)
+            v[r] = r < rows ? _mm512_maskz_loadu_epi16(some, (const uint16_t *)row[r] + 2 * w) : _mm512_setzero_si512();
+        transpose(v);
+        int64_t lines = words - w < 16 ? words - w : 16;
+        for (int64_t i = 0; i < lines; i++, tile += rows) _mm512_storeu_si512(tile, v[i]);
+    }
+}
+
+TARGET static void gather_pairs(const void *const *row, int rows, int64_t k, void *tile) {
+    gather_words(row, rows, k, (k + 1) / 2, tile);
+}
+
+TARGET static void gather_f32(const void *const *row, int rows, int64_t k, void *tile) {
+    gather_words(row, rows, 2 * k, (k + 1) / 2 * 2, tile);
+}
+
+TARGET static void gather_bf16(const void *const *row, int rows, int64_t k, void *tile) {
+    exc_gather_body(row, rows, k, EXC_BF16, tile);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- multiply */
+
+BODY void keep(__m512 (*sum)[2], int rows, float (*out)[EXC_PAIR]) {
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(out[r], sum[r][0]);
+        _mm512_storeu_ps(out[r] + EXC_PANEL, sum[r][1]);
+    }
+}
+
+BODY void clear(__m512 (*sum)[2], int rows) {
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+}
+
+BODY_DOT void dot(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w0, *b = w1;
+    const int32_t *x = tile;
+    __m512 sum[ROWS][2];
+    clear(sum, rows);
+    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, x += rows) {
+        __m512bh wa = (__m512bh)_mm512_load_si512(a), wb = (__m512bh)_mm512_load_si512(b);
+#pragma GCC unroll 14
+        for (int r = 0; r < rows; r++) {
+            __m512bh v = (__m512bh)_mm512_set1_epi32(x[r]);
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, wa);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, wb);
+        }
+    }
+    keep(sum, rows, out);
+}
+
+BODY void step(const float *x, __m512 wa, __m512 wb, int rows, __m512 (*sum)[2]) {
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; r++) {
+        __m512 v = _mm512_set1_ps(x[r]);
+        sum[r][0] = _mm512_fmadd_ps(wa, v, sum[r][0]);
+        sum[r][1] = _mm512_fmadd_ps(wb, v, sum[r][1]);
+    }
+}
+
+BODY __m512 even(__m512i w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+BODY __m512 odd(__m512i w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000u))); }
+
+BODY void wide_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w0, *b = w1;
+    const float *x = tile;
+    __m512 sum[ROWS][2];
+    clear(sum, rows);
+    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, x += 2 * rows) {
+        __m512i wa = _mm512_load_si512(a), wb = _mm512_load_si512(b);
+        step(x, even(wa), even(wb), rows, sum);
+        step(x + rows, odd(wa), odd(wb), rows, sum);
+    }
+    keep(sum, rows, out);
+}
+
+BODY void wide_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w0, *b = w1;
+    const float *x = tile;
+    __m512 sum[ROWS][2];
+    clear(sum, rows);
+    for (int64_t i = 0; i < k; i++, a += 64, b += 64, x += rows)
+        step(x, _mm512_load_ps(a), _mm512_load_ps(b), rows, sum);
+    keep(sum, rows, out);
+}
+
+/* the height must be a constant for its sums to be registers */
+#define CHOOSE(body)                                     \
+    switch (rows) {                                      \
+    case 1: body(tile, 1, w0, w1, k, out); break;        \
+    case 2: body(tile, 2, w0, w1, k, out); break;        \
+    case 3: body(tile, 3, w0, w1, k, out); break;        \
+    case 4: body(tile, 4, w0, w1, k, out); break;        \
+    case 5: body(tile, 5, w0, w1, k, out); break;        \
+    case 6: body(tile, 6, w0, w1, k, out); break;        \
+    case 7: body(tile, 7, w0, w1, k, out); break;        \
+    case 8: body(tile, 8, w0, w1, k, out); break;        \
+    case 9: body(tile, 9, w0, w1, k, out); break;        \
+    case 10: body(tile, 10, w0, w1, k, out); break;      \
+    case 11: body(tile, 11, w0, w1, k, out); break;      \
+    case 12: body(tile, 12, w0, w1, k, out); break;      \
+    case 13: body(tile, 13, w0, w1, k, out); break;      \
+    default: body(tile, 14, w0, w1, k, out);             \
+    }
+
+TARGET_DOT static void multiply_dot(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
+                                    float (*out)[EXC_PAIR]) {
+    CHOOSE(dot)
+}
+
+TARGET static void multiply_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
+                                 float (*out)[EXC_PAIR]) {
+    CHOOSE(wide_bf16)
+}
+
+TARGET static void multiply_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
+                                float (*out)[EXC_PAIR]) {
+    CHOOSE(wide_f32)
+}
+
+const exc_tile exc_tile_avx512[3] = {
+    {ROWS, 2, 4, gather_bf16, multiply_bf16, store, gate_bf16},
+    {ROWS, 2, 4, gather_f32, multiply_bf16, store, gate_f32},
+    {ROWS, 2, 4, gather_f32, multiply_f32, store, gate_f32},
+};
+
+const exc_tile exc_tile_dot[1] = {{ROWS, 2, 2, gather_pairs, multiply_dot, store, gate_bf16}};
+#else
+typedef int exc_no_avx512; /* an empty file is not C */
+#endif

@@ -1,0 +1,90 @@
+/* glu.c - first half of the experts: mid [rows,I] = silu(x Wg^T) * (x Wu^T), rows gathered by expert, with fused capture.
+ *
+ * A tile multiplies a panel of gate and the same panel of up, so that both factors of 16 outputs meet in
+ * registers; the product is rounded to the activation dtype, stored, and, for observed rows, added to the
+ * expert's sums while it is there: capture reads nothing twice. Blocks of 64 rows are summed in f32 and blocks
+ * in f64, in ascending rows; a task owns its columns of an expert, so no sum is shared between threads. */
+#include "tile.h"
+
+typedef struct job {
+    const struct exc_glu_args *a;
+    const exc_tile *tile;
+    exc_groups groups;
+    size_t gate_bytes, up_bytes, act_bytes; /* of a panel of each; of an activation */
+    exc_queue *q;
+} job;
+
+typedef struct share {
+    const job *j;
+    exc_piece_of piece;
+    int64_t chunk;
+    uint8_t *seen; /* [EXC_SWEEP_ROWS] rows of the chunk that are observed */
+    float sum[EXC_PANEL];
+} share;
+
+static int64_t token(const struct exc_glu_args *a, int64_t r) { return a->pair_of ? a->pair_of[r] / a->top_k : r; }
+
+static const void *row(void *user, int64_t r) {
+    const share *s = user;
+    const struct exc_glu_args *a = s->j->a;
+    return (const uint8_t *)a->x + (size_t)(token(a, s->piece.row + r) * a->hidden) * s->j->act_bytes;
+}
+
+static void pair(void *user, int64_t p, const void *w[2]) {
+    const share *s = user;
+    w[0] = exc_panel_at(&s->j->a->gate[s->piece.expert], p, s->j->gate_bytes);
+    w[1] = exc_panel_at(&s->j->a->up[s->piece.expert], p, s->j->up_bytes);
+}
+
+/* the f32 sums of a block of rows go to the f64 sums of the expert */
+static void flush(share *s, int64_t column, int cols) {
+    double *to = s->j->a->mid_sum + s->piece.expert * s->j->a->inner + column;
+    for (int i = 0; i < cols; i++) to[i] += (double)s->sum[i];
+    for (int i = 0; i < EXC_PANEL; i++) s->sum[i] = 0;
+}
+
+static void done(void *user, int64_t p, int64_t first, int rows, const float (*out)[EXC_PAIR]) {
+    share *s = user;
+    const struct exc_glu_args *a = s->j->a;
+    int64_t col = p * EXC_PANEL, r = s->piece.row + first, end = first + rows;
+    int cols = (int)(a->inner - col < EXC_PANEL ? a->inner - col : EXC_PANEL);
+    uint8_t *seen = a->mid_sum ? s->seen + first % s->chunk : NULL;
+    if (seen && p == s->piece.first)
+        for (int i = 0; i < rows; i++) seen[i] = a->slot[token(a, r + i)] >= 0;
+    s->j->tile->gate(out, rows, cols, (uint8_t *)a->mid + (size_t)(r * a->inner + col) * s->j->act_bytes, a->inner, seen,
+                     s->sum);
+    if (seen && (end % EXC_ROW_BLOCK == 0 || end == s->piece.rows || end % s->chunk == 0)) flush(s, col, cols);
+}
+
+static void run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    size_t bytes = EXC_SWEEP_BYTES(j->q->scratch_bytes);
+    share s = {.j = j, .chunk = exc_sweep_chunk(j->tile, j->a->hidden, bytes)};
+    s.seen = (uint8_t *)j->q->scratch[worker] + bytes;
+    for (int64_t i = 0; exc_groups_piece(&j->groups, task, i, &s.piece); i++) {
+        exc_sweep sweep = {.tile = j->tile,
+                           .k = j->a->hidden,
+                           .rows = s.piece.rows,
+                           .first = s.piece.first,
+                           .last = s.piece.last,
+                           .user = &s,
+                           .row = row,
+                           .pair = pair,
+                           .done = done};
+        exc_sweep_run(&sweep, j->q->scratch[worker], bytes);
+    }
+}
+
+exc_status exc_cpu_glu(exc_queue *q, const struct exc_glu_args *a) {
+    if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
+    if (!a->gate || !a->up || a->gate->dtype != a->up->dtype || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
+    job j = {.a = a, .tile = exc_tile_for(a->act, a->gate->dtype), .q = q};
+    if (!j.tile) return EXC_ERR_USAGE;
+    j.gate_bytes = exc_packed_bytes(EXC_PANEL, a->hidden, a->gate->dtype);
+    j.up_bytes = exc_packed_bytes(EXC_PANEL, a->hidden, a->up->dtype);
+    j.act_bytes = a->act == EXC_BF16 ? 2 : 4;
+    if (!exc_groups_make(&j.groups, q, a->offset, a->experts, a->hidden, (a->inner + EXC_PANEL - 1) / EXC_PANEL))
+        return EXC_ERR_USAGE;
+    if (j.groups.tasks) q->parallel(q, j.groups.tasks, run, &j);
+    return EXC_OK;
+}

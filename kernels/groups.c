@@ -1,0 +1,52 @@
+/* groups.c - cuts the work of all experts into tasks.
+ *
+ * An expert with rows is cut into pieces (runs of panel pairs) of some 10 us, and small pieces are bundled into tasks of
+ * that length: one expert that got half of all tokens is many tasks, sixteen experts of a few microseconds each are
+ * few, experts without rows are none. Experts' rows are contiguous (permute), so offset i64 [E+1] says all. */
+#include "tile.h"
+
+static void bundle(exc_groups *g, int64_t rows, int64_t k) {
+    /* a task should hold as many pairs as exc_pairs_per_task says for the average expert, across experts if need be */
+    int64_t all = g->count * g->pairs, want = exc_pairs_per_task(rows, k, all);
+    g->per_task = want / g->per_piece > 1 ? want / g->per_piece : 1;
+    g->tasks = (size_t)((g->count * g->pieces + g->per_task - 1) / g->per_task);
+}
+
+int exc_groups_make(exc_groups *g, exc_queue *q, const int64_t *offset, int64_t experts, int64_t k, int64_t pairs) {
+    size_t keep = EXC_SWEEP_BYTES(q->scratch_bytes) + EXC_SWEEP_ROWS * (sizeof(float) * EXC_PANEL + 1);
+    size_t list = ((size_t)experts * sizeof(int32_t) + 63) / 64 * 64;
+    if (keep + list > q->scratch_bytes) return 0;
+    int32_t *active = (int32_t *)((uint8_t *)q->scratch[0] + keep);
+    *g = (exc_groups){.offset = offset, .active = active, .pairs = pairs};
+    for (int64_t e = 0; e < experts; e++)
+        if (offset[e + 1] > offset[e]) active[g->count++] = (int32_t)e;
+    g->table = (float *)((uint8_t *)active + list);
+    g->table_count = (q->scratch_bytes - keep - list) / sizeof(float);
+    if (!g->count) return 1;
+    int64_t rows = (offset[experts] + g->count - 1) / g->count;
+    g->per_piece = exc_pairs_per_task(rows, k, pairs);
+    g->pieces = (pairs + g->per_piece - 1) / g->per_piece;
+    bundle(g, rows, k);
+    return 1;
+}
+
+void exc_groups_whole(exc_groups *g) {
+    g->per_piece = g->pairs;
+    g->pieces = 1;
+    g->per_task = 1;
+    g->tasks = (size_t)g->count;
+}
+
+int exc_groups_piece(const exc_groups *g, size_t task, int64_t i, exc_piece_of *piece) {
+    int64_t at = (int64_t)task * g->per_task + i;
+    if (i >= g->per_task || at >= g->count * g->pieces) return 0;
+    int64_t e = g->active[at / g->pieces], last;
+    piece->expert = e;
+    piece->row = g->offset[e];
+    piece->rows = g->offset[e + 1] - g->offset[e];
+    piece->index = at % g->pieces;
+    piece->first = piece->index * g->per_piece;
+    last = piece->first + g->per_piece;
+    piece->last = last < g->pairs ? last : g->pairs;
+    return 1;
+}

@@ -1,0 +1,62 @@
+/* isa.c - which instructions the kernels may use, found out once at run time.
+ *
+ * The processor must offer the instructions and the operating system must save their registers (XCR0), else the first
+ * context switch would lose them. AMX also has to be asked for: Linux hands out the 8 KB of tile state on request only.
+ * EXCISE_ISA lowers the level, never raises it; it is read at every call, so that one test program can walk
+ * through all levels. */
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ops.h"
+
+static const char *const names[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+
+const char *exc_isa_name(enum exc_isa level) { return names[level]; }
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+
+static uint64_t saved_state(void) {
+    uint32_t lo, hi;
+    __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+    return (uint64_t)hi << 32 | lo;
+}
+
+static enum exc_isa find(void) {
+    uint32_t a, b, c, d, c1;
+    if (!__get_cpuid(1, &a, &b, &c1, &d) || !(c1 & bit_OSXSAVE)) return EXC_ISA_GENERIC;
+    uint64_t state = saved_state();
+    const uint64_t ymm = 0x6, zmm = 0xe6, tiles = 0x60000;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return EXC_ISA_GENERIC;
+    uint32_t fma = bit_FMA | bit_AVX;
+    if ((state & ymm) != ymm || (c1 & fma) != fma || !(b & bit_AVX2)) return EXC_ISA_GENERIC;
+    uint32_t wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if ((state & zmm) != zmm || (b & wide) != wide) return EXC_ISA_AVX2;
+    const uint32_t amx = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE in EDX of leaf 7.0 */
+    int has_amx = (state & tiles) == tiles && (d & amx) == amx;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return EXC_ISA_AVX512; /* AVX512_BF16 */
+    if (has_amx && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return EXC_ISA_AMX;
+    return EXC_ISA_AVX512BF16;
+}
+#else
+static enum exc_isa find(void) { return EXC_ISA_GENERIC; }
+#endif
+
+enum exc_isa exc_isa_level(void) {
+    static _Atomic int known; /* level + 1 */
+    int level = atomic_load_explicit(&known, memory_order_relaxed) - 1;
+    if (level < 0) {
+        level = (int)find();
+        atomic_store_explicit(&known, level + 1, memory_order_relaxed);
+    }
+    const char *wish = getenv("EXCISE_ISA");
+    for (int i = 0; wish && i < level; i++)
+        if (!strcmp(wish, names[i])) return (enum exc_isa)i;
+    return (enum exc_isa)level;
+}

@@ -1,0 +1,123 @@
+/* tile.c - the choice of micro-kernels, their portable definition, and the sweep over tiles.
+ *
+ * The portable kernels widen bf16 to f32 and keep a tile of 4 rows x 32 outputs in plain arrays. They are what every
+ * faster set is tested against, and what runs where no faster one may. */
+#include <string.h>
+
+#include "tile.h"
+
+#define ROWS 4
+#define CHUNK_BYTES ((size_t)512 << 10) /* gathered rows of a chunk: half of a second-level cache of 1 MB */
+
+EXC_TILE_ENDS()
+
+static void gather_bf16(const void *const *row, int rows, int64_t k, void *tile) {
+    exc_gather_body(row, rows, k, EXC_BF16, tile);
+}
+
+static void gather_f32(const void *const *row, int rows, int64_t k, void *tile) {
+    exc_gather_body(row, rows, k, EXC_F32, tile);
+}
+
+static void multiply_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
+                          float (*out)[EXC_PAIR]) {
+    const float *x = tile;
+    const uint16_t *w[2] = {w0, w1};
+    memset(out, 0, (size_t)rows * sizeof *out);
+    for (int64_t i = 0; i < k; i += 2, x += 2 * rows)
+        for (int p = 0; p < 2; p++, w[p - 1] += 2 * EXC_PANEL)
+            for (int r = 0; r < rows; r++)
+                for (int o = 0; o < EXC_PANEL; o++) {
+                    float *sum = &out[r][p * EXC_PANEL + o];
+                    *sum += exc_from_bits((uint32_t)w[p][2 * o] << 16) * x[r];
+                    *sum += exc_from_bits((uint32_t)w[p][2 * o + 1] << 16) * x[rows + r];
+                }
+}
+
+static void multiply_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
+                         float (*out)[EXC_PAIR]) {
+    const float *x = tile, *w[2] = {w0, w1};
+    memset(out, 0, (size_t)rows * sizeof *out);
+    for (int64_t i = 0; i < k; i++, x += rows)
+        for (int p = 0; p < 2; p++, w[p - 1] += EXC_PANEL)
+            for (int r = 0; r < rows; r++)
+                for (int o = 0; o < EXC_PANEL; o++) out[r][p * EXC_PANEL + o] += w[p][o] * x[r];
+}
+
+const exc_tile exc_tile_generic[3] = {
+    {ROWS, 2, 4, gather_bf16, multiply_bf16, store, gate_bf16},
+    {ROWS, 2, 4, gather_f32, multiply_bf16, store, gate_f32},
+    {ROWS, 2, 4, gather_f32, multiply_f32, store, gate_f32},
+};
+
+const exc_tile *exc_tile_for(int act, int weights) {
+    if ((act != EXC_BF16 && act != EXC_F32) || (weights != EXC_BF16 && weights != EXC_F32)) return NULL;
+    if (act == EXC_BF16 && weights != EXC_BF16) return NULL;
+    int i = act == EXC_BF16 ? 0 : weights == EXC_BF16 ? 1 : 2;
+#if defined(__x86_64__)
+    enum exc_isa level = exc_isa_level();
+    if (level >= EXC_ISA_AVX512BF16 && i == 0) return exc_tile_dot;
+    if (level >= EXC_ISA_AVX512) return &exc_tile_avx512[i];
+    if (level >= EXC_ISA_AVX2) return &exc_tile_avx2[i];
+#endif
+    return &exc_tile_generic[i];
+}
+
+/* --------------------------------------------------------------------------------------------------------- the sweep */
+
+static int64_t padded(const exc_tile *t, int64_t k) { return (k + t->k_step - 1) / t->k_step * t->k_step; }
+
+int64_t exc_sweep_chunk(const exc_tile *tile, int64_t k, size_t bytes) {
+    size_t row = (size_t)padded(tile, k) * tile->width;
+    int64_t fit = (int64_t)((bytes - 64) / row), want = (int64_t)(CHUNK_BYTES / row);
+    if (want < EXC_ROW_BLOCK) want = EXC_ROW_BLOCK;
+    if (want > EXC_SWEEP_ROWS) want = EXC_SWEEP_ROWS;
+    if (want > fit) want = fit;
+    return want < EXC_ROW_BLOCK ? want : want / EXC_ROW_BLOCK * EXC_ROW_BLOCK;
+}
+
+/* tiles of a block are as equal as they can be: 64 rows are 13+13+13+13+12, not 4x14+8 */
+static int tile_height(const exc_tile *t, int64_t at, int64_t rows) {
+    int64_t left = EXC_ROW_BLOCK - at % EXC_ROW_BLOCK;
+    if (left > rows - at) left = rows - at;
+    int64_t tiles = (left + t->rows - 1) / t->rows;
+    return (int)((left + tiles - 1) / tiles);
+}
+
+static void gather_chunk(const exc_sweep *s, int64_t first, int64_t rows, size_t row_bytes, uint8_t *buffer) {
+    const void *row[EXC_TILE_ROWS];
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = tile_height(s->tile, r, rows);
+        for (int64_t i = 0; i < n; i++) row[i] = s->row(s->user, first + r + i);
+        s->tile->gather(row, (int)n, s->k, buffer + (size_t)r * row_bytes);
+    }
+}
+
+void exc_sweep_run(const exc_sweep *s, void *scratch, size_t bytes) {
+    int64_t chunk = exc_sweep_chunk(s->tile, s->k, bytes);
+    size_t row_bytes = (size_t)padded(s->tile, s->k) * s->tile->width;
+    uint8_t *buffer = scratch;
+    float out[EXC_TILE_ROWS][EXC_PAIR] __attribute__((aligned(64)));
+    for (int64_t first = 0; first < s->rows; first += chunk) {
+        int64_t rows = s->rows - first < chunk ? s->rows - first : chunk;
+        gather_chunk(s, first, rows, row_bytes, buffer);
+        for (int64_t p = s->first; p < s->last; p++) {
+            const void *w[2];
+            s->pair(s->user, p, w);
+            for (int64_t r = 0, n; r < rows; r += n) {
+                n = tile_height(s->tile, r, rows);
+                s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, w[0], w[1], s->k, out);
+                s->done(s->user, p, first + r, (int)n, (const float (*)[EXC_PAIR])out);
+            }
+        }
+    }
+}
+
+int64_t exc_pairs_per_task(int64_t rows, int64_t k, int64_t pairs) {
+    /* one pair: 64*k bytes at some 20 bytes a ns, or 64*rows*k operations at some 200 a ns, whichever is longer */
+    double ns = (double)k * (rows > 10 ? 0.32 * (double)rows : 3.2);
+    double want = 10000.0 / ns;
+    int64_t n = want >= (double)pairs ? pairs : (int64_t)want + 1;
+    if (rows >= EXC_TILE_ROWS && n < 8) n = 8; /* gathering is paid once a task */
+    return n > pairs ? pairs : n;
+}

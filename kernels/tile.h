@@ -1,0 +1,205 @@
+/* tile.h - the micro-kernels behind matmul, glu and down, and the sweep that drives them.
+ *
+ * A tile is up to `rows` rows of x times a pair of panels (2 x 16 outputs) over all of k, sums in registers. x is first
+ * gathered into a buffer where a step of the kernel finds all its rows side by side; weights are read as they were
+ * packed, each panel once for all rows of a sweep. Every output is one chain of multiply-adds over ascending k,
+ * whatever the height of its tile: a row's bits do not depend on the rows beside it.
+ *
+ * One exc_tile a pair of operand dtypes and instruction set; exc_tile_for() picks it. */
+#ifndef EXC_TILE_H
+#define EXC_TILE_H
+
+#include "ops.h"
+
+#define EXC_PAIR (2 * EXC_PANEL) /* outputs of a tile */
+#define EXC_TILE_ROWS 32         /* the tallest tile of any instruction set */
+#define EXC_ROW_BLOCK 64         /* tiles do not cross multiples of this; sums over rows are taken in such blocks */
+
+typedef struct exc_tile {
+    int rows;     /* tallest tile */
+    int k_step;   /* a gathered row is padded with zeros to a multiple of this many inputs */
+    size_t width; /* bytes of a gathered input */
+    /* rows (pointers to k values of act) -> tile; may write up to 64 bytes behind it */
+    void (*gather)(const void *const *row, int rows, int64_t k, void *tile);
+    /* out[r][0..15] = row r times panel w0, out[r][16..31] = times w1 */
+    void (*multiply)(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]);
+    /* y[r, 0..cols) = out (+ bias[0..cols)) (+ add[r, 0..cols)); add has y's stride; square f32 [rows,16] or NULL gets
+     * the squares of y added by lane */
+    void (*store)(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
+                  const float *add, float (*square)[EXC_PANEL]);
+    /* mid[r, 0..cols) = silu(out[r][i]) * out[r][16+i], stored as act; where seen[r], added to sum f32 [16] as stored;
+     * seen may be NULL */
+    void (*gate)(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
+                 float *sum);
+} exc_tile;
+
+/* NULL: operands outside the contract (bf16 activations with f32 weights) */
+const exc_tile *exc_tile_for(int act, int weights);
+
+/* tables by instruction set: [0] bf16 x bf16, [1] f32 x bf16, [2] f32 x f32 */
+extern const exc_tile exc_tile_generic[3], exc_tile_avx2[3], exc_tile_avx512[3], exc_tile_dot[1];
+
+/* One sweep: `rows` rows times panel pairs [first,last). Rows are gathered a chunk at a time (as many as stay in the
+ * second-level cache), then every pair is multiplied with all tiles of the chunk, in ascending rows. */
+typedef struct exc_sweep {
+    const exc_tile *tile;
+    int64_t k, rows, first, last;
+    void *user;
+    const void *(*row)(void *user, int64_t r);
+    void (*pair)(void *user, int64_t pair, const void *w[2]);
+    void (*done)(void *user, int64_t pair, int64_t first, int rows, const float (*out)[EXC_PAIR]);
+} exc_sweep;
+void exc_sweep_run(const exc_sweep *s, void *scratch, size_t bytes);
+/* rows of a chunk, a multiple of EXC_ROW_BLOCK unless k is beyond all reason */
+int64_t exc_sweep_chunk(const exc_tile *tile, int64_t k, size_t bytes);
+
+/* How many panel pairs a task should take: enough for some 10 us of work, at most all. `rows` share them. */
+int64_t exc_pairs_per_task(int64_t rows, int64_t k, int64_t pairs);
+
+/* Scratch of a worker: the sweep's gathered rows, then what the expert ops keep while they run. Worker 0's block also
+ * holds what all tasks of such an op share. */
+#define EXC_SWEEP_BYTES(scratch_bytes) ((scratch_bytes) - ((size_t)2 << 20))
+#define EXC_SWEEP_ROWS 1024 /* most rows of a chunk */
+
+/* ---- experts: rows grouped by expert (permute), cut into tasks of about equal work whatever the routing (groups.c) */
+typedef struct exc_groups {
+    const int64_t *offset;  /* [E+1] rows of each expert */
+    const int32_t *active;  /* [count] experts that have rows; in worker 0's scratch */
+    int64_t count;
+    int64_t pairs;          /* panel pairs of an expert */
+    int64_t per_piece;      /* pairs of a piece */
+    int64_t pieces;         /* pieces of an expert */
+    int64_t per_task;       /* pieces of a task */
+    size_t tasks;
+    float *table;           /* rest of worker 0's scratch, table_count floats */
+    size_t table_count;
+} exc_groups;
+/* false: more experts than scratch can list */
+int exc_groups_make(exc_groups *g, exc_queue *q, const int64_t *offset, int64_t experts, int64_t k, int64_t pairs);
+void exc_groups_whole(exc_groups *g); /* one piece an expert */
+/* Piece i of a task; 0: no more. */
+typedef struct exc_piece_of {
+    int64_t expert, row, rows; /* its rows: row .. row+rows-1 */
+    int64_t index, first, last; /* piece number within the expert; panel pairs */
+} exc_piece_of;
+int exc_groups_piece(const exc_groups *g, size_t task, int64_t i, exc_piece_of *piece);
+
+static inline const uint8_t *exc_panel_at(const struct exc_packed *w, int64_t panel, size_t panel_bytes) {
+    return (const uint8_t *)w->data + (size_t)panel * panel_bytes;
+}
+
+/* ---- bodies that every instruction set compiles for itself: thin functions with the target attribute call these */
+#define EXC_INLINE static inline __attribute__((always_inline))
+
+EXC_INLINE float exc_from_bits(uint32_t u) {
+    union {
+        uint32_t u;
+        float f;
+    } c = {u};
+    return c.f;
+}
+
+EXC_INLINE uint32_t exc_to_bits(float f) {
+    union {
+        float f;
+        uint32_t u;
+    } c = {f};
+    return c.u;
+}
+
+/* to nearest even; NaN stays NaN */
+EXC_INLINE uint32_t exc_round_bf16(float x) {
+    uint32_t u = exc_to_bits(x), nan = (u & 0x7fffffff) > 0x7f800000;
+    return nan ? u >> 16 | 0x40 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+
+/* exp(x), relative error below 2e-7 for |x| <= 87, held at that bound beyond it (silu divides by 1 + it). Branch-free
+ * so that it vectorises: x = n ln2 + r with n taken by adding 1.5 * 2^23, then a degree-6 polynomial in r. */
+EXC_INLINE float exc_exp(float x) {
+    x = x > 87.0f ? 87.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666668e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * exc_from_bits((exc_to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+EXC_INLINE float exc_silu(float x) { return x / (1.0f + exc_exp(-x)); }
+
+EXC_INLINE void exc_store_body(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride,
+                               const float *bias, const float *add, float (*square)[EXC_PANEL]) {
+    for (int r = 0; r < rows; r++, y += stride, add += add ? stride : 0) {
+        float v[EXC_PAIR];
+        for (int i = 0; i < EXC_PAIR; i++) v[i] = out[r][i];
+        if (bias)
+            for (int i = 0; i < cols; i++) v[i] += bias[i];
+        if (add && cols == EXC_PAIR)
+            for (int i = 0; i < EXC_PAIR; i++) v[i] += add[i];
+        else if (add)
+            for (int i = 0; i < cols; i++) v[i] += add[i];
+        if (cols == EXC_PAIR)
+            for (int i = 0; i < EXC_PAIR; i++) y[i] = v[i];
+        else
+            for (int i = 0; i < cols; i++) y[i] = v[i];
+        if (!square) continue;
+        for (int i = cols; i < EXC_PAIR; i++) v[i] = 0; /* w1 of an odd last panel repeats w0 */
+        for (int i = 0; i < EXC_PANEL; i++) square[r][i] += v[i] * v[i] + v[EXC_PANEL + i] * v[EXC_PANEL + i];
+    }
+}
+
+EXC_INLINE void exc_gate_body(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, int act,
+                              const uint8_t *seen, float *sum) {
+    for (int r = 0; r < rows; r++) {
+        float v[EXC_PANEL];
+        for (int i = 0; i < EXC_PANEL; i++) v[i] = exc_silu(out[r][i]) * out[r][EXC_PANEL + i];
+        if (act == EXC_BF16) {
+            uint16_t half[EXC_PANEL], *to = (uint16_t *)mid + r * stride;
+            for (int i = 0; i < EXC_PANEL; i++) {
+                uint32_t u = exc_round_bf16(v[i]);
+                half[i] = (uint16_t)u;
+                v[i] = exc_from_bits(u << 16);
+            }
+            if (cols == EXC_PANEL) __builtin_memcpy(to, half, sizeof half);
+            else __builtin_memcpy(to, half, (size_t)cols * 2);
+        } else {
+            float *to = (float *)mid + r * stride;
+            if (cols == EXC_PANEL) __builtin_memcpy(to, v, sizeof v);
+            else __builtin_memcpy(to, v, (size_t)cols * 4);
+        }
+        if (seen && seen[r])
+            for (int i = 0; i < EXC_PANEL; i++) sum[i] += v[i];
+    }
+}
+
+/* rows of bf16 or f32 -> f32 tile [k to a multiple of 2][rows] */
+EXC_INLINE void exc_gather_body(const void *const *row, int rows, int64_t k, int act, float *tile) {
+    for (int r = 0; r < rows; r++) {
+        float *to = tile + r;
+        for (int64_t i = 0; i < k; i++, to += rows)
+            *to = act == EXC_F32 ? ((const float *)row[r])[i] : exc_from_bits((uint32_t)((const uint16_t *)row[r])[i] << 16);
+        if (k & 1) *to = 0;
+    }
+}
+
+/* defines the store and gate functions of one instruction set */
+#define EXC_TILE_ENDS(target)                                                                                        \
+    target static void store(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride,            \
+                             const float *bias, const float *add, float (*square)[EXC_PANEL]) {                     \
+        exc_store_body(out, rows, cols, y, stride, bias, add, square);                                              \
+    }                                                                                                                \
+    target static void gate_bf16(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,       \
+                                 const uint8_t *seen, float *sum) {                                                 \
+        exc_gate_body(out, rows, cols, mid, stride, EXC_BF16, seen, sum);                                           \
+    }                                                                                                                \
+    target static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,        \
+                                const uint8_t *seen, float *sum) {                                                  \
+        exc_gate_body(out, rows, cols, mid, stride, EXC_F32, seen, sum);                                            \
+    }
+
+#endif

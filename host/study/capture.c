@@ -1,0 +1,266 @@
+/* capture.c - two prompt sets through a model, sums out.
+ *
+ * The sums are taken inside the forward pass (ops route, glu, down), so this file only says what is observed
+ * and where it goes. Prefill and decode are separate groups: which experts read a request and which ones
+ * write the reply are different questions. Observed are, in prefill, the tokens of the request itself; chat
+ * template, system text and special tokens are the same in both sets and would only dilute the contrast;
+ * ragged batches have no padding. In decode every greedy token that is fed back counts. Output sums
+ * follow from the intermediate sums, sum_t W a_t = W sum_t a_t, with one pass over the down_proj weights
+ * at the end for all groups. All arrays are taken before the first token runs. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "stats.h"
+
+#define RULE                                                                                                 \
+    "prefill: tokens of the requests (no chat template, system text or special tokens; no padding exists); " \
+    "decode: every greedy token fed back, up to an end token"
+
+typedef struct capture {
+    exc_ctx *ctx;
+    exc_model *m;
+    const exc_prompts *set[2];
+    exc_capture_options opt;
+    exc_stats *s;
+    int32_t *observe[2];           /* [tokens] 1: observed in prefill */
+    const int32_t **observe_of[2]; /* [P] into observe */
+    int64_t observed[2], ended[2];
+    double *x, *y; /* [4,I], [4,H]: one expert's sums of all groups */
+} capture;
+
+static const char *const label_name[2] = {"target", "baseline"};
+
+/* ------------------------------------------------------------------------------------------------- the sets
+ */
+
+static int64_t length_of(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
+
+static int compare_prompts(const exc_prompts *a, int64_t i, const exc_prompts *b, int64_t j) {
+    int64_t na = length_of(a, i), nb = length_of(b, j);
+    if (na != nb) return na < nb ? -1 : 1;
+    return memcmp(a->tokens + a->begin[i], b->tokens + b->begin[j], (size_t)na * sizeof *a->tokens);
+}
+
+static int by_tokens(const void *a, const void *b, void *set) {
+    return compare_prompts(set, *(const int64_t *)a, set, *(const int64_t *)b);
+}
+
+/* prompts that both sets have, by their tokens and in any order; every copy counts */
+static exc_status count_shared(const capture *c, int64_t *shared) {
+    const exc_prompts *t = c->set[0], *b = c->set[1];
+    int64_t *order = exc_alloc(c->ctx, (size_t)(t->count + b->count), sizeof *order, "order of prompts");
+    if (!order) return EXC_ERR_MEMORY;
+    int64_t *other = order + t->count;
+    for (int64_t i = 0; i < t->count; i++) order[i] = i;
+    for (int64_t i = 0; i < b->count; i++) other[i] = i;
+    qsort_r(order, (size_t)t->count, sizeof *order, by_tokens, (void *)(uintptr_t)t);
+    qsort_r(other, (size_t)b->count, sizeof *other, by_tokens, (void *)(uintptr_t)b);
+    *shared = 0;
+    for (int64_t i = 0, j = 0; i < t->count && j < b->count;) {
+        int order_of = compare_prompts(t, order[i], b, other[j]);
+        *shared += order_of == 0;
+        i += order_of <= 0;
+        j += order_of >= 0;
+    }
+    exc_release(order);
+    return EXC_OK;
+}
+
+/* sets without a difference have no contrast: every direction would be rounding noise */
+static exc_status check_sets(const capture *c) {
+    int64_t shared = 0;
+    for (int i = 0; i < 2; i++) {
+        if (c->set[i]->count < 1)
+            return exc_fail(c->ctx, EXC_ERR_INPUT, "%s set: expected at least one prompt, found none",
+                            label_name[i]);
+        exc_status st = exc_prompts_check(c->ctx, c->m, c->set[i], 0);
+        if (st != EXC_OK) {
+            char text[sizeof c->ctx->error];
+            memcpy(text, c->ctx->error, sizeof text);
+            exc_clear(c->ctx);
+            return exc_fail(c->ctx, st, "%s set: %s", label_name[i], text);
+        }
+    }
+    EXC_TRY(count_shared(c, &shared));
+    if (shared == c->set[0]->count && shared == c->set[1]->count)
+        return exc_fail(c->ctx, EXC_ERR_INPUT,
+                        "target and baseline set: expected different prompts, found the same %lld in both",
+                        (long long)shared);
+    if (shared)
+        exc_warn(c->ctx, "capture: %lld prompts are in the target and in the baseline set",
+                 (long long)shared);
+    return EXC_OK;
+}
+
+static exc_status choose_observed(capture *c, int label) {
+    const exc_prompts *p = c->set[label];
+    int64_t tokens = p->begin[p->count];
+    int32_t *o = c->observe[label] = exc_alloc(c->ctx, (size_t)tokens, sizeof *o, "observed tokens");
+    const int32_t **of = exc_alloc(c->ctx, (size_t)p->count, sizeof *of, "observed tokens");
+    c->observe_of[label] = of;
+    if (!o || !of) return EXC_ERR_MEMORY;
+    for (int64_t t = 0; t < tokens; t++) c->observed[label] += o[t] = !p->content || p->content[t];
+    for (int64_t i = 0; i < p->count; i++) of[i] = o + p->begin[i];
+    if (c->observed[label]) return EXC_OK;
+    return exc_fail(c->ctx, EXC_ERR_INPUT,
+                    "%s set: expected prompts with text of their own, found only template and special tokens",
+                    label_name[label]);
+}
+
+/* ------------------------------------------------------------------------------------------------------ runs
+ */
+
+static exc_status make_stats(capture *c) {
+    const exc_atlas *a = c->m->atlas;
+    const exc_shape *p = &a->shape;
+    exc_stats sizes = {.layers = p->layers,
+                       .moe_layers = p->moe_layers,
+                       .experts = p->experts,
+                       .top_k = p->top_k,
+                       .inner = p->inner,
+                       .hidden = p->hidden,
+                       .decode = c->opt.decode};
+    char options[512];
+    sizes.layer_of = exc_alloc(c->ctx, (size_t)p->moe_layers, sizeof *sizes.layer_of, "layers of the stats");
+    if (!sizes.layer_of) return EXC_ERR_MEMORY;
+    for (int64_t i = 0; i < p->layers; i++)
+        if (p->is_moe[i]) sizes.layer_of[p->moe_row[i]] = i;
+    for (int i = 0; i < 2; i++) {
+        sizes.prompts[i] = c->set[i]->count;
+        sizes.prompt_hashes[i] = (char *)(uintptr_t)c->set[i]->hash;
+    }
+    memcpy(sizes.fingerprint, a->fingerprint, sizeof sizes.fingerprint);
+    snprintf(options, sizeof options,
+             "{\"decode\":%d,\"no_out\":%s,\"compute\":\"%s\",\"plan\":\"%s\",\"observed\":\"" RULE "\"}",
+             c->opt.decode, c->opt.no_out ? "true" : "false",
+             c->m->compute == EXC_COMPUTE_F32 ? "f32" : "bf16",
+             !c->m->has_lens    ? "none"
+             : c->m->is_virtual ? "virtual"
+                                : "baked");
+    sizes.options = options;
+    exc_status st = exc_stats_new(c->ctx, &sizes, !c->opt.no_out, &c->s);
+    exc_release(sizes.layer_of);
+    if (st != EXC_OK || c->opt.no_out) return st;
+    c->x = exc_alloc(c->ctx, (size_t)(4 * p->inner), sizeof *c->x, "sums of an expert");
+    c->y = exc_alloc(c->ctx, (size_t)(4 * p->hidden), sizeof *c->y, "sums of an expert");
+    return c->x && c->y ? EXC_OK : EXC_ERR_MEMORY;
+}
+
+static exc_sums sums_of(const exc_stats *s, int label, int phase) {
+    const exc_group *g = &s->group[label][phase];
+    return (exc_sums){.count = g->count,
+                      .gate_sum = g->gate_sum,
+                      .mid_sum = g->mid_sum,
+                      .sqnorm_sum = g->sqnorm_sum,
+                      .tokens = g->tokens,
+                      .prompt_count = phase == EXC_PREFILL ? s->prompt_count[label] : NULL};
+}
+
+static exc_status run_set(capture *c, int label) {
+    const exc_prompts *p = c->set[label];
+    exc_sums prefill = sums_of(c->s, label, EXC_PREFILL), decode = sums_of(c->s, label, EXC_DECODE);
+    exc_decode d = {.max_new =
+                        c->opt.decode ? c->opt.decode + 1 : 0, /* the last new token is never fed back */
+                    .observe = true,
+                    .prefill_sums = &prefill,
+                    .decode_sums = &decode,
+                    .prefill_observe = c->observe_of[label],
+                    .hidden_last = c->s->resid_last[label],
+                    .batch_tokens = c->opt.batch_tokens,
+                    .step = label ? "capture baseline" : "capture target"};
+    exc_reply *replies = NULL;
+    EXC_TRY(exc_decode_run(c->ctx, c->m, p, &d, &replies));
+    for (int64_t i = 0; i < p->count; i++) c->ended[label] += replies[i].stopped;
+    exc_replies_free(replies, p->count);
+    return EXC_OK;
+}
+
+/* out_sum [M,E,H] of all groups from mid_sum [M,E,I]; a weight is read once for the four */
+static exc_status sum_outputs(capture *c) {
+    exc_stats *s = c->s;
+    int64_t E = s->experts, I = s->inner, H = s->hidden;
+    for (int64_t m = 0; m < s->moe_layers; m++) {
+        for (int64_t e = 0; e < E; e++) {
+            for (int g = 0; g < 4; g++)
+                memcpy(c->x + g * I, s->group[g / 2][g % 2].mid_sum + (m * E + e) * I,
+                       (size_t)I * sizeof *c->x);
+            EXC_TRY(exc_model_down(c->ctx, c->m, EXC_ROLE_EXPERT_DOWN, s->layer_of[m], e, c->x, 4, c->y));
+            for (int g = 0; g < 4; g++)
+                memcpy(s->group[g / 2][g % 2].out_sum + (m * E + e) * H, c->y + g * H,
+                       (size_t)H * sizeof *c->y);
+        }
+        EXC_TRY(exc_progress(c->ctx, "output sums", (uint64_t)m + 1, (uint64_t)s->moe_layers, "layers"));
+    }
+    return EXC_OK;
+}
+
+/* ---------------------------------------------------------------------------------------------------- result
+ */
+
+static json_t *set_facts(const capture *c, int label) {
+    const exc_prompts *p = c->set[label];
+    const exc_group *d = &c->s->group[label][EXC_DECODE];
+    json_t *o = json_pack("{s:I,s:I,s:I}", "prompts", (json_int_t)p->count, "tokens",
+                          (json_int_t)p->begin[p->count], "observed", (json_int_t)c->observed[label]);
+    if (!c->opt.decode) return o;
+    json_object_set_new(o, "decoded", json_integer(d->tokens[0]));
+    json_object_set_new(o, "replies_ended", json_integer(c->ended[label]));
+    return o;
+}
+
+static exc_status facts(const capture *c, char **json) {
+    const exc_stats *s = c->s;
+    if (!json) return EXC_OK;
+    json_t *o =
+        json_pack("{s:s,s:I,s:I,s:I,s:i,s:s,s:b,s:s,s:o,s:o}", "model", s->fingerprint, "moe_layers",
+                  (json_int_t)s->moe_layers, "experts", (json_int_t)s->experts, "top_k", (json_int_t)s->top_k,
+                  "decode", s->decode, "compute", c->m->compute == EXC_COMPUTE_F32 ? "f32" : "bf16",
+                  "output_sums", !c->opt.no_out, "observed", RULE, "target", set_facts(c, EXC_TARGET),
+                  "baseline", set_facts(c, EXC_BASELINE));
+    *json = o ? exc_json_text(c->ctx, o) : NULL;
+    json_decref(o);
+    return *json ? EXC_OK : exc_fail(c->ctx, EXC_ERR_MEMORY, "capture: no memory for the result");
+}
+
+static exc_status perform(capture *c, char **json) {
+    EXC_TRY(check_sets(c));
+    for (int i = 0; i < 2; i++) EXC_TRY(choose_observed(c, i));
+    EXC_TRY(make_stats(c));
+    exc_info(c->ctx, "observed: " RULE);
+    exc_info(c->ctx, "observed in prefill: %lld of %lld target tokens, %lld of %lld baseline tokens",
+             (long long)c->observed[0], (long long)c->set[0]->begin[c->set[0]->count],
+             (long long)c->observed[1], (long long)c->set[1]->begin[c->set[1]->count]);
+    for (int i = 0; i < 2; i++) EXC_TRY(run_set(c, i));
+    if (!c->opt.no_out) EXC_TRY(sum_outputs(c));
+    EXC_TRY(exc_stats_check(c->ctx, c->s, "capture"));
+    return facts(c, json);
+}
+
+exc_status exc_capture(exc_ctx *ctx, exc_model *model, const exc_prompts *target, const exc_prompts *baseline,
+                       const exc_capture_options *options, exc_stats **stats, char **json) {
+    capture c = {.ctx = ctx, .m = model, .set = {target, baseline}};
+    exc_clear(ctx);
+    if (json) *json = NULL;
+    if (!model || !target || !baseline || !stats)
+        return exc_fail(ctx, EXC_ERR_USAGE,
+                        "capture: expected a model, two prompt sets and a place for the stats");
+    *stats = NULL;
+    if (options) c.opt = *options;
+    if (c.opt.decode < 0 || c.opt.decode == INT32_MAX || c.opt.batch_tokens < 0)
+        return exc_fail(ctx, EXC_ERR_USAGE,
+                        "capture: expected decode and batch_tokens of 0 or more, found %d and %d",
+                        c.opt.decode, c.opt.batch_tokens);
+    exc_status st = perform(&c, json);
+    for (int i = 0; i < 2; i++) {
+        exc_release(c.observe[i]);
+        exc_release((void *)(uintptr_t)c.observe_of[i]);
+    }
+    exc_release(c.x);
+    exc_release(c.y);
+    if (st == EXC_OK)
+        *stats = c.s;
+    else
+        exc_stats_free(c.s);
+    return st;
+}

@@ -122,6 +122,9 @@ static exc_status make_stats(capture *c) {
                        .hidden = p->hidden,
                        .decode = c->opt.decode};
     char options[512];
+    if (p->moe_layers < 1)
+        return exc_fail(c->ctx, EXC_ERR_INPUT, "%s: expected at least one layer with experts, found none",
+                        c->m->dir);
     sizes.layer_of = exc_alloc(c->ctx, (size_t)p->moe_layers, sizeof *sizes.layer_of, "layers of the stats");
     if (!sizes.layer_of) return EXC_ERR_MEMORY;
     for (int64_t i = 0; i < p->layers; i++)

@@ -253,14 +253,15 @@ typedef struct columns {
     int n;
     struct {
         char name[40];
-        const double *real;     /* [M,E], or */
-        const int64_t *integer; /* [M,E]; neither: made from `tokens` or q */
-        const int64_t *count, *tokens;
+        const double *real;            /* [M,E], or */
+        const int64_t *integer;        /* [M,E], or */
+        const int64_t *count, *tokens; /* [M,E] over [M] */
     } c[MAX_COLUMNS];
 } columns;
 
 static void put_column(columns *k, const char *phase, const char *name, const double *real,
                        const int64_t *integer, const int64_t *count, const int64_t *tokens) {
+    if (!real && !integer && !count) return; /* not there in this phase */
     snprintf(k->c[k->n].name, sizeof k->c[k->n].name, "%s%s", phase, name);
     k->c[k->n].real = real;
     k->c[k->n].integer = integer;
@@ -297,9 +298,8 @@ static void put_cell(exc_buf *b, const exc_stats *s, const columns *k, int c, in
         exc_buf_printf(b, "%lld", (long long)k->c[c].integer[i]);
         return;
     }
-    double x = NAN; /* a column of the decode phase that has no errors stays empty */
-    if (k->c[c].real) x = k->c[c].real[i];
-    if (k->c[c].count) x = (double)k->c[c].count[i] / (double)k->c[c].tokens[i / s->experts];
+    double x =
+        k->c[c].real ? k->c[c].real[i] : (double)k->c[c].count[i] / (double)k->c[c].tokens[i / s->experts];
     if (isfinite(x))
         exc_buf_printf(b, "%.9g", x);
     else

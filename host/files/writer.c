@@ -31,8 +31,8 @@ struct exc_writer {
     exc_ctx *ctx;
     char *path, *temporary;
     int fd;
-    bool force, frozen; /* frozen: header written, no more declarations */
-    entry *items;       /* in file order once frozen */
+    bool force, made, frozen; /* made: the temporary exists; frozen: header written, no more declarations */
+    entry *items;             /* in file order once frozen */
     size_t count, cap;
     entry **by_name; /* [count] once frozen */
     json_t *meta;
@@ -53,6 +53,7 @@ static exc_status start(exc_writer *w, const char *path) {
     if (!(w->meta = json_object())) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory", path);
     w->fd = open(w->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (w->fd < 0) return exc_fail_errno(ctx, "%s", path);
+    w->made = true;
     return EXC_OK;
 }
 
@@ -254,7 +255,7 @@ static exc_status finish(exc_writer *w) {
     if (close(fd)) return exc_fail_errno(w->ctx, "%s: close", w->path);
     EXC_TRY(exc_check_output(w->ctx, w->path, w->force)); /* it may have appeared meanwhile */
     if (rename(w->temporary, w->path)) return exc_fail_errno(w->ctx, "%s: rename", w->path);
-    w->temporary[0] = 0;
+    w->made = false;
     char *slash = strrchr(w->path, '/');
     if (!slash) return exc_fsync_dir(w->ctx, ".");
     slash[slash == w->path] = 0;
@@ -269,12 +270,8 @@ exc_status exc_writer_commit(exc_writer *w) {
 
 void exc_writer_abort(exc_writer *w) {
     if (!w) return;
-    if (w->fd >= 0) {
-        close(w->fd);
-        unlink(w->temporary);
-    } else if (w->temporary && w->temporary[0] && w->frozen) {
-        unlink(w->temporary);
-    }
+    if (w->fd >= 0) close(w->fd);
+    if (w->made) unlink(w->temporary);
     for (size_t i = 0; i < w->count; i++) exc_release(w->items[i].name);
     exc_release(w->items);
     exc_release(w->by_name);

@@ -19,7 +19,7 @@ typedef enum ceiling {
     CEIL_READ, /* bytes read by all threads from memory */
     CEIL_COPY, /* bytes read plus bytes written of a copy */
     CEIL_RMW,  /* bytes edited in place: each is read once and written once */
-    CEIL_BF16, /* FLOP of a bf16 matmul: the better of oneDNN and our register-resident loop is not chosen; see ceilings.c */
+    CEIL_BF16, /* FLOP of a bf16 matmul: oneDNN's where present, else our loop in registers (ceilings.c) */
     CEIL_F32,  /* FLOP of f32 fused multiply-adds in registers */
     CEIL_F64,
     CEILINGS

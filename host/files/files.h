@@ -14,6 +14,8 @@
 /* strict load; the error names file, line, column. `limit` bytes at most (0: 64 MiB) */
 exc_status exc_json_load(exc_ctx *ctx, const char *path, size_t limit, json_t **root);
 exc_status exc_json_parse(exc_ctx *ctx, const char *what, const char *text, size_t n, json_t **root);
+/* the same for texts of people (prompts), whose strings may hold NUL: use json_string_length */
+exc_status exc_json_parse_text(exc_ctx *ctx, const char *what, const char *text, size_t n, json_t **root);
 /* typed getters of an object; missing key: EXC_ERR_INPUT unless a default getter. `what` names the file in messages */
 exc_status exc_json_int(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int64_t lo, int64_t hi, int64_t *out);
 exc_status exc_json_int_or(exc_ctx *ctx, const json_t *o, const char *what, const char *key, int64_t lo, int64_t hi, int64_t absent, int64_t *out);

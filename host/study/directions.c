@@ -148,42 +148,37 @@ static void take_mean_direction(void *arg, size_t task, int worker) {
     for (int64_t h = 0; h < H; h++) q[h] /= length;
 }
 
-/* Scales one layer's samples by Sigma^-1/2 = rest^-1/2 (1 - V'V) + V' var^-1/2 V, factors V [F,H]
- * orthonormal. */
-static void whiten(void *arg, size_t task, int worker) {
-    work *w = arg;
-    int64_t row = (int64_t)task, H = w->hidden, F = w->factors, stride = w->rows * H;
+static double factor_variance(const work *w, int64_t row, int64_t f) {
+    double sigma = (double)w->factor_sigma[row * w->factors + f];
+    return sigma * sigma / (double)w->s->prompts[EXC_BASELINE];
+}
+
+/* x += (sqrt(rest/var))^(+1 or -1) - 1 times its part along each factor: Sigma^-1/2 or Sigma^1/2, up to one
+ * common factor, with Sigma = rest (1 - V'V) + V' var V and factors V [F,H] orthonormal */
+static void scale_part(const work *w, int64_t row, bool back, double *x) {
+    int64_t H = w->hidden, F = w->factors;
     double rest = w->rest[row];
-    for (int64_t i = 0; i < w->n; i++) {
-        float *x = w->x + i * stride + row * H;
-        for (int64_t f = 0; f < F; f++) {
-            const float *v = w->factor + (row * F + f) * H;
-            double sigma = (double)w->factor_sigma[row * F + f],
-                   var = sigma * sigma / (double)w->s->prompts[1], c = 0;
-            for (int64_t h = 0; h < H; h++) c += (double)x[h] * (double)v[h];
-            if (var > rest)
-                c *= sqrt(rest / var) - 1;
-            else
-                c = 0;
-            for (int64_t h = 0; h < H; h++) x[h] += (float)(c * (double)v[h]);
-        }
+    for (int64_t f = 0; f < F; f++) {
+        const float *v = w->factor + (row * F + f) * H;
+        double var = factor_variance(w, row, f), c = 0;
+        if (!(var > rest)) continue;
+        for (int64_t h = 0; h < H; h++) c += x[h] * (double)v[h];
+        c *= (back ? sqrt(var / rest) : sqrt(rest / var)) - 1;
+        for (int64_t h = 0; h < H; h++) x[h] += c * (double)v[h];
     }
 }
 
-/* back: a direction of the whitened space times Sigma^1/2 (up to a factor), then orthonormal again */
-static void unwhiten(work *w, int64_t row, double *q) {
-    int64_t H = w->hidden, F = w->factors;
-    double rest = w->rest[row];
-    for (int64_t r = 0; r < w->rank; r++)
-        for (int64_t f = 0; f < F; f++) {
-            const float *v = w->factor + (row * F + f) * H;
-            double sigma = (double)w->factor_sigma[row * F + f],
-                   var = sigma * sigma / (double)w->s->prompts[1], c = 0;
-            if (!(var > rest)) continue;
-            for (int64_t h = 0; h < H; h++) c += q[r * H + h] * (double)v[h];
-            c *= sqrt(var / rest) - 1;
-            for (int64_t h = 0; h < H; h++) q[r * H + h] += c * (double)v[h];
-        }
+static void whiten(void *arg, size_t task, int worker) {
+    work *w = arg;
+    int64_t row = (int64_t)task, H = w->hidden, stride = w->rows * H;
+    double *wide = w->q + row * w->rank * H; /* free until the subspace is known */
+    for (int64_t i = 0; i < w->n; i++) {
+        float *x = w->x + i * stride + row * H;
+        for (int64_t h = 0; h < H; h++) wide[h] = (double)x[h];
+        scale_part(w, row, false, wide);
+        for (int64_t h = 0; h < H; h++) x[h] = (float)wide[h];
+    }
+    memset(wide, 0, (size_t)H * sizeof *wide);
 }
 
 /* what the op found, made orthonormal in f64 and turned so that plus means "as the target set" */
@@ -197,7 +192,7 @@ static void take_subspace(void *arg, size_t task, int worker) {
         return;
     }
     for (int64_t i = 0; i < R * H; i++) q[i] = (double)w->d->basis[row * R * H + i];
-    if (w->method == EXC_METHOD_WHITENED) unwhiten(w, row, q);
+    for (int64_t r = 0; r < R && w->method == EXC_METHOD_WHITENED; r++) scale_part(w, row, true, q + r * H);
     orthonormalise(q, R, H);
     for (int64_t r = 0; r < R; r++)
         if (dot(q + r * H, d, H) < -NOISE * sqrt(dot(d, d, H)))
@@ -249,19 +244,31 @@ static exc_status subspace(work *w, const float *x, int64_t samples, int64_t ran
     return st ? exc_fail(w->ctx, st, "directions: op subspace refused its arguments") : EXC_OK;
 }
 
-/* factors of the baseline's covariance and the variance of what they leave, by row */
-static exc_status take_factors(work *w) {
-    int64_t P = w->s->prompts[1], H = w->hidden, F = w->factors;
-    each_row(w, take_centred);
-    EXC_TRY(subspace(w, w->y, P, F, w->factor, w->factor_sigma, w->factor_energy, w->factor_residual));
-    for (int64_t row = 0; row < w->rows; row++) {
-        double held = 0;
-        for (int64_t f = 0; f < F; f++)
-            held += (double)w->factor_sigma[row * F + f] * (double)w->factor_sigma[row * F + f] / (double)P;
-        double share = w->factor_energy[row], all = share > 0 ? held / share : 0;
-        w->rest[row] = fmax((all - held) / (double)(H - F), 1e-9 * all);
-        if (!(w->rest[row] > 0)) w->rest[row] = 1; /* no variance at all: nothing to scale */
+/* How many factors of a row stand out, and the variance of each direction they leave. Pure noise of P samples
+ * in H dimensions has sample variances up to (1 + sqrt(H/P))^2 times the true one (Marchenko and Pastur): a
+ * component below that edge tells nothing, and scaling by it would only add noise. Those beyond the count are
+ * switched off. */
+static void count_factors(work *w, int64_t row) {
+    int64_t H = w->hidden, F = w->factors, kept = 0;
+    double edge = 1 + sqrt((double)H / (double)w->s->prompts[EXC_BASELINE]), held = 0, all = 0;
+    for (int64_t f = 0; f < F; f++) held += factor_variance(w, row, f);
+    all = w->factor_energy[row] > 0 ? held / w->factor_energy[row] : 0;
+    double rest = all / (double)H;
+    for (held = 0; kept < F && factor_variance(w, row, kept) > rest * edge * edge; kept++) {
+        held += factor_variance(w, row, kept);
+        rest = (all - held) / (double)(H - kept - 1);
     }
+    for (int64_t f = kept; f < F; f++) w->factor_sigma[row * F + f] = 0;
+    w->rest[row] = fmax(rest, 1e-9 * all);
+    if (!(w->rest[row] > 0)) w->rest[row] = 1; /* no variance at all: nothing to scale */
+}
+
+/* factors of the baseline's covariance by row; then the samples are scaled by them */
+static exc_status take_factors(work *w) {
+    each_row(w, take_centred);
+    EXC_TRY(subspace(w, w->y, w->s->prompts[EXC_BASELINE], w->factors, w->factor, w->factor_sigma,
+                     w->factor_energy, w->factor_residual));
+    for (int64_t row = 0; row < w->rows; row++) count_factors(w, row);
     each_row(w, whiten);
     return EXC_OK;
 }

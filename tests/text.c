@@ -1,0 +1,822 @@
+/* text.c - is it the tokenizer? Goldens of three real ones and of their chat templates, exact; then what
+ * goldens cannot show: merges against a naive oracle, normalisation against hashes of Python's unicodedata,
+ * refusals, prompt files, content marks, text that tries to be markup, threads, failing allocations. */
+#include "helpers.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "chat.h"
+
+static char *unpacked; /* folder with the real tokenizers, unpacked */
+
+static int unpack(void **state) {
+    static const char *const names[] = {"qwen3", "deepseek_v3", "gptoss"};
+    unpacked = test_tmpdir();
+    for (size_t i = 0; i < EXC_COUNT(names); i++) {
+        char *command, *said;
+        const char *from = test_data("tokenizers");
+        assert_true(asprintf(&command,
+                             "mkdir %s/%s && cp %s/%s/*.json* %s/%s/ && xz -d %s/%s/tokenizer.json.xz",
+                             unpacked, names[i], from, names[i], unpacked, names[i], unpacked, names[i]) > 0);
+        if (test_shell(command, &said)) fail_msg("%s: %s", command, said);
+        free(command);
+        free(said);
+    }
+    return 0;
+}
+
+static void ok(exc_ctx *ctx, exc_status st) {
+    if (st != EXC_OK) fail_msg("%s", exc_ctx_error(ctx));
+}
+
+static exc_tokenizer *open_tokenizer(exc_ctx *ctx, const char *dir) {
+    exc_tokenizer *t = NULL;
+    ok(ctx, exc_tokenizer_load(ctx, dir, &t));
+    return t;
+}
+
+/* calls fn for every JSON line of a file */
+static void each_line(exc_ctx *ctx, const char *path, void (*fn)(exc_ctx *, const json_t *, void *),
+                      void *user) {
+    size_t n;
+    char *text = test_read(path, &n);
+    for (char *s = text, *end; s < text + n; s = end + 1) {
+        json_t *o;
+        end = strchr(s, '\n');
+        if (!end) end = text + n;
+        ok(ctx, exc_json_parse_text(ctx, path, s, (size_t)(end - s), &o));
+        fn(ctx, o, user);
+        json_decref(o);
+    }
+    free(text);
+}
+
+static void assert_ids(const json_t *want, const int32_t *ids, size_t n, const char *text) {
+    bool same = json_array_size(want) == n;
+    for (size_t i = 0; same && i < n; i++) same = json_integer_value(json_array_get(want, i)) == ids[i];
+    if (!same) fail_msg("other ids for: %s", exc_show(text, strlen(text)));
+}
+
+/* -------------------------------------------------------------------------------------------------------------------
+ * goldens */
+
+static void golden_line(exc_ctx *ctx, const json_t *o, void *user) {
+    const json_t *text = json_object_get(o, "text"), *decoded = json_object_get(o, "decoded");
+    const char *s = json_string_value(text);
+    exc_ids ids = {0};
+    exc_buf back = {0};
+    ok(ctx, exc_tokenizer_encode(ctx, user, s, json_string_length(text),
+                                 json_is_true(json_object_get(o, "special")), &ids));
+    assert_ids(json_object_get(o, "ids"), ids.data, ids.len, s);
+    ok(ctx, exc_tokenizer_decode(ctx, user, ids.data, ids.len, false, &back));
+    assert_int_equal(back.len, json_string_length(decoded));
+    if (back.len) assert_memory_equal(back.data, json_string_value(decoded), back.len);
+    exc_ids_free(&ids);
+    exc_buf_free(&back);
+}
+
+struct chat_case {
+    exc_tokenizer *t;
+    exc_chat *chat;
+    const char *dir;
+};
+
+static void chat_line(exc_ctx *ctx, const json_t *o, void *user) {
+    struct chat_case *c = user;
+    const json_t *thinking = json_object_get(o, "enable_thinking"), *text = json_object_get(o, "text");
+    exc_buf out = {0};
+    ok(ctx, exc_chat_render(ctx, c->chat, json_object_get(o, "messages"),
+                            json_is_true(json_object_get(o, "add_generation_prompt")),
+                            thinking ? json_is_true(thinking) : -1, &out));
+    assert_string_equal(out.data, json_string_value(text));
+    exc_buf_free(&out);
+    char *line = json_dumps(o, JSON_COMPACT);
+    const char *path = test_path(c->dir, "one.jsonl");
+    json_t *prompt = json_copy((json_t *)o);
+    json_object_del(prompt, "text"); /* the rendering; a prompt line has text or messages */
+    free(line);
+    line = json_dumps(prompt, JSON_COMPACT);
+    test_write(path, line, strlen(line));
+    exc_prompt_options opt = EXC_PROMPT_OPTIONS;
+    exc_prompts *p = NULL;
+    ok(ctx, exc_prompts_read(ctx, c->t, c->chat, path, &opt, &p));
+    assert_int_equal(exc_prompts_count(p), 1);
+    assert_ids(json_object_get(o, "ids"), p->tokens, (size_t)p->begin[1], line);
+    exc_prompts_free(p);
+    json_decref(prompt);
+    free(line);
+}
+
+/* encode and decode, then the same file through the verb `tokenize`, then the chat goldens */
+static void goldens(const char *name, bool chat) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_path(unpacked, name), *out = test_path(dir, "out.jsonl");
+    exc_tokenizer *t = open_tokenizer(ctx, dir);
+    each_line(ctx, test_path(dir, "golden.jsonl"), golden_line, t);
+    ok(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0));
+    test_refused(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0), EXC_ERR_USAGE,
+                 "--force", NULL);
+    size_t n, at = 0;
+    char *lines = test_read(out, &n), *golden = test_read(test_path(dir, "golden.jsonl"), NULL), *g = golden;
+    for (char *s = lines; *s; s = strchr(s, '\n') + 1, g = strchr(g, '\n') + 1, at++) {
+        json_t *a = json_loadb(s, (size_t)(strchr(s, '\n') - s), 0, NULL);
+        json_t *b = json_loadb(g, (size_t)(strchr(g, '\n') - g), JSON_ALLOW_NUL, NULL);
+        assert_true(json_equal(json_object_get(a, "ids"), json_object_get(b, "ids")));
+        json_decref(a);
+        json_decref(b);
+    }
+    assert_int_equal(at, 334);
+    free(lines);
+    free(golden);
+    if (chat) {
+        struct chat_case c = {t, NULL, dir};
+        exc_clear(ctx);
+        ok(ctx, exc_chat_load(ctx, dir, NULL, &c.chat));
+        each_line(ctx, test_path(dir, "chat_golden.jsonl"), chat_line, &c);
+        exc_chat_free(c.chat);
+    }
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+static void golden_qwen3(void **state) { goldens("qwen3", true); }
+static void golden_deepseek_v3(void **state) { goldens("deepseek_v3", true); }
+static void golden_gptoss(void **state) { goldens("gptoss", false); }
+
+/* ----------------------------------------------------------------------------------------------------
+ * normalisation */
+
+/* hashes of what Python 3.11's unicodedata (Unicode 14) gives for the same texts */
+static void nfc_of_every_code_point(void **state) {
+    exc_buf all = {0}, stretch = {0}, one = {0};
+    char hash[33];
+    for (uint32_t c = 0; c < 0x110000; c++) {
+        if (c >= 0xd800 && c < 0xe000) continue;
+        one.len = 0;
+        exc_utf8_put(&one, c);
+        if (c) exc_buf_puts(&all, "\n");
+        exc_nfc(one.data, one.len, &all, &stretch);
+    }
+    exc_hash_hex(all.data, all.len, hash);
+    assert_string_equal(hash, "251779136c889acc3ae5464e24ac9513");
+    exc_buf_free(&all);
+    exc_buf_free(&stretch);
+    exc_buf_free(&one);
+}
+
+static uint64_t lcg_state;
+static uint64_t lcg(void) {
+    lcg_state = lcg_state * 6364136223846793005u + 1442695040888963407u;
+    return lcg_state >> 33;
+}
+
+static void nfc_of_sequences(void **state) {
+    static const uint32_t marks[] = {0x300,  0x301,  0x308, 0x323, 0x338, 0x327,   0x345, 0x1161,
+                                     0x11a8, 0x3099, 0x93c, 0x5b4, 0x5b0, 0x1d165, 0x9be};
+    static const uint32_t bases[] = {0x41,    0x65,  0x3b1,  0xac00, 0x1100, 0x304b, 0x915, 0x5d0,
+                                     0x1d157, 0x9c7, 0x212b, 0xe9,   0x3c,   0x4e00, 0x20};
+    exc_buf all = {0}, stretch = {0}, text = {0}, again = {0};
+    char hash[33];
+    lcg_state = 12345;
+    for (int i = 0; i < 20000; i++) {
+        text.len = again.len = 0;
+        for (uint64_t n = lcg() % 9; n; n--) {
+            uint64_t r = lcg();
+            exc_utf8_put(&text, (r % 3 ? marks : bases)[r / 3 % 15]);
+        }
+        if (i) exc_buf_puts(&all, "\n");
+        size_t before = all.len;
+        exc_nfc(text.data, text.len, &all, &stretch);
+        exc_nfc(all.data + before, all.len - before, &again, &stretch); /* normal form stays */
+        assert_int_equal(again.len, all.len - before);
+        if (again.len) assert_memory_equal(again.data, all.data + before, again.len);
+        if (text.len && exc_nfc_is(text.data, text.len)) assert_int_equal(text.len, again.len);
+    }
+    exc_hash_hex(all.data, all.len, hash);
+    assert_string_equal(hash, "765302d09e623c93db4bfbe5ccd29831");
+    exc_buf_free(&all);
+    exc_buf_free(&stretch);
+    exc_buf_free(&text);
+    exc_buf_free(&again);
+}
+
+/* ------------------------------------------------------------------------------------------------- small
+ * tokenizers */
+
+/* a tokenizer.json of 256 bytes and a few merges over a, b, c; NULL arguments take the plain value */
+typedef struct recipe_text {
+    const char *normalizer, *pre, *post, *decoder, *model, *merges, *vocab, *added;
+} recipe_text;
+#define LEVEL "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}"
+
+static void put_alphabet(exc_buf *b) {
+    unsigned spare = 0x100;
+    for (unsigned i = 0; i < 256; i++) {
+        bool prints = (i >= '!' && i <= '~') || (i >= 0xa1 && i <= 0xac) || i >= 0xae;
+        exc_buf_puts(b, i ? ",\"" : "\"");
+        if (i == '"' || i == '\\') exc_buf_puts(b, "\\");
+        exc_utf8_put(b, prints ? i : spare++);
+        exc_buf_printf(b, "\":%u", i);
+    }
+}
+
+static const char *write_recipe(const recipe_text *r) {
+    const char *dir = test_tmpdir();
+    exc_buf b = {0};
+    exc_buf_printf(
+        &b,
+        "{\"added_tokens\":[%s],\"normalizer\":%s,\"pre_tokenizer\":%s,\"post_processor\":%s,\"decoder\":%s,",
+        r->added ? r->added : "", r->normalizer ? r->normalizer : "null", r->pre ? r->pre : LEVEL,
+        r->post ? r->post : "null", r->decoder ? r->decoder : "{\"type\":\"ByteLevel\"}");
+    exc_buf_printf(&b, "\"model\":{%s\"vocab\":{", r->model ? r->model : "\"type\":\"BPE\",");
+    put_alphabet(&b);
+    exc_buf_printf(&b,
+                   ",\"ab\":256,\"abc\":257,\"aa\":258,\"bc\":259,\"aaaa\":260,\"ca\":261,\"cab\":262%s},",
+                   r->vocab ? r->vocab : "");
+    exc_buf_printf(
+        &b, "\"merges\":[%s]}}",
+        r->merges
+            ? r->merges
+            : "[\"a\",\"a\"],\"a b\",[\"ab\",\"c\"],\"b c\",[\"aa\",\"aa\"],[\"c\",\"a\"],[\"c\",\"ab\"]");
+    test_write(test_path(dir, "tokenizer.json"), b.data, b.len);
+    exc_buf_free(&b);
+    return dir;
+}
+
+/* the definition of BPE, slowly: the lowest rank anywhere, leftmost first */
+static size_t naive(const char *s, size_t n, int32_t *ids) {
+    static const int32_t rule[][3] = {{'a', 'a', 258}, {'a', 'b', 256}, {256, 'c', 257}, {'b', 'c', 259},
+                                      {258, 258, 260}, {'c', 'a', 261}, {'c', 256, 262}};
+    for (size_t i = 0; i < n; i++) ids[i] = (unsigned char)s[i];
+    for (size_t r = 0; r < EXC_COUNT(rule); r++)
+        for (size_t i = 0; i + 1 < n; i++) {
+            if (ids[i] != rule[r][0] || ids[i + 1] != rule[r][1]) continue;
+            ids[i] = rule[r][2];
+            memmove(ids + i + 1, ids + i + 2, (n - i - 2) * sizeof *ids);
+            n--;
+            r = (size_t)-1; /* from the first rule again */
+            break;
+        }
+    return n;
+}
+
+static void merges_against_a_naive_oracle(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    recipe_text plain = {0};
+    exc_tokenizer *t = open_tokenizer(ctx, write_recipe(&plain));
+    char text[400];
+    int32_t want[400];
+    lcg_state = 7;
+    for (int round = 0; round < 3000;
+         round++) { /* pieces below and above the length where the heap takes over */
+        size_t n = lcg() % (round % 10 ? 100 : 400);
+        for (size_t i = 0; i < n; i++) text[i] = "aaabbccx"[lcg() % 8];
+        exc_ids ids = {0};
+        ok(ctx, exc_tokenizer_encode(ctx, t, text, n, true, &ids));
+        size_t count = naive(text, n, want);
+        assert_int_equal(ids.len, count);
+        if (count) assert_memory_equal(ids.data, want, count * sizeof *want);
+        exc_ids_free(&ids);
+    }
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+static void a_long_piece_takes_no_quadratic_time(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    recipe_text plain = {0};
+    exc_tokenizer *t = open_tokenizer(ctx, write_recipe(&plain));
+    size_t n = 1 << 20;
+    char *text = malloc(n);
+    memset(text, 'a', n);
+    exc_ids ids = {0};
+    double began = exc_seconds();
+    ok(ctx, exc_tokenizer_encode(ctx, t, text, n, true, &ids));
+    assert_int_equal(ids.len, n / 4);
+    assert_true(exc_seconds() - began < 20); /* n^2 would be hours */
+    exc_ids_free(&ids);
+    free(text);
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+static void refused_recipe(exc_ctx *ctx, recipe_text r, const char *part) {
+    exc_tokenizer *t = NULL;
+    exc_clear(ctx);
+    test_refused(ctx, exc_tokenizer_load(ctx, write_recipe(&r), &t), EXC_ERR_INPUT, "tokenizer.json", part,
+                 NULL);
+    assert_null(t);
+}
+
+#define SPLIT(p)                                                                                             \
+    "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"" p              \
+    "\"},\"behavior\":\"Isolated\",\"invert\":false}," LEVEL "]}"
+#define ADDED(id, text, more)                                                                                \
+    "{\"id\":" id ",\"content\":\"" text "\",\"special\":true,\"normalized\":false" more "}"
+
+static void unknown_recipes_are_refused(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    refused_recipe(ctx, (recipe_text){.normalizer = "{\"type\":\"Lowercase\"}"}, "Lowercase");
+    refused_recipe(
+        ctx, (recipe_text){.normalizer = "{\"type\":\"Sequence\",\"normalizers\":[{\"type\":\"NFKC\"}]}"},
+        "NFKC");
+    refused_recipe(ctx, (recipe_text){.pre = "{\"type\":\"Metaspace\"}"}, "Metaspace");
+    refused_recipe(ctx, (recipe_text){.pre = "null"}, "ByteLevel");
+    refused_recipe(ctx, (recipe_text){.pre = "{\"type\":\"ByteLevel\",\"use_regex\":false}"},
+                   "add_prefix_space");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("\\\\w+")}, "\\w");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("[a&&b]")}, "&&");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("[[:alpha:]]")}, "[");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("\\\\p{N}{1,3}+")}, "}+");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("(?x)a")}, "(?x)");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("a*")}, "nothing");
+    refused_recipe(ctx, (recipe_text){.pre = SPLIT("(a")}, "pattern");
+    refused_recipe(ctx, (recipe_text){.post = "{\"type\":\"BertProcessing\"}"}, "BertProcessing");
+    refused_recipe(
+        ctx,
+        (recipe_text){.post =
+                          "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"x\"}}],"
+                          "\"special_tokens\":{\"x\":{\"ids\":[99999]}}}"},
+        "ids of the vocabulary");
+    refused_recipe(ctx, (recipe_text){.decoder = "{\"type\":\"WordPiece\"}"}, "WordPiece");
+    refused_recipe(ctx, (recipe_text){.model = "\"type\":\"Unigram\","}, "Unigram");
+    refused_recipe(ctx, (recipe_text){.model = "\"byte_fallback\":true,"}, "byte_fallback");
+    refused_recipe(ctx, (recipe_text){.model = "\"continuing_subword_prefix\":\"##\","},
+                   "continuing_subword_prefix");
+    refused_recipe(ctx, (recipe_text){.model = "\"dropout\":0.1,"}, "dropout");
+    refused_recipe(ctx, (recipe_text){.merges = "[\"a\",\"zz\"]"}, "merge 0");
+    refused_recipe(ctx, (recipe_text){.merges = "\"a b c\""}, "merge 0");
+    refused_recipe(ctx, (recipe_text){.merges = "[\"a\",\"z\"]"}, "its result");
+    refused_recipe(ctx, (recipe_text){.merges = "\"a b\",\"a b\""}, "twice");
+    refused_recipe(ctx, (recipe_text){.vocab = ",\"zz\":256"}, "two tokens");
+    refused_recipe(ctx, (recipe_text){.vocab = ",\"zz\":-1"}, "expected an id");
+    refused_recipe(ctx, (recipe_text){.vocab = ",\"zz\":99999999"}, "expected an id");
+    refused_recipe(ctx, (recipe_text){.vocab = ",\"zz\":\"x\""}, "expected an id");
+    refused_recipe(ctx, (recipe_text){.added = ADDED("300", "<x>", ",\"lstrip\":true")}, "lstrip");
+    refused_recipe(ctx, (recipe_text){.added = ADDED("256", "<x>", "")}, "another token");
+    refused_recipe(ctx, (recipe_text){.added = ADDED("300", "<x>", "") "," ADDED("301", "<x>", "")}, "twice");
+    refused_recipe(ctx, (recipe_text){.added = ADDED("300", "", "")}, "no content");
+    exc_ctx_free(ctx);
+}
+
+/* the same text, cut by this pattern, gives these ids */
+static void assert_encoding(exc_ctx *ctx, const recipe_text *r, const char *text, size_t n,
+                            const int32_t *want, size_t count) {
+    exc_tokenizer *t = open_tokenizer(ctx, write_recipe(r));
+    exc_ids ids = {0};
+    ok(ctx, exc_tokenizer_encode(ctx, t, text, n, true, &ids));
+    assert_int_equal(ids.len, count);
+    assert_memory_equal(ids.data, want, count * sizeof *want);
+    exc_ids_free(&ids);
+    exc_tokenizer_free(t);
+}
+
+static void recipes_are_followed(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    /* U+180E is no space (PCRE2 alone would say so), U+0085 is */
+    assert_encoding(ctx, &(recipe_text){.pre = SPLIT("\\\\s|[^\\\\s]{2}")},
+                    "\xe1\xa0\x8e"
+                    "ab",
+                    5, (int32_t[]){0xe1, 0xa0, 0x8e, 'a', 'b'}, 5);
+    assert_encoding(ctx, &(recipe_text){.pre = SPLIT("\\\\S+")},
+                    "ab\xc2\x85"
+                    "ab",
+                    6, (int32_t[]){256, 0xc2, 0x85, 256}, 4);
+    /* a literal pattern is literal */
+    assert_encoding(
+        ctx,
+        &(recipe_text){
+            .pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"String\":"
+                   "\".\"},\"behavior\":\"Isolated\"}," LEVEL "]}"},
+        "ab.ab", 5, (int32_t[]){256, '.', 256}, 3);
+    assert_encoding(ctx,
+                    &(recipe_text){.pre = "{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Digits\","
+                                          "\"individual_digits\":true}," LEVEL "]}"},
+                    "ab1", 3, (int32_t[]){256, '1'}, 2);
+    /* the post-processor's tokens stand around the text */
+    assert_encoding(
+        ctx,
+        &(recipe_text){.post =
+                           "{\"type\":\"TemplateProcessing\",\"single\":[{\"SpecialToken\":{\"id\":\"s\"}},"
+                           "{\"Sequence\":{\"id\":\"A\"}},{\"SpecialToken\":{\"id\":\"s\"}}],"
+                           "\"special_tokens\":{\"s\":{\"id\":\"s\",\"ids\":[300]}}}",
+                       .added = ADDED("300", "<s>", "")},
+        "ab", 2, (int32_t[]){300, 256, 300}, 3);
+    /* the longest added token wins, and the leftmost */
+    assert_encoding(ctx,
+                    &(recipe_text){.added = ADDED("300", "<a>", "") "," ADDED("301", "<a>b",
+                                                                              "") "," ADDED("302", "b<", "")},
+                    "<a>bc<a>ab<a>", 13, (int32_t[]){301, 'c', 300, 'a', 302, 'a', '>'}, 7);
+    /* with ignore_merges a piece that is a token is that token, whatever merges say */
+    assert_encoding(ctx, &(recipe_text){.model = "\"ignore_merges\":true,", .vocab = ",\"xyz\":263"}, "xyz",
+                    3, (int32_t[]){263}, 1);
+    assert_encoding(ctx, &(recipe_text){.vocab = ",\"xyz\":263"}, "xyz", 3, (int32_t[]){'x', 'y', 'z'}, 3);
+    /* matched after normalisation: the composed form, from decomposed text */
+    assert_encoding(
+        ctx,
+        &(recipe_text){.normalizer = "{\"type\":\"NFC\"}",
+                       .added =
+                           "{\"id\":300,\"content\":\"\xc3\xa9\",\"normalized\":true,\"special\":false}"},
+        "ae\xcc\x81"
+        "b",
+        5, (int32_t[]){'a', 300, 'b'}, 3);
+    exc_ctx_free(ctx);
+}
+
+/* ------------------------------------------------------------------------------------------------------- any
+ * text */
+
+static void texts_come_back(void **state) {
+    static const char *const scraps[] = {"a",
+                                         " ",
+                                         "  ",
+                                         "\n",
+                                         "\r\n",
+                                         "<|im_start|>",
+                                         "<|im_",
+                                         "'s",
+                                         "'LL",
+                                         "123",
+                                         "\xc3\xa9",
+                                         "e\xcc\x81",
+                                         "\xcc\xb8",
+                                         "\xe1\x84\x92\xe1\x85\xa1",
+                                         "\xe6\xbc\xa2",
+                                         "\xf0\x9f\x91\x8d\xf0\x9f\x8f\xbd",
+                                         "\xe1\xa0\x8e",
+                                         "\xef\xbb\xbf",
+                                         "\xef\xbf\xbe",
+                                         "\xf4\x8f\xbf\xbf",
+                                         "\x7f",
+                                         "\x01",
+                                         "\"",
+                                         "\\",
+                                         "The quick",
+                                         "\xe2\x80\xa8",
+                                         "\xc2\x85"};
+    exc_ctx *ctx = test_ctx(1);
+    exc_tokenizer *t = open_tokenizer(ctx, test_data("demo"));
+    exc_buf text = {0}, back = {0}, normal = {0}, stretch = {0};
+    exc_ids ids = {0};
+    lcg_state = 99;
+    for (int i = 0; i < 4000; i++) {
+        text.len = back.len = normal.len = ids.len = 0;
+        exc_buf_put(&text, "", 1); /* NUL is text too */
+        for (uint64_t n = lcg() % 40; n; n--) {
+            const char *s = scraps[lcg() % EXC_COUNT(scraps)];
+            for (uint64_t k = lcg() % 16 ? 1 : lcg() % 90; k; k--) exc_buf_puts(&text, s);
+        }
+        ok(ctx, exc_tokenizer_encode(ctx, t, text.data, text.len, i % 2, &ids));
+        ok(ctx, exc_tokenizer_decode(ctx, t, ids.data, ids.len, false, &back));
+        exc_nfc(text.data, text.len, &normal, &stretch);
+        /* an added token is cut out first, so nothing composes across its edges: compare without them */
+        if (i % 2) {
+            back.len = 0;
+            continue;
+        }
+        assert_int_equal(back.len, normal.len);
+        assert_memory_equal(back.data, normal.data, normal.len);
+    }
+    exc_buf_free(&text);
+    exc_buf_free(&back);
+    exc_buf_free(&normal);
+    exc_buf_free(&stretch);
+    exc_ids_free(&ids);
+    test_refused(ctx, exc_tokenizer_encode(ctx, t, "ok\xff", 3, true, &ids), EXC_ERR_INPUT, "UTF-8", "at 2",
+                 NULL);
+    exc_clear(ctx);
+    test_refused(ctx, exc_tokenizer_decode(ctx, t, (int32_t[]){5, 512}, 2, true, &back), EXC_ERR_INPUT,
+                 "token 1", "512", NULL);
+    exc_clear(ctx);
+    test_refused(ctx, exc_tokenizer_decode(ctx, t, (int32_t[]){-1}, 1, true, &back), EXC_ERR_INPUT, "-1",
+                 NULL);
+    assert_int_equal(exc_tokenizer_id(t, "<|im_end|>"), 511);
+    assert_int_equal(exc_tokenizer_id(t, "no such token"), -1);
+    assert_int_equal(exc_tokenizer_size(t), 512);
+    assert_true(exc_tokenizer_is_special(t, 510) && !exc_tokenizer_is_special(t, 5) &&
+                !exc_tokenizer_is_special(t, -1));
+    exc_buf_free(&back);
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+struct reader {
+    exc_tokenizer *t;
+    uint64_t hash;
+};
+
+static void *read_in_thread(void *user) {
+    struct reader *r = user;
+    exc_ctx *ctx = test_ctx(1);
+    exc_ids ids = {0};
+    for (int i = 0; i < 300; i++) {
+        char text[64];
+        int n = snprintf(text, sizeof text, "Which colour is bird %d? It's \xc3\xa9 <|im_end|>", i);
+        if (exc_tokenizer_encode(ctx, r->t, text, (size_t)n, true, &ids)) break;
+    }
+    r->hash = exc_hash64(ids.data, ids.len * sizeof *ids.data);
+    exc_ids_free(&ids);
+    exc_ctx_free(ctx);
+    return NULL;
+}
+
+static void threads_share_a_tokenizer(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    struct reader r[4];
+    pthread_t thread[4];
+    exc_tokenizer *t = open_tokenizer(ctx, test_data("demo"));
+    for (int i = 0; i < 4; i++) {
+        r[i].t = t;
+        assert_int_equal(pthread_create(thread + i, NULL, read_in_thread, r + i), 0);
+    }
+    for (int i = 0; i < 4; i++) pthread_join(thread[i], NULL);
+    for (int i = 1; i < 4; i++) assert_true(r[i].hash == r[0].hash);
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+/* --------------------------------------------------------------------------------------------------------
+ * prompts */
+
+static exc_prompts *load(exc_ctx *ctx, const char *name, const char *data, size_t n,
+                         const exc_prompt_options *opt) {
+    const char *path = test_path(test_tmpdir(), name);
+    exc_prompts *p = NULL;
+    test_write(path, data, n);
+    ok(ctx, exc_prompts_load(ctx, test_data("demo"), path, opt, &p));
+    return p;
+}
+
+/* tokens of prompt i that are content, decoded */
+static char *content_text(exc_ctx *ctx, const exc_tokenizer *t, const exc_prompts *p, int64_t i) {
+    exc_buf b = {0};
+    for (int64_t k = p->begin[i]; k < p->begin[i + 1]; k++)
+        if (p->content[k]) ok(ctx, exc_tokenizer_decode(ctx, t, p->tokens + k, 1, false, &b));
+    exc_buf_put(&b, "", 1);
+    return b.data;
+}
+
+static void text_prompts(void **state) {
+    static const char file[] = "\xef\xbb\xbfWhat is a wren?\r\n\n  \nWhat is <|im_end|> for?";
+    exc_ctx *ctx = test_ctx(1);
+    exc_tokenizer *t = open_tokenizer(ctx, test_data("demo"));
+    exc_prompt_options opt = EXC_PROMPT_OPTIONS;
+    opt.system = "open desk";
+    exc_prompts *p = load(ctx, "a.txt", file, sizeof file - 1, &opt);
+    assert_int_equal(exc_prompts_count(p), 2);
+    assert_string_equal(p->text[0], "What is a wren?");
+    char *said = content_text(ctx, t, p, 0);
+    assert_string_equal(said, "What is a wren?");
+    free(said);
+    said = content_text(ctx, t, p, 1);
+    assert_string_equal(said, "What is <|im_end|> for?"); /* typed by a person: text, not a token */
+    free(said);
+    int64_t n, ends = 0;
+    const int32_t *ids = exc_prompts_tokens(p, 1, &n);
+    for (int64_t i = 0; i < n; i++) ends += ids[i] == 511;
+    assert_int_equal(ends, 2); /* of the system and the user turn */
+    assert_null(exc_prompts_tokens(p, 2, &n));
+    assert_int_equal(n, 0);
+    exc_buf whole = {0};
+    ok(ctx, exc_tokenizer_decode(ctx, t, p->tokens, (size_t)p->begin[1], false, &whole));
+    assert_string_equal(
+        whole.data, "<|im_start|>system\nopen desk<|im_end|>\n<|im_start|>user\nWhat is a wren?<|im_end|>\n"
+                    "<|im_start|>assistant\n");
+    exc_buf_free(&whole);
+    exc_prompts_free(p);
+    opt = (exc_prompt_options)EXC_PROMPT_OPTIONS;
+    opt.raw = 1;
+    opt.limit = 1;
+    p = load(ctx, "b.txt", "<|im_start|>hello\nmore\n", 23, &opt); /* raw: the writer's own markup counts */
+    assert_int_equal(exc_prompts_count(p), 1);
+    assert_int_equal(p->tokens[0], 510);
+    assert_int_equal(p->content[0], 0);
+    assert_int_equal(p->content[1], 1);
+    exc_prompts_free(p);
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+static void json_prompts(void **state) {
+    static const char file[] =
+        "{\"text\":\"Hi\"}\n"
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}]}\n"
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"},"
+        "{\"role\":\"user\",\"content\":\"c\"}],\"add_generation_prompt\":false}\n"
+        "{\"tokens\":[1,510,3]}\n";
+    exc_ctx *ctx = test_ctx(1);
+    exc_tokenizer *t = open_tokenizer(ctx, test_data("demo"));
+    exc_prompts *p = load(ctx, "a.jsonl", file, sizeof file - 1, NULL);
+    assert_int_equal(exc_prompts_count(p), 4);
+    int64_t first = p->begin[1], second = p->begin[2] - p->begin[1];
+    assert_int_equal(first, second);
+    assert_memory_equal(p->tokens, p->tokens + first, (size_t)first * sizeof *p->tokens);
+    char *said = content_text(ctx, t, p, 2);
+    assert_string_equal(said, "ac"); /* the user's turns */
+    free(said);
+    assert_null(p->text[3]);
+    assert_memory_equal(p->tokens + p->begin[3], ((int32_t[]){1, 510, 3}), 12);
+    assert_memory_equal(p->content + p->begin[3], ((uint8_t[]){1, 0, 1}), 3);
+    exc_prompts_free(p);
+    exc_tokenizer_free(t);
+    /* token lists need no tokenizer */
+    const char *bare = test_tmpdir(), *path = test_path(bare, "p.jsonl");
+    test_write(path, "{\"tokens\":[7,8]}\n", 17);
+    ok(ctx, exc_prompts_load(ctx, bare, path, NULL, &p));
+    assert_int_equal(p->begin[1], 2);
+    exc_prompts_free(p);
+    test_write(path, "{\"text\":\"x\"}\n", 13);
+    test_refused(ctx, exc_prompts_load(ctx, bare, path, NULL, &p), EXC_ERR_INPUT, "p.jsonl:1",
+                 "tokenizer.json", NULL);
+    exc_ctx_free(ctx);
+}
+
+static void bad_prompt_files(void **state) {
+    static const struct {
+        const char *name, *data, *parts[2];
+    } bad[] = {
+        {"e.txt", "", {"e.txt", "at least one prompt"}},
+        {"e.txt", "\n \r\n\t\n", {"e.txt", "at least one prompt"}},
+        {"e.txt", "fine\nbad \xff byte\n", {"e.txt:2", "\\xff"}},
+        {"e.txt", "\xff\xfeh", {"e.txt:1", "UTF-8"}},
+        {"e.jsonl", "{\"text\":\"a\"}\n{\"text\":}\n", {"e.jsonl:2", "JSON"}},
+        {"e.jsonl", "{\"text\":\"a\",\"text\":\"b\"}\n", {"e.jsonl:1", "duplicate"}},
+        {"e.jsonl", "{\"text\":\"\\ud800\"}\n", {"e.jsonl:1", ""}},
+        {"e.jsonl", "{\"text\":5}\n", {"e.jsonl:1", "text"}},
+        {"e.jsonl", "{\"prompt\":\"x\"}\n", {"e.jsonl:1", "found none"}},
+        {"e.jsonl", "{\"text\":\"x\",\"tokens\":[1]}\n", {"e.jsonl:1", "several"}},
+        {"e.jsonl", "[1,2]\n", {"e.jsonl:1", "found none"}},
+        {"e.jsonl", "{\"tokens\":[]}\n", {"e.jsonl:1", "at least one token"}},
+        {"e.jsonl", "{\"tokens\":[1,-1]}\n", {"e.jsonl:1", "token 1"}},
+        {"e.jsonl", "{\"tokens\":[1,2147483648]}\n", {"e.jsonl:1", "token 1"}},
+        {"e.jsonl", "{\"tokens\":[1.5]}\n", {"e.jsonl:1", "no whole number"}},
+        {"e.jsonl", "{\"messages\":[]}\n", {"e.jsonl:1", "messages"}},
+        {"e.jsonl", "{\"messages\":[{\"role\":\"tool\",\"content\":\"x\"}]}\n", {"e.jsonl:1", "tool"}},
+        {"e.jsonl", "{\"messages\":[{\"role\":\"user\"}]}\n", {"e.jsonl:1", "content"}},
+        {"e.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":[]}]}\n", {"e.jsonl:1", "content"}},
+        {"e.jsonl",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"enable_thinking\":3}\n",
+         {"e.jsonl:1", "enable_thinking"}},
+    };
+    exc_ctx *ctx = test_ctx(1);
+    exc_prompts *p = NULL;
+    for (size_t i = 0; i < EXC_COUNT(bad); i++) {
+        const char *path = test_path(test_tmpdir(), bad[i].name);
+        test_write(path, bad[i].data, strlen(bad[i].data));
+        test_refused(ctx, exc_prompts_load(ctx, test_data("demo"), path, NULL, &p), EXC_ERR_INPUT,
+                     bad[i].parts[0], bad[i].parts[1], NULL);
+        assert_null(p);
+    }
+    test_refused(ctx, exc_prompts_load(ctx, test_data("demo"), "no/such.txt", NULL, &p), EXC_ERR_IO,
+                 "no/such.txt", NULL);
+    exc_ctx_free(ctx);
+}
+
+static void lines(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *path = test_path(test_tmpdir(), "l.txt");
+    char **list;
+    size_t n;
+    test_write(path, "one\r\n\n two \nthree", 17);
+    ok(ctx, exc_lines_read(ctx, path, &list, &n));
+    assert_int_equal(n, 3);
+    assert_string_equal(list[0], "one");
+    assert_string_equal(list[1], " two ");
+    assert_string_equal(list[2], "three");
+    exc_lines_free(list, n);
+    test_write(path, "a\nb\0c\n", 6);
+    test_refused(ctx, exc_lines_read(ctx, path, &list, &n), EXC_ERR_INPUT, "l.txt:2", "NUL", NULL);
+    exc_clear(ctx);
+    test_write(path, "", 0);
+    ok(ctx, exc_lines_read(ctx, path, &list, &n));
+    assert_int_equal(n, 0);
+    exc_lines_free(list, n);
+    exc_ctx_free(ctx);
+}
+
+/* ----------------------------------------------------------------------------------------------------- chat
+ * formats */
+
+/* by name: what the family's own template gives for a short conversation */
+static void named_formats(void **state) {
+    static const struct {
+        const char *name, *want;
+    } formats[] = {
+        {"chatml", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<"
+                   "|im_end|>\n"
+                   "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n"},
+        {"qwen3_5", "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>"
+                    "assistant\nA<|im_end|>\n"
+                    "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n<think>\n"},
+        {"glm4_moe",
+         "[gMASK]<sop><|system|>\nS<|user|>\nU<|assistant|>\n<think></think>\nA<|user|>\nV<|assistant|>"},
+        {"gpt_oss", "<|start|>system<|message|>You are ChatGPT, a large language model trained by "
+                    "OpenAI.\nKnowledge cutoff: "
+                    "2024-06\nCurrent date: 2025-06-28\n\nReasoning: medium\n\n# Valid channels: analysis, "
+                    "commentary, final. "
+                    "Channel must be included for every message.<|end|><|start|>developer<|message|># "
+                    "Instructions\n\nS\n\n"
+                    "<|end|><|start|>user<|message|>U<|end|><|start|>assistant<|channel|>final<|message|>A<|"
+                    "end|><|start|>"
+                    "user<|message|>V<|end|><|start|>assistant"},
+        {"olmoe", "<|endoftext|><|system|>\nS\n<|user|>\nU\n<|assistant|>\nA<|endoftext|>\n<|user|>\nV\n<|"
+                  "assistant|>\n"},
+        {"mixtral", "<s> [INST] S\n\nU [/INST] A</s> [INST] V [/INST]"},
+        {"moonlight",
+         "<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>user<|im_middle|>U<|im_end|><|im_assistant|>"
+         "assistant<|im_middle|>A<|im_end|><|im_user|>user<|im_middle|>V<|im_end|><|im_assistant|>assistant"
+         "<|im_middle|>"},
+    };
+    static const char text[] =
+        "[{\"role\":\"system\",\"content\":\"S\"},{\"role\":\"user\",\"content\":\"U\"},"
+        "{\"role\":\"assistant\",\"content\":\"A\"},{\"role\":\"user\",\"content\":\"V\"}]";
+    exc_ctx *ctx = test_ctx(1);
+    json_t *messages = json_loads(text, 0, NULL);
+    setenv("SOURCE_DATE_EPOCH", "1751068800", 1);
+    for (size_t i = 0; i < EXC_COUNT(formats); i++) {
+        exc_chat *c = NULL;
+        exc_buf out = {0};
+        ok(ctx, exc_chat_load(ctx, "", formats[i].name, &c));
+        ok(ctx, exc_chat_render(ctx, c, messages, true, -1, &out));
+        assert_string_equal(out.data, formats[i].want);
+        exc_buf_free(&out);
+        exc_chat_free(c);
+    }
+    unsetenv("SOURCE_DATE_EPOCH");
+    json_decref(messages);
+    exc_ctx_free(ctx);
+}
+
+static void unknown_templates_are_refused(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_tmpdir(), *prompt = test_path(dir, "p.txt");
+    exc_chat *c = NULL;
+    test_refused(ctx, exc_chat_load(ctx, dir, NULL, &c), EXC_ERR_INPUT, "--template NAME", "--raw", NULL);
+    exc_clear(ctx);
+    test_write(test_path(dir, "tokenizer_config.json"), "{\"chat_template\":\"{{ x }}\"}", 27);
+    test_refused(ctx, exc_chat_load(ctx, dir, NULL, &c), EXC_ERR_INPUT, "tokenizer_config.json", "hash",
+                 "qwen3", NULL);
+    exc_clear(ctx);
+    test_write(test_path(dir, "chat_template.jinja"), "{{ y }}", 7);
+    test_refused(ctx, exc_chat_load(ctx, dir, NULL, &c), EXC_ERR_INPUT, "chat_template.jinja", NULL);
+    exc_clear(ctx);
+    test_refused(ctx, exc_chat_load(ctx, dir, "klingon", &c), EXC_ERR_USAGE, "klingon", "deepseek_v3", NULL);
+    /* a format whose markers the tokenizer lacks would write text that only looks like a conversation */
+    exc_prompt_options opt = EXC_PROMPT_OPTIONS;
+    exc_prompts *p = NULL;
+    opt.chat = "deepseek_v3";
+    test_write(prompt, "hi\n", 3);
+    test_refused(ctx, exc_prompts_load(ctx, test_data("demo"), prompt, &opt, &p), EXC_ERR_INPUT,
+                 "deepseek_v3", "marker", NULL);
+    exc_ctx_free(ctx);
+}
+
+/* --------------------------------------------------------------------------------------------------- failing
+ * memory */
+
+static void every_allocation_may_fail(void **state) {
+    static const char file[] = "{\"text\":\"What is e\xcc\x81?\"}\n{\"tokens\":[1]}\n";
+    const char *path = test_path(test_tmpdir(), "p.jsonl");
+    exc_ctx *ctx = test_ctx(1);
+    exc_prompts *p = NULL;
+    uint64_t n = 1;
+    test_write(path, file, sizeof file - 1);
+    for (;; n++) {
+        exc_alloc_fail_at(n);
+        exc_status st = exc_prompts_load(ctx, test_data("demo"), path, NULL, &p);
+        exc_alloc_fail_at(0);
+        if (st == EXC_OK) break;
+        assert_int_equal(st, EXC_ERR_MEMORY);
+        assert_null(p);
+        assert_true(exc_ctx_error(ctx)[0]);
+    }
+    assert_true(n > 20);
+    exc_prompts_free(p);
+    exc_ctx_free(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(golden_qwen3),
+        cmocka_unit_test(golden_deepseek_v3),
+        cmocka_unit_test(golden_gptoss),
+        cmocka_unit_test(nfc_of_every_code_point),
+        cmocka_unit_test(nfc_of_sequences),
+        cmocka_unit_test(merges_against_a_naive_oracle),
+        cmocka_unit_test(a_long_piece_takes_no_quadratic_time),
+        cmocka_unit_test(unknown_recipes_are_refused),
+        cmocka_unit_test(recipes_are_followed),
+        cmocka_unit_test(texts_come_back),
+        cmocka_unit_test(threads_share_a_tokenizer),
+        cmocka_unit_test(text_prompts),
+        cmocka_unit_test(json_prompts),
+        cmocka_unit_test(bad_prompt_files),
+        cmocka_unit_test(lines),
+        cmocka_unit_test(named_formats),
+        cmocka_unit_test(unknown_templates_are_refused),
+        cmocka_unit_test(every_allocation_may_fail),
+    };
+    return cmocka_run_group_tests_name("text", tests, unpack, NULL);
+}

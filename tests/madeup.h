@@ -4,7 +4,7 @@
 #define EXC_TEST_MADEUP_H
 
 #include "helpers.h"
-#include "sums.h"
+#include "totals.h"
 
 /* consistent stats of a model that never was: counts by a counter-based coin, sums and states normal */
 static inline exc_stats *made_up(exc_ctx *ctx, int64_t pt, int64_t pb, int64_t layers, int64_t M, int64_t E,

@@ -8,7 +8,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "sums.h"
+#include "totals.h"
 
 #define FORMAT "1"
 #define ORTHONORMAL 1e-3 /* bases written in half precision by others still pass; ours are within 1e-6 */

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sums.h"
+#include "totals.h"
 
 #define RULE                                                                                                 \
     "prefill: tokens of the requests (no chat template, system text or special tokens; no padding exists); " \

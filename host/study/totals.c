@@ -1,4 +1,4 @@
-/* sums.c - sums over observed tokens as an object and a file: list, load, save, add, look up.
+/* totals.c - sums over observed tokens as an object and a file: list, load, save, add, look up.
  *
  * Everything in exc_stats adds up, so merging shards, resuming and joining machines are one addition: counts
  * i64 and sums f64 are added, what belongs to single prompts (routing counts for the bootstrap, residual
@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sums.h"
+#include "totals.h"
 
 #define FORMAT "1"
 

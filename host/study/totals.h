@@ -1,8 +1,8 @@
-/* sums.h - the arrays of a stats file as one list, shared by its makers (capture.c) and its keeper
- * (sums.c). Whatever is done to every array (allocate, write, read, add, look up by name) is a loop over
+/* totals.h - the arrays of a stats file as one list, shared by its makers (capture.c) and its keeper
+ * (totals.c). Whatever is done to every array (allocate, write, read, add, look up by name) is a loop over
  * this list, so that no array can be forgotten. */
-#ifndef EXC_SUMS_H
-#define EXC_SUMS_H
+#ifndef EXC_TOTALS_H
+#define EXC_TOTALS_H
 
 #include "study.h"
 

@@ -1,0 +1,280 @@
+/* attend.c - causal softmax attention of a ragged batch against the KV cache; prefill and decode are one code path.
+ *
+ * A unit of work is one KV head of one sequence and a block of up to 64 query rows: the query heads that share the KV head, token
+ * by token. Keys come in blocks of 64, ascending; each block is unpacked once to f32 for all rows, multiplied, softened
+ * online (running maximum and sum) and applied to the values. A row's arithmetic is a chain over its own visible keys:
+ * neither its neighbours nor the batch show in its bits.
+ *
+ * Long caches are cut into spans of 1024 keys. A span starts its own maximum, sum and output, and spans are merged in
+ * ascending order; so one token's long cache may be spread over threads and gives the bits of a single thread. */
+#include <string.h>
+
+#include "heads.h"
+
+#define ROWS 64
+#define SPAN 1024
+#define PRIVATE_BYTES ((size_t)4 << 20) /* of a worker's scratch; the rest of worker 0's is shared */
+#define SPREAD_BELOW 64                 /* fewer units than this: spans become tasks of their own */
+#define TASK_FLOPS 500000.0
+
+typedef struct job {
+    const struct exc_attend_args *a;
+    const exc_heads *with;
+    exc_queue *q;
+    int64_t group, tokens; /* query heads of a KV head; query tokens of a unit */
+    int64_t width;         /* head_dim up to a multiple of 16 */
+    int64_t *first;        /* [sequences+1] query blocks before each sequence */
+    size_t units, per_task, size;
+    int64_t spans;         /* most spans of a unit when spread, else 0 */
+    float *partial;        /* [units][spans][ROWS][width + 2] */
+} job;
+
+/* a worker's block of scratch */
+typedef struct room {
+    float *q, *keys, *values, *scores, *out, *total; /* [ROWS,width] [width,64] [64,width] [ROWS,64] [ROWS,width] twice */
+    float m[ROWS], sum[ROWS], total_m[ROWS], total_sum[ROWS];
+} room;
+
+typedef struct unit {
+    int64_t sequence, kv, token, tokens; /* query tokens token .. token+tokens-1 of the sequence */
+    int64_t visible;                     /* keys its first token sees */
+    int64_t rows;
+} unit;
+
+static size_t carve(const job *j, float *at, room *r) {
+    float *start = at;
+    r->q = at, at += ROWS * j->width;
+    r->keys = at, at += EXC_KEYS * j->width;
+    r->values = at, at += EXC_KEYS * j->width;
+    r->scores = at, at += ROWS * EXC_KEYS;
+    r->out = at, at += ROWS * j->width;
+    r->total = at, at += ROWS * j->width;
+    return (size_t)(at - start) * sizeof(float);
+}
+
+static unit unit_at(const job *j, size_t i) {
+    const struct exc_attend_args *a = j->a;
+    int64_t block = (int64_t)i / a->kv_heads, low = 0, high = a->sequences;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (j->first[middle] <= block) low = middle;
+        else high = middle;
+    }
+    int64_t count = a->q_begin[low + 1] - a->q_begin[low];
+    unit u = {.sequence = low, .kv = (int64_t)i % a->kv_heads, .token = (block - j->first[low]) * j->tokens};
+    u.tokens = exc_least(j->tokens, count - u.token);
+    u.visible = a->length[low] - count + u.token + 1;
+    u.rows = u.tokens * j->group;
+    return u;
+}
+
+static size_t query_at(const job *j, const unit *u, int64_t row) {
+    const struct exc_attend_args *a = j->a;
+    int64_t t = a->q_begin[u->sequence] + u->token + row / j->group;
+    return (size_t)((t * a->q_heads + u->kv * j->group + row % j->group) * a->head_dim) * j->size;
+}
+
+static const void *cached(const job *j, const void *cache, const unit *u, int64_t key) {
+    const struct exc_attend_args *a = j->a;
+    int64_t row = a->cache_begin[u->sequence] + key;
+    return (const uint8_t *)cache + (size_t)((row * a->kv_heads + u->kv) * a->head_dim) * j->size;
+}
+
+/* keys of [from, from+64) that a row sees */
+static int seen(const job *j, const unit *u, int64_t row, int64_t from) {
+    int64_t n = u->visible + row / j->group - from;
+    return n < 0 ? 0 : n > EXC_KEYS ? EXC_KEYS : (int)n;
+}
+
+/* out[row..row+n) += scores x values: as many keys as all n rows see together, the rest row by row */
+static void apply(const job *j, const unit *u, room *r, int64_t row, int n, int64_t from) {
+    int common = seen(j, u, row, from);
+    for (int64_t at = 0; at < j->width; at += EXC_KEYS) {
+        int vectors = (int)(exc_least(EXC_KEYS, j->width - at) / LANES);
+        float *out = r->out + row * j->width + at;
+        if (common)
+            j->with->multiply(r->scores + row * EXC_KEYS, EXC_KEYS, n, r->values + at, j->width, common, out, j->width,
+                              vectors, 1);
+        for (int i = 1; i < n; i++) {
+            int own = seen(j, u, row + i, from);
+            if (own > common)
+                j->with->multiply(r->scores + (row + i) * EXC_KEYS + common, EXC_KEYS, 1,
+                                  r->values + common * j->width + at, j->width, own - common, out + i * j->width, j->width,
+                                  vectors, 1);
+        }
+    }
+}
+
+static void block(const job *j, const unit *u, room *r, int64_t from) {
+    const struct exc_attend_args *a = j->a;
+    int most = seen(j, u, u->rows - 1, from);
+    int64_t stride = a->kv_heads * a->head_dim;
+    j->with->turn(cached(j, a->cache_k, u, from), stride, a->act, most, a->head_dim, r->keys);
+    j->with->widen(cached(j, a->cache_v, u, from), stride, a->act, most, a->head_dim, j->width, r->values);
+    for (int64_t row = 0; row < u->rows; row += 4) {
+        int n = (int)exc_least(4, u->rows - row), last = seen(j, u, row + n - 1, from);
+        if (!last) continue;
+        float *scores = r->scores + row * EXC_KEYS;
+        j->with->multiply(r->q + row * j->width, j->width, n, r->keys, EXC_KEYS, a->head_dim, scores, EXC_KEYS,
+                          (last + LANES - 1) / LANES, 0);
+        for (int i = 0; i < n; i++) {
+            int own = seen(j, u, row + i, from);
+            float factor = 1.0f;
+            if (own) j->with->soften(scores + i * EXC_KEYS, own, a->scale, &r->m[row + i], &r->sum[row + i], &factor);
+            if (factor != 1.0f) j->with->scale(r->out + (row + i) * j->width, j->width, factor);
+        }
+        apply(j, u, r, row, n, from);
+    }
+}
+
+static int64_t keys_of(const unit *u) { return u->visible + u->tokens - 1; }
+
+/* one span of keys into r->out, m, sum */
+static void span(const job *j, const unit *u, room *r, int64_t from) {
+    int64_t end = exc_least(from + SPAN, keys_of(u));
+    memset(r->out, 0, (size_t)(u->rows * j->width) * sizeof(float));
+    for (int64_t row = 0; row < u->rows; row++) r->m[row] = -__builtin_inff(), r->sum[row] = 0;
+    for (; from < end; from += EXC_KEYS) block(j, u, r, from);
+}
+
+/* adds a span's result of one row to the row's total; a row that saw nothing of the span adds nothing */
+static void merge(const job *j, float *total, float *total_m, float *total_sum, float *out, float m, float sum) {
+    if (sum == 0) return;
+    float top = m > *total_m ? m : *total_m, old = exc_exp_down(*total_m - top), new = exc_exp_down(m - top);
+    j->with->scale(total, j->width, old);
+    j->with->scale(out, j->width, new);
+    for (int64_t i = 0; i < j->width; i++) total[i] += out[i];
+    *total_sum = *total_sum * old + sum * new;
+    *total_m = top;
+}
+
+static void finish(const job *j, const unit *u, const float *total, const float *sum) {
+    for (int64_t row = 0; row < u->rows; row++)
+        j->with->round(total + row * j->width, j->a->head_dim, 1.0f / sum[row],
+                       (uint8_t *)j->a->out + query_at(j, u, row), j->a->act);
+}
+
+static void load_queries(const job *j, const unit *u, room *r) {
+    for (int64_t row = 0; row < u->rows; row++)
+        j->with->widen((const uint8_t *)j->a->q + query_at(j, u, row), 0, j->a->act, 1, j->a->head_dim, j->width,
+                       r->q + row * j->width);
+}
+
+static void whole(const job *j, const unit *u, room *r) {
+    load_queries(j, u, r);
+    span(j, u, r, 0);
+    if (keys_of(u) <= SPAN) {
+        finish(j, u, r->out, r->sum);
+        return;
+    }
+    size_t bytes = (size_t)u->rows * sizeof(float);
+    memcpy(r->total, r->out, bytes * (size_t)j->width);
+    memcpy(r->total_m, r->m, bytes);
+    memcpy(r->total_sum, r->sum, bytes);
+    for (int64_t from = SPAN; from < keys_of(u); from += SPAN) {
+        span(j, u, r, from);
+        for (int64_t row = 0; row < u->rows; row++)
+            merge(j, r->total + row * j->width, &r->total_m[row], &r->total_sum[row], r->out + row * j->width, r->m[row],
+                  r->sum[row]);
+    }
+    finish(j, u, r->total, r->total_sum);
+}
+
+static void run_whole(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    room r;
+    carve(j, j->q->scratch[worker], &r);
+    for (size_t i = task * j->per_task; i < (task + 1) * j->per_task && i < j->units; i++) {
+        unit u = unit_at(j, i);
+        whole(j, &u, &r);
+    }
+}
+
+/* where row 0 of a span's result of a unit is kept: out [width], m, sum a row */
+static float *kept(const job *j, size_t i, int64_t s) {
+    return j->partial + ((int64_t)i * j->spans + s) * ROWS * (j->width + 2);
+}
+
+static void run_span(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    size_t i = task / (size_t)j->spans;
+    int64_t s = (int64_t)(task % (size_t)j->spans);
+    unit u = unit_at(j, i);
+    if (s * SPAN >= keys_of(&u)) return;
+    room r;
+    carve(j, j->q->scratch[worker], &r);
+    load_queries(j, &u, &r);
+    span(j, &u, &r, s * SPAN);
+    float *to = kept(j, i, s);
+    for (int64_t row = 0; row < u.rows; row++, to += j->width + 2) {
+        memcpy(to, r.out + row * j->width, (size_t)j->width * sizeof(float));
+        to[j->width] = r.m[row];
+        to[j->width + 1] = r.sum[row];
+    }
+}
+
+static void run_merge(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    (void)worker;
+    unit u = unit_at(j, task);
+    int64_t step = j->width + 2;
+    for (int64_t row = 0; row < u.rows; row++) {
+        float *total = kept(j, task, 0) + row * step;
+        for (int64_t s = 1; s * SPAN < keys_of(&u); s++) {
+            float *out = kept(j, task, s) + row * step;
+            merge(j, total, total + j->width, total + j->width + 1, out, out[j->width], out[j->width + 1]);
+        }
+        j->with->round(total, j->a->head_dim, 1.0f / total[j->width + 1],
+                       (uint8_t *)j->a->out + query_at(j, &u, row), j->a->act);
+    }
+}
+
+/* lists the query blocks; false when worker 0's scratch cannot hold the list */
+static int plan(job *j) {
+    const struct exc_attend_args *a = j->a;
+    uint8_t *shared = (uint8_t *)j->q->scratch[0] + PRIVATE_BYTES;
+    size_t list = (size_t)(a->sequences + 1) * sizeof(int64_t), room_left = j->q->scratch_bytes - PRIVATE_BYTES;
+    if (list > room_left) return 0;
+    j->first = (int64_t *)shared;
+    j->first[0] = 0;
+    double flops = 0;
+    int64_t longest = 0;
+    for (int64_t s = 0; s < a->sequences; s++) {
+        int64_t n = a->q_begin[s + 1] - a->q_begin[s];
+        j->first[s + 1] = j->first[s] + (n + j->tokens - 1) / j->tokens;
+        flops += 4.0 * (double)(a->q_heads * a->head_dim) * (double)n * (double)a->length[s];
+        if (n && a->length[s] > longest) longest = a->length[s];
+    }
+    j->units = (size_t)(j->first[a->sequences] * a->kv_heads);
+    if (!j->units) return 1;
+    double per_unit = flops / (double)j->units;
+    j->per_task = per_unit >= TASK_FLOPS ? 1 : (size_t)(TASK_FLOPS / (per_unit + 1)) + 1;
+    int64_t spans = (longest + SPAN - 1) / SPAN;
+    list = (list + 63) / 64 * 64;
+    size_t need = j->units * (size_t)spans * ROWS * (size_t)(j->width + 2) * sizeof(float);
+    if (spans < 2 || j->units >= SPREAD_BELOW || need > room_left - list) return 1;
+    j->spans = spans;
+    j->partial = (float *)(shared + list);
+    return 1;
+}
+
+exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
+    if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads || a->head_dim < 1)
+        return EXC_ERR_USAGE;
+    if (a->act != EXC_F32 && a->act != EXC_BF16) return EXC_ERR_USAGE;
+    job j = {.a = a, .with = exc_heads_for(), .q = q, .group = a->q_heads / a->kv_heads};
+    room r;
+    j.width = (a->head_dim + LANES - 1) / LANES * LANES;
+    j.size = a->act == EXC_F32 ? 4 : 2;
+    if (j.group > ROWS || carve(&j, q->scratch[0], &r) > PRIVATE_BYTES) return EXC_ERR_USAGE;
+    j.tokens = ROWS / j.group;
+    if (!plan(&j)) return EXC_ERR_USAGE;
+    if (!j.units) return EXC_OK;
+    if (j.spans) {
+        q->parallel(q, j.units * (size_t)j.spans, run_span, &j);
+        q->parallel(q, j.units, run_merge, &j);
+    } else {
+        q->parallel(q, (j.units + j.per_task - 1) / j.per_task, run_whole, &j);
+    }
+    return EXC_OK;
+}

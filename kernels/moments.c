@@ -1,0 +1,111 @@
+/* moments.c - per-expert sums from someone else's forward pass: counts, gate sums, sums of intermediates [E,I].
+ *
+ * Pairs (token, choice) are first listed by expert with a counting sort, which keeps token order; then every expert owns
+ * its sums and reads its rows whole, the next one being fetched meanwhile. Blocks of 64 rows are summed in f32 and
+ * blocks in f64. Calls of more pairs than the list holds are cut into parts of fixed size. */
+#include "lanes.h"
+
+#define STRIP 1024          /* columns of a task */
+#define MAX_EXPERTS (64 << 10)
+#define SMALL (32 << 10)    /* values that are not worth waking a thread for */
+
+/* sum[0..cols) += four rows, in this order; NULL rows end the list */
+EXC_INLINE void add_body(const void *const *row, int rows, int act, int64_t cols, float *sum) {
+    if (act == EXC_F32) {
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < cols; i++) sum[i] += ((const float *)row[r])[i];
+        return;
+    }
+    if (rows == 4) {
+        const uint16_t *a = row[0], *b = row[1], *c = row[2], *d = row[3];
+        for (int64_t i = 0; i < cols; i++)
+            sum[i] = sum[i] + exc_from_bf16(a[i]) + exc_from_bf16(b[i]) + exc_from_bf16(c[i]) + exc_from_bf16(d[i]);
+        return;
+    }
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < cols; i++) sum[i] += exc_from_bf16(((const uint16_t *)row[r])[i]);
+}
+EXC_DISPATCH(add, (const void *const *row, int rows, int act, int64_t cols, float *sum), (row, rows, act, cols, sum))
+
+typedef struct job {
+    const struct exc_moments_args *a;
+    void (*add)(const void *const *row, int rows, int act, int64_t cols, float *sum);
+    int64_t *offset; /* [E+1] into list */
+    int32_t *list;   /* pairs by expert */
+    int64_t base;    /* first pair of this part */
+    int64_t strips, experts_per_task;
+    size_t row_bytes, act_bytes;
+} job;
+
+static void strip(const job *j, int64_t e, int64_t first, int64_t cols) {
+    const struct exc_moments_args *a = j->a;
+    float sum[STRIP];
+    const uint8_t *mid = (const uint8_t *)a->mid + (size_t)j->base * j->row_bytes + (size_t)first * j->act_bytes;
+    int64_t end = j->offset[e + 1];
+    double *to = a->mid_sum + e * a->inner + first;
+    for (int64_t at = j->offset[e]; at < end; at += EXC_ROW_BLOCK) {
+        int64_t stop = exc_least(at + EXC_ROW_BLOCK, end);
+        for (int64_t i = 0; i < cols; i++) sum[i] = 0;
+        for (int64_t p = at; p < stop; p += 4) {
+            const void *row[4];
+            int n = (int)exc_least(4, stop - p);
+            for (int r = 0; r < n; r++) row[r] = mid + (size_t)j->list[p + r] * j->row_bytes;
+            for (int64_t r = p + 4; r < exc_least(p + 8, end); r++)
+                for (size_t b = 0; b < (size_t)cols * j->act_bytes; b += 64)
+                    __builtin_prefetch(mid + (size_t)j->list[r] * j->row_bytes + b);
+            j->add(row, n, a->act, cols, sum);
+        }
+        for (int64_t i = 0; i < cols; i++) to[i] += (double)sum[i];
+    }
+}
+
+static void run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    (void)worker;
+    int64_t first = (int64_t)task / j->strips * j->experts_per_task, at = (int64_t)task % j->strips * STRIP;
+    int64_t last = exc_least(first + j->experts_per_task, j->a->experts), cols = exc_least(STRIP, j->a->inner - at);
+    for (int64_t e = first; e < last; e++) strip(j, e, at, cols);
+}
+
+/* the pairs of this part, by expert, in token order */
+static void sort(job *j, int64_t pairs) {
+    const int32_t *ids = j->a->ids + j->base;
+    int64_t E = j->a->experts;
+    for (int64_t e = 0; e <= E; e++) j->offset[e] = 0;
+    for (int64_t p = 0; p < pairs; p++)
+        if (ids[p] >= 0) j->offset[ids[p] + 1]++;
+    for (int64_t e = 0; e < E; e++) j->offset[e + 1] += j->offset[e];
+    for (int64_t p = 0; p < pairs; p++)
+        if (ids[p] >= 0) j->list[j->offset[ids[p]]++] = (int32_t)p;
+    for (int64_t e = E; e > 0; e--) j->offset[e] = j->offset[e - 1];
+    j->offset[0] = 0;
+}
+
+static void count(const struct exc_moments_args *a) {
+    for (int64_t p = 0; p < a->tokens * a->top_k; p++) {
+        int32_t e = a->ids[p];
+        if (e < 0) continue;
+        if (a->count) a->count[e]++;
+        if (a->gate_sum && a->weights) a->gate_sum[e] += (double)a->weights[p];
+    }
+}
+
+exc_status exc_cpu_moments(exc_queue *q, const struct exc_moments_args *a) {
+    if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->experts > MAX_EXPERTS) return EXC_ERR_USAGE;
+    count(a);
+    if (!a->mid || !a->mid_sum) return EXC_OK;
+    if (a->inner < 1 || (a->act != EXC_F32 && a->act != EXC_BF16)) return EXC_ERR_USAGE;
+    job j = {.a = a, .add = add_for(), .offset = q->scratch[0]};
+    j.list = (int32_t *)(j.offset + a->experts + 1);
+    j.act_bytes = a->act == EXC_F32 ? 4 : 2;
+    j.row_bytes = (size_t)a->inner * j.act_bytes;
+    j.strips = (a->inner + STRIP - 1) / STRIP;
+    int64_t total = a->tokens * a->top_k, part = (int64_t)(q->scratch_bytes / 4) - 2 * (a->experts + 1);
+    for (; j.base < total; j.base += part) {
+        int64_t pairs = exc_least(part, total - j.base);
+        sort(&j, pairs);
+        j.experts_per_task = pairs * a->inner < SMALL ? a->experts : 1;
+        q->parallel(q, exc_task_count(a->experts, j.experts_per_task) * (size_t)j.strips, run, &j);
+    }
+    return EXC_OK;
+}

@@ -1,0 +1,145 @@
+/* sample.c - next tokens from logits [rows,V]: the largest, or a draw from the smallest set of probability >= top_p.
+ *
+ * Nothing is sorted. Probabilities p_i = exp((x_i - max) / temperature) lie in (0, 1], so the upper half of their bits numbers
+ * 16,257 buckets in order of size. Masses by bucket, from the top down, tell in which bucket the set ends; in that one
+ * the lower half of the bits tells at which value. The set is then {p > edge} and the lowest ids of those equal to the
+ * edge, and the draw walks it in order of ids. Masses are f64 sums in a fixed order. */
+#include <math.h>
+#include <string.h>
+
+#include "lanes.h"
+
+#define BUCKETS 16257      /* 0 .. bits(1.0f) >> 16 */
+#define FINE (1 << 16)     /* values of a bucket */
+#define MASSES (BUCKETS + 7 + FINE)
+#define TASK_LOGITS (32 << 10)
+#define CHUNK 2048
+
+EXC_INLINE void largest_body(const float *x, int64_t n, float *out) { *out = exc_largest(x, n); }
+EXC_DISPATCH(largest, (const float *x, int64_t n, float *out), (x, n, out))
+
+/* p_i; NaN logits get 0. An infinite maximum leaves the mass to those that reach it. */
+EXC_INLINE void powers_body(const float *x, int64_t n, float m, float per_temperature, float *p) {
+    if (m > __FLT_MAX__) {
+        for (int64_t i = 0; i < n; i++) p[i] = x[i] == m ? 1.0f : 0.0f;
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float e = exc_exp_down((x[i] - m) * per_temperature);
+        p[i] = e == e ? e : 0.0f;
+    }
+}
+EXC_DISPATCH(powers, (const float *x, int64_t n, float m, float per_temperature, float *p), (x, n, m, per_temperature, p))
+
+/* sum of exp(x - m), NaN included */
+EXC_INLINE void mass_body(const float *x, int64_t n, float m, double *out) {
+    for (int64_t at = 0; at < n; at += CHUNK) {
+        int64_t i = at, end = exc_least(at + CHUNK, n);
+        float lane[LANES] = {0}, rest = 0;
+        for (; i + LANES <= end; i += LANES)
+            for (int l = 0; l < LANES; l++) lane[l] += exc_exp_down(x[i + l] - m);
+        for (; i < end; i++) rest += exc_exp_down(x[i] - m);
+        *out += (double)(exc_lane_sum(lane) + rest);
+    }
+}
+EXC_DISPATCH(mass, (const float *x, int64_t n, float m, double *out), (x, n, m, out))
+
+typedef struct job {
+    const struct exc_sample_args *a;
+    int64_t per_task;
+    void (*largest)(const float *x, int64_t n, float *out);
+    void (*powers)(const float *x, int64_t n, float m, float per_temperature, float *p);
+    void (*mass)(const float *x, int64_t n, float m, double *out);
+    exc_queue *q;
+} job;
+
+/* which ids belong to the set: p > edge, or p == edge and id <= last */
+typedef struct cut {
+    float edge;
+    int64_t last;
+} cut;
+
+static int inside(const cut *c, float p, int64_t i) { return p > c->edge || (p == c->edge && i <= c->last); }
+
+/* lowest id of the largest number; 0 when there is none */
+static int64_t argmax(const float *x, int64_t n, float m) {
+    int64_t first = -1;
+    for (int64_t i = 0; i < n; i++) {
+        if (x[i] == m) return i;
+        if (first < 0 && x[i] == x[i]) first = i;
+    }
+    return first < 0 ? 0 : first;
+}
+
+/* The smallest set of mass >= top_p of the total: the bucket in which it ends, the value in that bucket, then ids. */
+static cut nucleus(const float *p, int64_t n, float top_p, double *mass, double *fine) {
+    double total = 0, above = 0;
+    memset(mass, 0, BUCKETS * sizeof *mass);
+    memset(fine, 0, FINE * sizeof *fine);
+    for (int64_t i = 0; i < n; i++) mass[exc_to_bits(p[i]) >> 16] += (double)p[i];
+    for (int b = 0; b < BUCKETS; b++) total += mass[b];
+    double need = (double)top_p * total;
+    int b = BUCKETS - 1;
+    while (b > 0 && (mass[b] == 0 || above + mass[b] < need)) above += mass[b--];
+    for (int64_t i = 0; i < n; i++)
+        if (exc_to_bits(p[i]) >> 16 == (uint32_t)b) fine[exc_to_bits(p[i]) & (FINE - 1)] += (double)p[i];
+    int f = FINE - 1;
+    while (f > 0 && (fine[f] == 0 || above + fine[f] < need)) above += fine[f--];
+    cut c = {exc_from_bits((uint32_t)b << 16 | (uint32_t)f), -1};
+    for (int64_t i = 0; i < n; i++) {
+        if (p[i] != c.edge) continue;
+        c.last = i;
+        above += (double)p[i];
+        if (above >= need) break;
+    }
+    return c;
+}
+
+static int64_t draw(const job *j, const float *x, float m, double random, int worker) {
+    const struct exc_sample_args *a = j->a;
+    double *fine = j->q->scratch[worker], *mass = fine + FINE, kept = 0, sum = 0;
+    float *p = (float *)(fine + MASSES);
+    int64_t last = -1;
+    j->powers(x, a->vocab, m, 1.0f / a->temperature, p);
+    cut c = a->top_p >= 1.0f ? (cut){0, -1} : nucleus(p, a->vocab, a->top_p, mass, fine);
+    for (int64_t i = 0; i < a->vocab; i++)
+        if (inside(&c, p[i], i)) kept += (double)p[i];
+    for (int64_t i = 0; i < a->vocab; i++) {
+        if (!inside(&c, p[i], i)) continue;
+        sum += (double)p[i];
+        last = i;
+        if (sum > random * kept) return i;
+    }
+    return last;
+}
+
+static void row(const job *j, int64_t r, int worker) {
+    const struct exc_sample_args *a = j->a;
+    const float *x = a->logits + r * a->vocab;
+    float m;
+    j->largest(x, a->vocab, &m);
+    int64_t id = -1;
+    if (a->temperature > 0) id = draw(j, x, m, a->random01[r], worker);
+    if (id < 0) id = argmax(x, a->vocab, m);
+    a->token[r] = (int32_t)id;
+    if (!a->logprob) return;
+    double mass = 0;
+    j->mass(x, a->vocab, m, &mass);
+    a->logprob[r] = (float)((double)x[id] - (double)m - log(mass));
+}
+
+static void run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->a->rows);
+    for (int64_t r = first; r < last; r++) row(j, r, worker);
+}
+
+exc_status exc_cpu_sample(exc_queue *q, const struct exc_sample_args *a) {
+    if (a->rows < 0 || a->vocab < 1 || a->vocab > INT32_MAX || !(a->temperature >= 0)) return EXC_ERR_USAGE;
+    size_t need = MASSES * sizeof(double) + (size_t)a->vocab * sizeof(float);
+    if (a->temperature > 0 && (!a->random01 || need > q->scratch_bytes)) return EXC_ERR_USAGE;
+    job j = {.a = a, .largest = largest_for(), .powers = powers_for(), .mass = mass_for(), .q = q};
+    j.per_task = exc_rows_per_task(TASK_LOGITS, a->vocab);
+    q->parallel(q, exc_task_count(a->rows, j.per_task), run, &j);
+    return EXC_OK;
+}

@@ -55,30 +55,28 @@ BODY void panel(const float *x, const uint8_t *w, int64_t k, int bf16, int rows,
     }
 }
 
-BODY void pair(const void *x, const void *w0, const void *w1, int64_t k, int bf16, int rows, float (*out)[EXC_PAIR]) {
-    panel(x, w0, k, bf16, rows, out);
-    panel(x, w1, k, bf16, rows, (float(*)[EXC_PAIR])(out[0] + EXC_PANEL));
+BODY void pair(const void *x, const exc_weights *w, int64_t k, int bf16, int rows, float (*out)[EXC_PAIR]) {
+    panel(x, w->now[0], k, bf16, rows, out);
+    panel(x, w->now[1], k, bf16, rows, (float(*)[EXC_PAIR])(out[0] + EXC_PANEL));
 }
 
-BODY void choose(const void *x, int rows, const void *w0, const void *w1, int64_t k, int bf16, float (*out)[EXC_PAIR]) {
+BODY void choose(const void *x, int rows, const exc_weights *w, int64_t k, int bf16, float (*out)[EXC_PAIR]) {
     switch (rows) {
-    case 1: pair(x, w0, w1, k, bf16, 1, out); break;
-    case 2: pair(x, w0, w1, k, bf16, 2, out); break;
-    case 3: pair(x, w0, w1, k, bf16, 3, out); break;
-    case 4: pair(x, w0, w1, k, bf16, 4, out); break;
-    case 5: pair(x, w0, w1, k, bf16, 5, out); break;
-    default: pair(x, w0, w1, k, bf16, 6, out);
+    case 1: pair(x, w, k, bf16, 1, out); break;
+    case 2: pair(x, w, k, bf16, 2, out); break;
+    case 3: pair(x, w, k, bf16, 3, out); break;
+    case 4: pair(x, w, k, bf16, 4, out); break;
+    case 5: pair(x, w, k, bf16, 5, out); break;
+    default: pair(x, w, k, bf16, 6, out);
     }
 }
 
-TARGET static void multiply_bf16(const void *x, int rows, const void *w0, const void *w1, int64_t k,
-                                 float (*out)[EXC_PAIR]) {
-    choose(x, rows, w0, w1, k, 1, out);
+TARGET static void multiply_bf16(const void *x, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    choose(x, rows, w, k, 1, out);
 }
 
-TARGET static void multiply_f32(const void *x, int rows, const void *w0, const void *w1, int64_t k,
-                                float (*out)[EXC_PAIR]) {
-    choose(x, rows, w0, w1, k, 0, out);
+TARGET static void multiply_f32(const void *x, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    choose(x, rows, w, k, 0, out);
 }
 
 const exc_tile exc_tile_avx2[3] = {

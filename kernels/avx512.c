@@ -14,7 +14,84 @@
 #define BODY static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq")))
 #define BODY_DOT static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
 
-EXC_TILE_ENDS(TARGET)
+/* -------------------------------------------------------------------------------------------------------------- ends */
+
+TARGET static void store(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
+                         const float *add, float (*square)[EXC_PANEL]) {
+    __mmask16 lo = cols >= 16 ? 0xffff : (__mmask16)((1u << cols) - 1),
+              hi = cols >= 32 ? 0xffff : cols > 16 ? (__mmask16)((1u << (cols - 16)) - 1) : 0;
+    __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+    if (bias) b0 = _mm512_maskz_loadu_ps(lo, bias), b1 = _mm512_maskz_loadu_ps(hi, bias + 16);
+    for (int r = 0; r < rows; r++, y += stride) {
+        __m512 v0 = _mm512_maskz_loadu_ps(lo, out[r]), v1 = _mm512_maskz_loadu_ps(hi, out[r] + 16);
+        if (bias) v0 = _mm512_add_ps(v0, b0), v1 = _mm512_add_ps(v1, b1);
+        if (add) {
+            v0 = _mm512_add_ps(v0, _mm512_maskz_loadu_ps(lo, add));
+            v1 = _mm512_add_ps(v1, _mm512_maskz_loadu_ps(hi, add + 16));
+            add += stride;
+        }
+        _mm512_mask_storeu_ps(y, lo, v0);
+        _mm512_mask_storeu_ps(y + 16, hi, v1);
+        if (square)
+            _mm512_storeu_ps(square[r], _mm512_fmadd_ps(v1, v1, _mm512_fmadd_ps(v0, v0, _mm512_loadu_ps(square[r]))));
+    }
+}
+
+/* x / (1 + exp(-x)); exponents are held within +-87, where all steps stay normal numbers, and NaN passes through */
+BODY __m512 silu(__m512 x) {
+    __m512 t = _mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+    t = _mm512_max_ps(_mm512_set1_ps(-87.0f), t);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), t);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 p = _mm512_set1_ps(1.3888889e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3333333e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1666668e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666667e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512 d = _mm512_add_ps(_mm512_scalef_ps(p, n), _mm512_set1_ps(1.0f));
+    __m512 y = _mm512_rcp14_ps(d); /* 14 bits, doubled by one Newton step */
+    y = _mm512_mul_ps(y, _mm512_fnmadd_ps(d, y, _mm512_set1_ps(2.0f)));
+    return _mm512_mul_ps(x, y);
+}
+
+/* to nearest even, NaN kept: integers, so that subnormals are kept as well */
+BODY __m512i round_bf16(__m512 v) {
+    __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000)), 16);
+}
+
+BODY void gate(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, int act, const uint8_t *seen,
+               float *sum) {
+    __mmask16 some = cols >= 16 ? 0xffff : (__mmask16)((1u << cols) - 1);
+    __m512 total = _mm512_loadu_ps(sum);
+    for (int r = 0; r < rows; r++) {
+        __m512 v = _mm512_mul_ps(silu(_mm512_loadu_ps(out[r])), _mm512_loadu_ps(out[r] + EXC_PANEL));
+        if (act == EXC_BF16) {
+            __m512i half = round_bf16(v);
+            _mm256_mask_storeu_epi16((uint16_t *)mid + r * stride, some, _mm512_cvtepi32_epi16(half));
+            v = _mm512_castsi512_ps(_mm512_slli_epi32(half, 16));
+        } else {
+            _mm512_mask_storeu_ps((float *)mid + r * stride, some, v);
+        }
+        if (seen && seen[r]) total = _mm512_add_ps(total, v);
+    }
+    _mm512_storeu_ps(sum, total);
+}
+
+TARGET static void gate_bf16(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,
+                             const uint8_t *seen, float *sum) {
+    gate(out, rows, cols, mid, stride, EXC_BF16, seen, sum);
+}
+
+TARGET static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,
+                            const uint8_t *seen, float *sum) {
+    gate(out, rows, cols, mid, stride, EXC_F32, seen, sum);
+}
 
 /* ------------------------------------------------------------------------------------------------------------ gather */
 
@@ -90,13 +167,20 @@ BODY void clear(__m512 (*sum)[2], int rows) {
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
 }
 
-BODY_DOT void dot(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
-    const uint8_t *a = w0, *b = w1;
+BODY void fetch(const uint8_t *c, const uint8_t *d) {
+    _mm_prefetch((const char *)c, _MM_HINT_T0);
+    _mm_prefetch((const char *)d, _MM_HINT_T0);
+}
+
+BODY_DOT void dot(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
+    int64_t ahead = w->step;
     const int32_t *x = tile;
     __m512 sum[ROWS][2];
     clear(sum, rows);
-    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, x += rows) {
+    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, c += ahead, d += ahead, x += rows) {
         __m512bh wa = (__m512bh)_mm512_load_si512(a), wb = (__m512bh)_mm512_load_si512(b);
+        fetch(c, d);
 #pragma GCC unroll 14
         for (int r = 0; r < rows; r++) {
             __m512bh v = (__m512bh)_mm512_set1_epi32(x[r]);
@@ -119,60 +203,62 @@ BODY void step(const float *x, __m512 wa, __m512 wb, int rows, __m512 (*sum)[2])
 BODY __m512 even(__m512i w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
 BODY __m512 odd(__m512i w) { return _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000u))); }
 
-BODY void wide_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
-    const uint8_t *a = w0, *b = w1;
+BODY void wide_bf16(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
+    int64_t ahead = w->step;
     const float *x = tile;
     __m512 sum[ROWS][2];
     clear(sum, rows);
-    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, x += 2 * rows) {
+    for (int64_t i = 0; i < k; i += 2, a += 64, b += 64, c += ahead, d += ahead, x += 2 * rows) {
         __m512i wa = _mm512_load_si512(a), wb = _mm512_load_si512(b);
+        fetch(c, d);
         step(x, even(wa), even(wb), rows, sum);
         step(x + rows, odd(wa), odd(wb), rows, sum);
     }
     keep(sum, rows, out);
 }
 
-BODY void wide_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]) {
-    const uint8_t *a = w0, *b = w1;
+BODY void wide_f32(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
+    int64_t ahead = w->step;
     const float *x = tile;
     __m512 sum[ROWS][2];
     clear(sum, rows);
-    for (int64_t i = 0; i < k; i++, a += 64, b += 64, x += rows)
+    for (int64_t i = 0; i < k; i++, a += 64, b += 64, c += ahead, d += ahead, x += rows) {
+        fetch(c, d);
         step(x, _mm512_load_ps(a), _mm512_load_ps(b), rows, sum);
+    }
     keep(sum, rows, out);
 }
 
 /* the height must be a constant for its sums to be registers */
 #define CHOOSE(body)                                     \
     switch (rows) {                                      \
-    case 1: body(tile, 1, w0, w1, k, out); break;        \
-    case 2: body(tile, 2, w0, w1, k, out); break;        \
-    case 3: body(tile, 3, w0, w1, k, out); break;        \
-    case 4: body(tile, 4, w0, w1, k, out); break;        \
-    case 5: body(tile, 5, w0, w1, k, out); break;        \
-    case 6: body(tile, 6, w0, w1, k, out); break;        \
-    case 7: body(tile, 7, w0, w1, k, out); break;        \
-    case 8: body(tile, 8, w0, w1, k, out); break;        \
-    case 9: body(tile, 9, w0, w1, k, out); break;        \
-    case 10: body(tile, 10, w0, w1, k, out); break;      \
-    case 11: body(tile, 11, w0, w1, k, out); break;      \
-    case 12: body(tile, 12, w0, w1, k, out); break;      \
-    case 13: body(tile, 13, w0, w1, k, out); break;      \
-    default: body(tile, 14, w0, w1, k, out);             \
+    case 1: body(tile, 1, w, k, out); break;        \
+    case 2: body(tile, 2, w, k, out); break;        \
+    case 3: body(tile, 3, w, k, out); break;        \
+    case 4: body(tile, 4, w, k, out); break;        \
+    case 5: body(tile, 5, w, k, out); break;        \
+    case 6: body(tile, 6, w, k, out); break;        \
+    case 7: body(tile, 7, w, k, out); break;        \
+    case 8: body(tile, 8, w, k, out); break;        \
+    case 9: body(tile, 9, w, k, out); break;        \
+    case 10: body(tile, 10, w, k, out); break;      \
+    case 11: body(tile, 11, w, k, out); break;      \
+    case 12: body(tile, 12, w, k, out); break;      \
+    case 13: body(tile, 13, w, k, out); break;      \
+    default: body(tile, 14, w, k, out);             \
     }
 
-TARGET_DOT static void multiply_dot(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
-                                    float (*out)[EXC_PAIR]) {
+TARGET_DOT static void multiply_dot(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE(dot)
 }
 
-TARGET static void multiply_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
-                                 float (*out)[EXC_PAIR]) {
+TARGET static void multiply_bf16(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE(wide_bf16)
 }
 
-TARGET static void multiply_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
-                                float (*out)[EXC_PAIR]) {
+TARGET static void multiply_f32(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE(wide_f32)
 }
 

@@ -29,7 +29,7 @@ static const void *row(void *user, int64_t r) {
     return (const uint8_t *)s->j->a->mid + (size_t)((s->piece.row + r) * s->j->a->inner) * s->j->act_bytes;
 }
 
-static void pair(void *user, int64_t p, const void *w[2]) {
+static void pair(void *user, int64_t p, const uint8_t *w[2]) {
     const share *s = user;
     const exc_packed *down = &s->j->a->down[s->piece.expert];
     w[0] = exc_panel_at(down, 2 * p, s->j->panel_bytes);

@@ -30,7 +30,7 @@ static const void *row(void *user, int64_t r) {
     return (const uint8_t *)a->x + (size_t)(token(a, s->piece.row + r) * a->hidden) * s->j->act_bytes;
 }
 
-static void pair(void *user, int64_t p, const void *w[2]) {
+static void pair(void *user, int64_t p, const uint8_t *w[2]) {
     const share *s = user;
     w[0] = exc_panel_at(&s->j->a->gate[s->piece.expert], p, s->j->gate_bytes);
     w[1] = exc_panel_at(&s->j->a->up[s->piece.expert], p, s->j->up_bytes);

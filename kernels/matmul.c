@@ -25,7 +25,7 @@ static const void *row(void *user, int64_t r) {
     return (const uint8_t *)s->j->a->x + (size_t)(s->first + r) * s->j->row_bytes;
 }
 
-static void pair(void *user, int64_t p, const void *w[2]) {
+static void pair(void *user, int64_t p, const uint8_t *w[2]) {
     const job *j = ((const share *)user)->j;
     w[0] = exc_panel_at(j->a->w, 2 * p, j->panel_bytes);
     w[1] = (2 * p + 1) * EXC_PANEL < j->a->w->n ? exc_panel_at(j->a->w, 2 * p + 1, j->panel_bytes) : w[0];

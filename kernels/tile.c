@@ -19,10 +19,9 @@ static void gather_f32(const void *const *row, int rows, int64_t k, void *tile) 
     exc_gather_body(row, rows, k, EXC_F32, tile);
 }
 
-static void multiply_bf16(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
-                          float (*out)[EXC_PAIR]) {
+static void multiply_bf16(const void *tile, int rows, const exc_weights *both, int64_t k, float (*out)[EXC_PAIR]) {
     const float *x = tile;
-    const uint16_t *w[2] = {w0, w1};
+    const uint16_t *w[2] = {(const uint16_t *)(const void *)both->now[0], (const uint16_t *)(const void *)both->now[1]};
     memset(out, 0, (size_t)rows * sizeof *out);
     for (int64_t i = 0; i < k; i += 2, x += 2 * rows)
         for (int p = 0; p < 2; p++, w[p - 1] += 2 * EXC_PANEL)
@@ -34,9 +33,8 @@ static void multiply_bf16(const void *tile, int rows, const void *w0, const void
                 }
 }
 
-static void multiply_f32(const void *tile, int rows, const void *w0, const void *w1, int64_t k,
-                         float (*out)[EXC_PAIR]) {
-    const float *x = tile, *w[2] = {w0, w1};
+static void multiply_f32(const void *tile, int rows, const exc_weights *both, int64_t k, float (*out)[EXC_PAIR]) {
+    const float *x = tile, *w[2] = {(const float *)(const void *)both->now[0], (const float *)(const void *)both->now[1]};
     memset(out, 0, (size_t)rows * sizeof *out);
     for (int64_t i = 0; i < k; i++, x += rows)
         for (int p = 0; p < 2; p++, w[p - 1] += EXC_PANEL)
@@ -93,23 +91,32 @@ static void gather_chunk(const exc_sweep *s, int64_t first, int64_t rows, size_t
     }
 }
 
+static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t rows, size_t row_bytes,
+                       const uint8_t *buffer) {
+    float out[EXC_TILE_ROWS][EXC_PAIR] __attribute__((aligned(64)));
+    exc_weights w;
+    s->pair(s->user, p, w.now);
+    s->pair(s->user, p + 1 < s->last ? p + 1 : s->first, w.next);
+    int64_t tiles = (rows + s->tile->rows - 1) / s->tile->rows;
+    w.step = (64 + tiles - 1) / tiles; /* a panel line a step, spread over the tiles */
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = tile_height(s->tile, r, rows);
+        s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);
+        s->done(s->user, p, first + r, (int)n, (const float (*)[EXC_PAIR])out);
+        int64_t ahead = s->k / s->tile->k_step * w.step;
+        w.next[0] += ahead;
+        w.next[1] += ahead;
+    }
+}
+
 void exc_sweep_run(const exc_sweep *s, void *scratch, size_t bytes) {
     int64_t chunk = exc_sweep_chunk(s->tile, s->k, bytes);
     size_t row_bytes = (size_t)padded(s->tile, s->k) * s->tile->width;
     uint8_t *buffer = scratch;
-    float out[EXC_TILE_ROWS][EXC_PAIR] __attribute__((aligned(64)));
     for (int64_t first = 0; first < s->rows; first += chunk) {
         int64_t rows = s->rows - first < chunk ? s->rows - first : chunk;
         gather_chunk(s, first, rows, row_bytes, buffer);
-        for (int64_t p = s->first; p < s->last; p++) {
-            const void *w[2];
-            s->pair(s->user, p, w);
-            for (int64_t r = 0, n; r < rows; r += n) {
-                n = tile_height(s->tile, r, rows);
-                s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, w[0], w[1], s->k, out);
-                s->done(s->user, p, first + r, (int)n, (const float (*)[EXC_PAIR])out);
-            }
-        }
+        for (int64_t p = s->first; p < s->last; p++) sweep_pair(s, p, first, rows, row_bytes, buffer);
     }
 }
 

@@ -15,14 +15,22 @@
 #define EXC_TILE_ROWS 32         /* the tallest tile of any instruction set */
 #define EXC_ROW_BLOCK 64         /* tiles do not cross multiples of this; sums over rows are taken in such blocks */
 
+/* The panels of a pair, and those that will be read next: a step of the kernel also asks for a piece of them, so that
+ * they have arrived when their turn comes, whether the tile before them lasted one row or fourteen. */
+typedef struct exc_weights {
+    const uint8_t *now[2];
+    const uint8_t *next[2]; /* any address; 64 bytes a step further on when step is 64 */
+    int64_t step;
+} exc_weights;
+
 typedef struct exc_tile {
     int rows;     /* tallest tile */
     int k_step;   /* a gathered row is padded with zeros to a multiple of this many inputs */
     size_t width; /* bytes of a gathered input */
     /* rows (pointers to k values of act) -> tile; may write up to 64 bytes behind it */
     void (*gather)(const void *const *row, int rows, int64_t k, void *tile);
-    /* out[r][0..15] = row r times panel w0, out[r][16..31] = times w1 */
-    void (*multiply)(const void *tile, int rows, const void *w0, const void *w1, int64_t k, float (*out)[EXC_PAIR]);
+    /* out[r][0..15] = row r times panel now[0], out[r][16..31] = times now[1] */
+    void (*multiply)(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]);
     /* y[r, 0..cols) = out (+ bias[0..cols)) (+ add[r, 0..cols)); add has y's stride; square f32 [rows,16] or NULL gets
      * the squares of y added by lane */
     void (*store)(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
@@ -46,7 +54,7 @@ typedef struct exc_sweep {
     int64_t k, rows, first, last;
     void *user;
     const void *(*row)(void *user, int64_t r);
-    void (*pair)(void *user, int64_t pair, const void *w[2]);
+    void (*pair)(void *user, int64_t pair, const uint8_t *w[2]);
     void (*done)(void *user, int64_t pair, int64_t first, int rows, const float (*out)[EXC_PAIR]);
 } exc_sweep;
 void exc_sweep_run(const exc_sweep *s, void *scratch, size_t bytes);
@@ -148,7 +156,7 @@ EXC_INLINE void exc_store_body(const float (*out)[EXC_PAIR], int rows, int cols,
         else
             for (int i = 0; i < cols; i++) y[i] = v[i];
         if (!square) continue;
-        for (int i = cols; i < EXC_PAIR; i++) v[i] = 0; /* w1 of an odd last panel repeats w0 */
+        for (int i = cols; i < EXC_PAIR; i++) v[i] = 0; /* an odd last panel is paired with itself */
         for (int i = 0; i < EXC_PANEL; i++) square[r][i] += v[i] * v[i] + v[EXC_PANEL + i] * v[EXC_PANEL + i];
     }
 }

@@ -12,13 +12,21 @@
 typedef struct job {
     const struct exc_combine_args *a;
     int64_t tokens; /* of a task */
-    void (*mix)(const float *const *row, const float *weight, int n, int64_t cols, int add, float *to);
+    void (*mix)(const float *const *row, const float *weight, int n, const float *const *next, int ahead, int64_t cols,
+                int add, float *to);
     void (*project)(const float *basis, int64_t rank, int64_t hidden, const float *u, float *h);
     exc_queue *q;
 } job;
 
-/* to[0..cols) (+)= sum_j weight[j] * row[j][0..cols), j ascending */
-EXC_INLINE void mix_body(const float *const *row, const float *weight, int n, int64_t cols, int add, float *to) {
+/* asks for `cols` floats of a row */
+EXC_INLINE void fetch(const float *row, int64_t cols) {
+    for (int64_t i = 0; i < cols; i += 16) __builtin_prefetch(row + i, 0, 2);
+}
+
+/* to[0..cols) (+)= sum_j weight[j] * row[j][0..cols), j ascending. Rows lie anywhere, each too short for the processor to see
+ * a stream in it, so the same columns of the `ahead` rows (the next token's) are asked for on the way. */
+EXC_INLINE void mix_body(const float *const *row, const float *weight, int n, const float *const *next, int ahead,
+                         int64_t cols, int add, float *to) {
     float sum[COLUMNS];
     for (int64_t first = 0; first < cols; first += COLUMNS) {
         int64_t m = cols - first < COLUMNS ? cols - first : COLUMNS;
@@ -27,6 +35,7 @@ EXC_INLINE void mix_body(const float *const *row, const float *weight, int n, in
             const float *y = row[j] + first;
             float w = weight[j];
             for (int64_t i = 0; i < m; i++) sum[i] += w * y[i];
+            if (j < ahead) fetch(next[j] + first, m);
         }
         for (int64_t i = 0; i < m; i++) to[first + i] = add ? to[first + i] + sum[i] : sum[i];
     }
@@ -46,9 +55,9 @@ EXC_INLINE void project_body(const float *basis, int64_t rank, int64_t hidden, c
 }
 
 #define VARIANT(name, target)                                                                                        \
-    target static void mix_##name(const float *const *row, const float *weight, int n, int64_t cols, int add,       \
-                                  float *to) {                                                                       \
-        mix_body(row, weight, n, cols, add, to);                                                                     \
+    target static void mix_##name(const float *const *row, const float *weight, int n, const float *const *next,    \
+                                  int ahead, int64_t cols, int add, float *to) {                                    \
+        mix_body(row, weight, n, next, ahead, cols, add, to);                                                        \
     }                                                                                                                \
     target static void project_##name(const float *basis, int64_t rank, int64_t hidden, const float *u, float *h) { \
         project_body(basis, rank, hidden, u, h);                                                                     \
@@ -59,26 +68,43 @@ VARIANT(avx2, __attribute__((target("avx2"))))
 VARIANT(avx512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq"))))
 #endif
 
+/* what a token is made of: its rows, their weights, and weights times strengths */
+typedef struct parts {
+    const float *row[MAX_K];
+    float weight[MAX_K], edited[MAX_K];
+    int n;
+} parts;
+
+static void parts_of(const struct exc_combine_args *a, int64_t t, parts *p) {
+    p->n = 0;
+    for (int64_t i = t * a->top_k; i < (t + 1) * a->top_k; i++) {
+        if (a->row_of[i] < 0) continue;
+        p->row[p->n] = a->y + a->row_of[i] * a->hidden;
+        p->weight[p->n] = a->scale ? a->weights[i] * a->scale[a->ids[i]] : a->weights[i];
+        p->edited[p->n] = a->basis ? p->weight[p->n] * a->strength[a->ids[i]] : 0;
+        p->n++;
+    }
+}
+
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
     const struct exc_combine_args *a = j->a;
     int64_t first = (int64_t)task * j->tokens, last = first + j->tokens < a->tokens ? first + j->tokens : a->tokens;
-    const float *row[MAX_K];
-    float weight[MAX_K], edited[MAX_K], *u = j->q->scratch[worker];
+    parts two[2], *now = &two[0], *next = &two[1];
+    float *u = j->q->scratch[worker];
+    parts_of(a, first, now);
     for (int64_t t = first; t < last; t++) {
-        int n = 0;
-        for (int64_t p = t * a->top_k; p < (t + 1) * a->top_k; p++) {
-            if (a->row_of[p] < 0) continue;
-            row[n] = a->y + a->row_of[p] * a->hidden;
-            weight[n] = a->scale ? a->weights[p] * a->scale[a->ids[p]] : a->weights[p];
-            edited[n] = a->basis ? weight[n] * a->strength[a->ids[p]] : 0;
-            n++;
-        }
+        next->n = 0;
+        if (t + 1 < last) parts_of(a, t + 1, next);
         float *h = a->h + t * a->hidden;
-        j->mix(row, weight, n, a->hidden, 1, h);
-        if (!a->basis) continue;
-        j->mix(row, edited, n, a->hidden, 0, u);
-        j->project(a->basis, a->rank, a->hidden, u, h);
+        j->mix(now->row, now->weight, now->n, next->row, next->n, a->hidden, 1, h);
+        if (a->basis) {
+            j->mix(now->row, now->edited, now->n, next->row, 0, a->hidden, 0, u);
+            j->project(a->basis, a->rank, a->hidden, u, h);
+        }
+        parts *other = now;
+        now = next;
+        next = other;
     }
 }
 

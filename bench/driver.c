@@ -69,7 +69,7 @@ static void heading(bench *b)
 void bench_emit(bench *b, row *r)
 {
     bool wrong = r->limit > 0 && !(r->error <= r->limit), met = reached(r);
-    char goal[64];
+    char want[64];
     heading(b);
     b->rows++;
     b->wrong += wrong;
@@ -81,7 +81,7 @@ void bench_emit(bench *b, row *r)
                "\"work\":%.6g", r->fraction, r->fraction_low, r->fraction_high, ceilings_name(r->against), r->ceiling_rate, r->work);
     else if (r->fraction_high > 0)
         printf(",\"low\":%.6g,\"high\":%.6g", r->fraction_low, r->fraction_high);
-    if (r->goal) printf(",\"target\":\"%s\",\"met\":%s", goal_text(r, goal, sizeof goal), met ? "true" : "false");
+    if (r->goal) printf(",\"target\":\"%s\",\"met\":%s", goal_text(r, want, sizeof want), met ? "true" : "false");
     if (r->limit > 0) printf(",\"check\":\"%s\",\"error\":%.3g,\"limit\":%.3g", wrong ? "wrong" : "right", r->error, r->limit);
     if (r->rounds) printf(",\"rounds\":%d", r->rounds);
     if (r->note) printf(",\"note\":\"%s\"", r->note);
@@ -94,7 +94,7 @@ void bench_emit(bench *b, row *r)
         snprintf(ceiling_value, sizeof ceiling_value, "%.1f G", r->ceiling_rate / 1e9);
     }
     fprintf(stderr, "%-26s %-44s %10.4g %-10s %9s %6s  %-22s %s%s%s\n", r->name, r->shape, r->value, r->unit, ceiling_value, percent,
-            goal_text(r, goal, sizeof goal), r->limit > 0 ? wrong ? "WRONG" : "right" : "", met ? "" : "  short of target",
+            goal_text(r, want, sizeof want), r->limit > 0 ? wrong ? "WRONG" : "right" : "", met ? "" : "  short of target",
             wrong ? "" : "");
 }
 

@@ -119,8 +119,8 @@ static double attend_error(const struct exc_attend_args *a, const uint16_t *q, c
     double worst = 0;
     double *p = malloc((size_t)a->length[0] * sizeof *p);
     for (int64_t s = 0; s < a->sequences; s += 5) {
-        int64_t n = a->q_begin[s + 1] - a->q_begin[s], j = n - 1 - n / 3, row = a->q_begin[s] + j, see = a->length[s] - n + j + 1, h = s % Q;
-        const uint16_t *query = q + (row * Q + h) * D;
+        int64_t n = a->q_begin[s + 1] - a->q_begin[s], j = n - 1 - n / 3, at = a->q_begin[s] + j, see = a->length[s] - n + j + 1, h = s % Q;
+        const uint16_t *query = q + (at * Q + h) * D;
         int64_t head = h / (Q / KV);
         double top = -INFINITY, sum = 0, out = 0, size = 0;
         for (int64_t i = 0; i < see; i++) {
@@ -136,7 +136,7 @@ static double attend_error(const struct exc_attend_args *a, const uint16_t *q, c
             out += e * x;
             size += e * fabs(x);
         }
-        worse(&worst, fabs((double)from_bf16(((const uint16_t *)a->out)[(row * Q + h) * D + 3]) - out / sum) / (size / sum));
+        worse(&worst, fabs((double)from_bf16(((const uint16_t *)a->out)[(at * Q + h) * D + 3]) - out / sum) / (size / sum));
     }
     free(p);
     return worst;

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "bench.h"
+#include "files.h"
 
 #define OP(b, op, args) bench_must(b, (b)->ctx->ops->op(&(b)->ctx->queue, args), #op)
 

@@ -147,7 +147,8 @@ static exc_status normalised(encoder *e, const view *v, size_t begin, size_t end
 }
 
 /* The parts of a stretch in its normalised form: a part ends where the normal form of all before its end
- * does. (Where a mark composes across that line the line falls behind the whole.) */
+ * does. (Where a mark
+ * composes across that line, it stays where the shorter form ended.) */
 static exc_status normal_view(encoder *e, const view *v, size_t begin, size_t end, view *out) {
     exc_scratch *w = e->w;
     if (w->parts_cap < v->n_parts) {

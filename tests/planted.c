@@ -98,6 +98,8 @@ static void table_is_right(void **state) {
         s->group[label][0].tokens[0] /= 2;
     }
     assert_int_equal(exc_directions(ctx, s, &o, &d, NULL), EXC_OK);
+    for (int64_t row = 0; row < d->rows; row++) /* signs of basis vectors mean nothing */
+        for (int h = 0; h < 11; h++) d->basis[(row * 2 + 1) * 11 + h] *= -1;
     snprintf(path, sizeof path, "%s", test_path(dir, "e.csv"));
     if (exc_contrast(ctx, s, d, &co, path, 0, &text)) fail_msg("%s", exc_ctx_error(ctx));
     sheet *t = read_csv(path);
@@ -274,6 +276,8 @@ static exc_stats *planted(int64_t pt, int64_t pb, double shift, double loud, flo
     unit(900, v);
     unit(901, mean);
     for (int k = 0; k < 3; k++) unit(910 + (uint64_t)k, noisy[k]);
+    for (int h = 0; h < H; h++)
+        v[h] = loud > 0 ? (v[h] + noisy[0][h]) * 0.70710678f : v[h]; /* half of it in the noise */
     for (int label = 0; label < 2; label++)
         for (int64_t i = 0; i < s->prompts[label] * 4; i++) {
             float *x = s->resid_last[label] + i * H;
@@ -339,7 +343,8 @@ static double energy_of(const exc_stats *s, const exc_dirs *d, int64_t row) {
 static void planted_direction_is_found(void **state) {
     float v[H];
     for (int paired = 0; paired < 2; paired++) {
-        exc_stats *s = planted(96, paired ? 96 : 70, 6, 0, v);
+        double sign = paired ? 1 : -1; /* of the shift: vectors turn with it */
+        exc_stats *s = planted(96, paired ? 96 : 70, 6 * sign, 0, v);
         for (int method = 0; method < 4; method++)
             for (int rank = 1; rank <= (method >= 2 ? 3 : 1); rank++) {
                 json_t *facts;
@@ -349,11 +354,11 @@ static void planted_direction_is_found(void **state) {
                 assert_int_equal(json_array_size(rows), 4);
                 for (int64_t row = 1; row < 4; row++) {
                     const json_t *r = json_array_get(rows, (size_t)row);
-                    double c = cosine(d->basis + row * rank * H, v),
+                    double c = sign * cosine(d->basis + row * rank * H, v),
                            e = json_number_value(json_object_get(r, "energy"));
                     if (c < 0.95)
                         fail_msg("method %d, rank %d, row %d: cosine %.3f", method, rank, (int)row, c);
-                    assert_true(cosine(d->mean_difference + row * H, v) > 0.95);
+                    assert_true(sign * cosine(d->mean_difference + row * H, v) > 0.95);
                     if (rank == 1) assert_true(fabs(e - energy_of(s, d, row)) < 1e-5);
                     assert_true(d->singular[row * rank] > 0 && e > 0.2 && e <= 1);
                     if (method >= 2) assert_true(json_number_value(json_object_get(r, "residual")) < 1e-5);
@@ -406,7 +411,7 @@ static void centring_would_lose_it(void **state) {
     d = directions(s, EXC_METHOD_SVD, 1, 0, NULL);
     exc_dirs *w = directions(s, EXC_METHOD_WHITENED, 1, 0, NULL);
     for (int64_t row = 1; row < 4; row++) {
-        assert_true(fabs(cosine(d->basis + row * H, v)) < 0.6);
+        assert_true(fabs(cosine(d->basis + row * H, v)) < 0.85);
         if (cosine(w->basis + row * H, v) < 0.9)
             fail_msg("whitened: cosine %.3f", cosine(w->basis + row * H, v));
     }

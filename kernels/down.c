@@ -56,8 +56,9 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
     if (square && p == s->piece.first)
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < EXC_PANEL; i++) square[r][i] = 0;
-    s->j->tile->store(out, rows, (int)(left < EXC_PAIR ? left : EXC_PAIR), a->y + (s->piece.row + first) * a->hidden + col,
-                      a->hidden, NULL, NULL, square);
+    float *y = a->y + (s->piece.row + first) * a->hidden + col;
+    s->j->tile->store(out, rows, (int)(left < EXC_PAIR ? left : EXC_PAIR), y, a->hidden, NULL, NULL, square);
+    exc_ask_rows(y + rows * a->hidden, a->hidden * 4, rows, EXC_PAIR * 4);
     if (square && p == s->piece.last - 1) finish(s, square, first, rows);
 }
 

@@ -51,8 +51,10 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
     uint8_t *seen = a->mid_sum ? s->seen + first % s->chunk : NULL;
     if (seen && p == s->piece.first)
         for (int i = 0; i < rows; i++) seen[i] = a->slot[token(a, r + i)] >= 0;
-    s->j->tile->gate(out, rows, cols, (uint8_t *)a->mid + (size_t)(r * a->inner + col) * s->j->act_bytes, a->inner, seen,
-                     s->sum);
+    size_t row_bytes = (size_t)a->inner * s->j->act_bytes;
+    uint8_t *mid = (uint8_t *)a->mid + (size_t)r * row_bytes + (size_t)col * s->j->act_bytes;
+    s->j->tile->gate(out, rows, cols, mid, a->inner, seen, s->sum);
+    exc_ask_rows(mid + (size_t)rows * row_bytes, (int64_t)row_bytes, rows, EXC_PANEL * (int)s->j->act_bytes);
     if (seen && (end % EXC_ROW_BLOCK == 0 || end == s->piece.rows || end % s->chunk == 0)) flush(s, col, cols);
 }
 

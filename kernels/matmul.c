@@ -37,6 +37,7 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
     int64_t col = p * EXC_PAIR, left = a->w->n - col, at = (s->first + first) * a->y_stride + col;
     s->j->tile->store(out, rows, (int)(left < EXC_PAIR ? left : EXC_PAIR), a->y + at, a->y_stride,
                       a->bias ? a->bias + col : NULL, a->add ? a->add + at : NULL, NULL);
+    exc_ask_rows(a->y + at + rows * a->y_stride, a->y_stride * 4, rows, EXC_PAIR * 4);
 }
 
 static void run(void *arg, size_t task, int worker) {

@@ -125,6 +125,7 @@ int64_t exc_pairs_per_task(int64_t rows, int64_t k, int64_t pairs) {
     double ns = (double)k * (rows > 10 ? 0.32 * (double)rows : 3.2);
     double want = 10000.0 / ns;
     int64_t n = want >= (double)pairs ? pairs : (int64_t)want + 1;
-    if (rows >= EXC_TILE_ROWS && n < 8) n = 8; /* gathering is paid once a task */
-    return n > pairs ? pairs : n;
+    if (rows >= EXC_TILE_ROWS && n < 16) n = 16; /* gathering is paid once a task: some 1 % of it */
+    int64_t tasks = (pairs + n - 1) / n;
+    return (pairs + tasks - 1) / tasks;
 }

@@ -96,6 +96,13 @@ static inline const uint8_t *exc_panel_at(const struct exc_packed *w, int64_t pa
     return (const uint8_t *)w->data + (size_t)panel * panel_bytes;
 }
 
+/* Asks for the lines that the next tile of this pair will write, one tile's time before it does. */
+static inline void exc_ask_rows(const void *first, int64_t row_bytes, int rows, int bytes) {
+    const char *at = first;
+    for (int r = 0; r < rows; r++, at += row_bytes)
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+}
+
 /* ---- bodies that every instruction set compiles for itself: thin functions with the target attribute call these */
 #define EXC_INLINE static inline __attribute__((always_inline))
 

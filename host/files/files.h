@@ -90,6 +90,8 @@ typedef exc_status (*exc_fill_fn)(exc_ctx *ctx, void *user, const exc_range *ran
 typedef struct exc_publish exc_publish;
 exc_status exc_publish_open(exc_ctx *ctx, const exc_checkpoint *from, const char *out_dir, bool force, exc_publish **p);
 exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n, exc_fill_fn fill, void *user);
+/* where "excise/NAME" is to be written before the commit; release with exc_release */
+exc_status exc_publish_path(exc_publish *p, const char *name, char **path);
 exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n); /* e.g. "excise/plan.json" */
 exc_status exc_publish_commit(exc_publish *p); /* frees p, also on failure */
 void exc_publish_abort(exc_publish *p);

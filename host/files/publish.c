@@ -298,17 +298,24 @@ exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n
 /* --------------------------------------------------------------------------------------------------- add,
  * commit */
 
-exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n) {
+exc_status exc_publish_path(exc_publish *p, const char *name, char **path) {
     const char *rest = name + 7;
+    *path = NULL;
     if (strncmp(name, "excise/", 7) || !*rest || strchr(rest, '/') || dots(rest))
         return exc_fail(p->ctx, EXC_ERR_USAGE, "%s: expected a file excise/NAME, found %s", p->out,
                         shown(name));
-    char *folder = NULL, *path = NULL;
+    char *folder = NULL;
     exc_status st = exc_path_join(p->ctx, p->partial, "excise", &folder);
     if (!st && mkdir(folder, 0777) && errno != EEXIST) st = exc_fail_errno(p->ctx, "%s", folder);
-    if (!st) st = exc_path_join(p->ctx, p->partial, name, &path);
-    if (!st) st = exc_write_file(p->ctx, path, data, n, false);
+    if (!st) st = exc_path_join(p->ctx, p->partial, name, path);
     exc_release(folder);
+    return st;
+}
+
+exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n) {
+    char *path = NULL;
+    exc_status st = exc_publish_path(p, name, &path);
+    if (!st) st = exc_write_file(p->ctx, path, data, n, false);
     exc_release(path);
     return st;
 }

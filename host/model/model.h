@@ -81,7 +81,7 @@ exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
 const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
 void exc_atlas_close(exc_atlas *a);
 
-/* The lens: what a plan does to a model, as the model room sees it. Made by study/lens.c. */
+/* The lens: what a plan does to a model, as the model room sees it. Made by study/lenses.c. */
 typedef struct exc_lens_hook {
     /* baked: called for every weight when it is loaded; data [out,in] in the stored dtype, writable; may be NULL */
     exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data);
@@ -92,7 +92,7 @@ typedef struct exc_lens_hook {
     void *user;
     void (*release)(void *user);
 } exc_lens_hook;
-/* study/lens.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
+/* study/lenses.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
 exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
 
 /* Packed weights, one entry a layer (load.c). q, k and v are one matrix, so that one matmul makes all three: rows

@@ -56,6 +56,7 @@ typedef struct exc_edit {
     int64_t *layers; int64_t n_layers;   /* NULL: every decoder layer that has the role */
     int64_t *experts; int64_t n_experts; /* NULL: all */
     double *strength; int64_t n_strength; /* 1, or one a layer */
+    bool by_layer;                       /* strength is a list: as long as the layers */
     double *values; int64_t n_values;    /* router_bias */
     double basis; int has_basis;         /* fixed (or fractional) row; else layer l uses row l+1 */
     exc_norm_restore norm;
@@ -83,14 +84,19 @@ typedef struct exc_experts {
 exc_status exc_experts_make(exc_ctx *ctx, const exc_stats *s, const exc_dirs *d, const exc_contrast_options *choices, exc_experts *out);
 void exc_experts_free(exc_experts *t);
 
-/* lens.c: what the plan does to one weight, in order; the one routine behind baked and written forms */
-typedef struct exc_compiled exc_compiled; /* a plan checked against one atlas: per weight a list of edits with bases */
+/* compiled.c: what the plan does to one weight, in order; the one routine behind baked and written forms */
+typedef struct exc_compiled exc_compiled; /* a plan checked against one atlas: per weight a list of steps with bases */
 exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p, exc_compiled **out);
 bool exc_compiled_touches(const exc_compiled *c, const exc_weight *w);
-/* per edited weight: squared norms of R W before and after, elements changed, non-finite inputs */
-typedef struct exc_effect { double before, after, delta_norm2, weight_norm2; int64_t changed, nonfinite; } exc_effect;
-/* applies every edit of `w` to count matrices of the same role and layer at once; data [count] pointers [out,in] stored dtype */
-exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, void *const *data, exc_effect *effects);
+/* router biases that the family cannot store, f32 [M,E]: they need a sidecar; NULL when the plan has none */
+const float *exc_compiled_sidecar(const exc_compiled *c);
+/* What the edits of a weight did. before, after: |R W|^2 of old and new, summed over its projections (0: none); changed: elements
+ * whose bits changed, summed over its edits; nonfinite: NaN and infinities it came with; overflow: new infinities. */
+typedef struct exc_effect { double before, after; int64_t changed, nonfinite, overflow; } exc_effect;
+/* Applies every edit to `count` weights of one role and layer; src and dst [count] pointers to [out,in] in the stored dtype,
+ * aligned for it; dst[i] may be src[i]. Every edit is rounded once, whatever is edited beside it: baked and written agree. */
+exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count,
+                              const void *const *src, void *const *dst, exc_effect *effects);
 void exc_compiled_free(exc_compiled *c);
 
 /* Names that the report (sections.c) reads from the results of the verbs; what is missing is left out of the page.

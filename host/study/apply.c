@@ -1,0 +1,233 @@
+/* apply.c - a plan written into a new checkpoint, in one pass over the files.
+ *
+ * The publisher copies every file and asks for the new bytes of the edited ranges, big batches at a time, so that the op has
+ * work for all threads while the writer thread keeps the disk busy; hashes of old and new bytes are taken in the same batch.
+ * Beside the model go excise/plan.json, directions.safetensors, report.json, and sidecar.safetensors for router biases that
+ * no tensor of the family can take. Nothing of it exists under its name before the one rename at the end. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "edits.h"
+
+typedef struct work {
+    exc_ctx *ctx;
+    const char *dir, *out;
+    const exc_plan *plan;
+    exc_apply_options opt;
+    exc_atlas *a;
+    exc_compiled *c;
+    exc_edited e;
+    exc_publish *p;
+} work;
+
+/* ----------------------------------------------------------------------------------------------------- the sidecar */
+
+exc_status exc_sidecar_save(exc_ctx *ctx, const exc_compiled *c, const char *path) {
+    const exc_shape *s = &c->a->shape;
+    const int64_t shape[2] = {s->moe_layers, s->experts};
+    exc_writer *w = NULL;
+    EXC_TRY(exc_writer_open(ctx, path, false, &w));
+    exc_status st = exc_writer_declare(w, "router_bias", EXC_F32, 2, shape);
+    if (st == EXC_OK) st = exc_writer_meta(w, "excise_sidecar", "1");
+    if (st == EXC_OK) st = exc_writer_meta(w, "model", c->a->fingerprint);
+    if (st == EXC_OK) st = exc_writer_put(w, "router_bias", c->sidecar, (size_t)(shape[0] * shape[1]) * sizeof(float));
+    if (st == EXC_OK) return exc_writer_commit(w);
+    exc_writer_abort(w);
+    return st;
+}
+
+static exc_status same_sidecar(exc_ctx *ctx, const exc_compiled *c, const exc_tensors *f) {
+    const exc_shape *s = &c->a->shape;
+    const exc_tensor *t = exc_tensors_find(f, "router_bias");
+    bool fits = t && t->dtype == EXC_F32 && t->rank == 2 && t->shape[0] == s->moe_layers && t->shape[1] == s->experts;
+    if (fits && !memcmp(exc_tensors_data(f, t), c->sidecar, (size_t)(t->end - t->begin))) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: router_bias: expected F32 [%lld,%lld] as the plan gives it, found another", f->path,
+                    (long long)s->moe_layers, (long long)s->experts);
+}
+
+exc_status exc_sidecar_check(exc_ctx *ctx, const exc_compiled *c, const char *path) {
+    exc_tensors *f = NULL;
+    EXC_TRY(exc_tensors_open(ctx, path, &f));
+    exc_status st = same_sidecar(ctx, c, f);
+    exc_tensors_close(f);
+    return st;
+}
+
+/* ------------------------------------------------------------------------------------------------------- the shards */
+
+static exc_status fill(exc_ctx *ctx, void *user, const exc_range *ranges, size_t n, const void *const *src, void *const *dst) {
+    work *k = user;
+    size_t *at = exc_alloc(ctx, n, sizeof *at, "batch");
+    if (!at) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < n; i++) at[i] = (size_t)((const exc_weight **)ranges[i].tag - k->e.w);
+    exc_status st = exc_edited_batch(&k->e, at, n, src, dst);
+    exc_release(at);
+    return st;
+}
+
+static int by_file(const void *a, const void *b) {
+    const exc_range *x = a, *y = b;
+    if (x->file != y->file) return x->file < y->file ? -1 : 1;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
+}
+
+static exc_status write_shards(work *k) {
+    exc_range *r = exc_alloc(k->ctx, k->e.n ? k->e.n : 1, sizeof *r, "ranges to edit");
+    if (!r) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < k->e.n; i++) {
+        const exc_tensor *t = k->e.w[i]->tensor;
+        r[i] = (exc_range){.file = t->shard, .begin = t->begin, .end = t->end, .tag = (void *)(uintptr_t)&k->e.w[i]};
+    }
+    qsort(r, k->e.n, sizeof *r, by_file);
+    exc_status st = exc_publish_tensors(k->p, r, k->e.n, fill, k);
+    exc_release(r);
+    return st;
+}
+
+/* ----------------------------------------------------------------------------------------------------- what it says */
+
+static json_t *facts(const work *k, double seconds) {
+    json_t *o = json_object();
+    uint64_t all = 0;
+    for (int i = 0; i < k->a->files->n_files; i++) all += k->a->files->files[i]->size;
+    json_object_set_new(o, "model", json_string(k->dir));
+    if (k->out && !k->opt.dry_run) json_object_set_new(o, "out", json_string(k->out));
+    json_object_set_new(o, "dry_run", json_boolean(k->opt.dry_run));
+    json_object_set_new(o, "fingerprint", json_string(k->a->fingerprint));
+    json_object_set_new(o, "edits", json_integer(k->plan->n_edits));
+    json_object_set_new(o, "rounding", json_string("rn"));
+    json_object_set_new(o, "bytes", json_integer((json_int_t)all));
+    exc_edited_facts(&k->e, o);
+    if (k->c->sidecar) json_object_set_new(o, "sidecar", json_string("excise/sidecar.safetensors"));
+    json_object_set_new(o, "seconds", json_real(seconds));
+    return o;
+}
+
+/* ------------------------------------------------------------------------------------------------------- excise/ */
+
+static exc_status add_plan(work *k) {
+    exc_buf b = {0};
+    json_t *source = json_deep_copy(k->plan->source), *model;
+    if (!source) return exc_fail(k->ctx, EXC_ERR_MEMORY, "no memory for a copy of the plan");
+    model = json_object_get(source, "model");
+    if (!json_is_object(model)) {
+        model = json_object();
+        json_object_set_new(source, "model", model);
+    }
+    json_object_set_new(model, "fingerprint", json_string(k->a->fingerprint));
+    if (k->plan->dirs) json_object_set_new(source, "directions", json_string("directions.safetensors"));
+    exc_status st = exc_plan_text(k->ctx, source, &b);
+    if (st == EXC_OK) st = exc_publish_add(k->p, "excise/plan.json", b.data, b.len);
+    exc_buf_free(&b);
+    json_decref(source);
+    return st;
+}
+
+/* hash of a file that was just written beside the model */
+static exc_status put_hash(work *k, json_t *o, const char *name) {
+    char *path = NULL, hash[33];
+    exc_status st = exc_publish_path(k->p, name, &path);
+    if (st == EXC_OK) st = exc_hash_file(k->ctx, path, hash);
+    if (st == EXC_OK) json_object_set_new(o, name, json_string(hash));
+    exc_release(path);
+    return st;
+}
+
+static exc_status add_directions(work *k) {
+    char *path = NULL;
+    if (!k->plan->dirs) return EXC_OK;
+    EXC_TRY(exc_publish_path(k->p, "excise/directions.safetensors", &path));
+    exc_status st = exc_dirs_save(k->ctx, k->plan->dirs, path, 0);
+    exc_release(path);
+    return st;
+}
+
+static exc_status add_sidecar(work *k) {
+    char *path = NULL;
+    if (!k->c->sidecar) return EXC_OK;
+    EXC_TRY(exc_publish_path(k->p, "excise/sidecar.safetensors", &path));
+    exc_status st = exc_sidecar_save(k->ctx, k->c, path);
+    exc_release(path);
+    return st;
+}
+
+static exc_status add_report(work *k, json_t *o) {
+    json_t *files = json_object();
+    json_object_set_new(o, "files", files);
+    EXC_TRY(put_hash(k, files, "excise/plan.json"));
+    if (k->plan->dirs) EXC_TRY(put_hash(k, files, "excise/directions.safetensors"));
+    if (k->c->sidecar) EXC_TRY(put_hash(k, files, "excise/sidecar.safetensors"));
+    json_t *report = json_copy(o);
+    json_object_del(report, "out"); /* the folder may be moved */
+    char *text = json_dumps(report, JSON_INDENT(1) | JSON_REAL_PRECISION(9));
+    json_decref(report);
+    exc_status st = text ? exc_publish_add(k->p, "excise/report.json", text, strlen(text)) : exc_fail(k->ctx, EXC_ERR_MEMORY, "no memory for the report");
+    free(text);
+    return st;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- the job */
+
+static exc_status prepare(work *k) {
+    EXC_TRY(exc_atlas_open(k->ctx, k->dir, &k->a));
+    EXC_TRY(exc_plan_compile(k->ctx, k->a, k->plan, &k->c));
+    if (k->c->sidecar && !k->opt.sidecar)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: router_bias: %s", k->c->name, k->a->family->router_bias);
+    EXC_TRY(exc_edited_open(k->ctx, k->c, true, &k->e));
+    k->e.allow_nonfinite = k->opt.allow_nonfinite != 0;
+    if (k->e.n || k->c->sidecar) return EXC_OK;
+    return exc_fail(k->ctx, EXC_ERR_INPUT,
+                    "%s: expected a plan that edits something, found none that does (strength 0, scale 1 or layers without a direction)", k->c->name);
+}
+
+static exc_status write_out(work *k, double begun, json_t **o) {
+    EXC_TRY(exc_publish_open(k->ctx, k->a->files, k->out, k->opt.force != 0, &k->p));
+    EXC_TRY(write_shards(k));
+    EXC_TRY(add_plan(k));
+    EXC_TRY(add_directions(k));
+    EXC_TRY(add_sidecar(k));
+    *o = facts(k, exc_seconds() - begun);
+    EXC_TRY(add_report(k, *o));
+    exc_publish *p = k->p;
+    k->p = NULL;
+    EXC_TRY(exc_publish_commit(p));
+    json_object_set_new(*o, "seconds", json_real(exc_seconds() - begun));
+    return EXC_OK;
+}
+
+static exc_status perform(work *k, char **json) {
+    double begun = exc_seconds();
+    json_t *o = NULL;
+    exc_status st = prepare(k);
+    if (st == EXC_OK && k->opt.dry_run) {
+        st = exc_edited_walk(&k->e, "edit", NULL, NULL);
+        if (st == EXC_OK) o = facts(k, exc_seconds() - begun);
+    } else if (st == EXC_OK) {
+        st = write_out(k, begun, &o);
+    }
+    if (st == EXC_OK && json && !(*json = exc_json_text(k->ctx, o))) st = EXC_ERR_MEMORY;
+    json_decref(o);
+    return st;
+}
+
+exc_status exc_apply(exc_ctx *ctx, const char *model_dir, const exc_plan *plan, const char *out_dir, const exc_apply_options *options,
+                     char **json) {
+    work k = {.ctx = ctx, .dir = model_dir, .out = out_dir, .plan = plan};
+    if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
+    if (json) *json = NULL;
+    k.opt = (exc_apply_options)EXC_APPLY_OPTIONS;
+    if (options) {
+        if (options->size < sizeof options->size || options->size > sizeof k.opt)
+            return exc_fail(ctx, EXC_ERR_USAGE, "apply: options.size: expected at most %zu, found %zu", sizeof k.opt, options->size);
+        memcpy(&k.opt, options, options->size);
+    }
+    if (!model_dir || !plan || (!out_dir && !k.opt.dry_run))
+        return exc_fail(ctx, EXC_ERR_USAGE, "apply: expected a model folder, a plan and an output folder (or a dry run)");
+    exc_status st = perform(&k, json);
+    exc_publish_abort(k.p);
+    exc_edited_close(&k.e);
+    exc_compiled_free(k.c);
+    exc_atlas_close(k.a);
+    return st;
+}

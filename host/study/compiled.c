@@ -1,0 +1,414 @@
+/* compiled.c - a plan meets a model: every edit becomes one step for each (role, layer), with its basis and one amount a
+ * matrix, and exc_compiled_apply runs a weight's steps in the order of the plan.
+ *
+ * This one routine is behind the baked lens, apply and verify. Each step is one op call that rounds once, and the ops give a
+ * matrix the same bits whatever else is in the call, so the three agree bit for bit however they batch the weights.
+ *
+ * A basis is made in f64: rows of the directions as they are, or, between two rows, their linear mix made orthonormal again;
+ * for the router the rows are first multiplied by the norm that stands between stream and router, so that the router is
+ * blind to the direction in the stream. All-zero rows (no direction there) are left out. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "edits.h"
+
+typedef struct compiler {
+    exc_ctx *ctx;
+    exc_compiled *c;
+    const exc_plan *p;
+    const exc_shape *s;
+    char where[300]; /* "FILE: edits[2]" */
+    int64_t index;   /* of the edit */
+} compiler;
+
+static size_t head_of(const exc_compiled *c, exc_role role, int64_t layer) {
+    int64_t L = c->a->shape.layers;
+    return (size_t)((int64_t)role * (L + 1) + (layer < 0 ? L : layer));
+}
+
+const exc_edit_step *exc_first_step(const exc_compiled *c, exc_role role, int64_t layer) {
+    int64_t at = c->head[head_of(c, role, layer)];
+    return at < 0 ? NULL : c->steps + at;
+}
+
+const exc_edit_step *exc_next_step(const exc_compiled *c, const exc_edit_step *s) {
+    return s->next < 0 ? NULL : c->steps + s->next;
+}
+
+static bool changes(const exc_edit_step *s, int64_t i) { return s->amount[i] != (s->scales ? 1 : 0); }
+
+int64_t exc_step_changes(const exc_edit_step *s, const exc_weight *w) {
+    if (!s->rows) return changes(s, s->n_amount > 1 ? w->expert : 0);
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->n_amount; i++) n += changes(s, i);
+    return n;
+}
+
+bool exc_compiled_touches(const exc_compiled *c, const exc_weight *w) {
+    for (const exc_edit_step *s = exc_first_step(c, w->role, w->layer); s; s = exc_next_step(c, s))
+        if (exc_step_changes(s, w)) return true;
+    return false;
+}
+
+const float *exc_compiled_sidecar(const exc_compiled *c) { return c->sidecar; }
+
+void exc_compiled_free(exc_compiled *c) {
+    if (!c) return;
+    for (int64_t i = 0; i < c->n_steps; i++) {
+        exc_release(c->steps[i].basis);
+        exc_release(c->steps[i].amount);
+    }
+    exc_release(c->steps);
+    exc_release(c->head);
+    exc_release(c->sidecar);
+    exc_release(c);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- bases */
+
+static double dot(const double *a, const double *b, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Gram-Schmidt, twice; rows that add nothing are dropped. Returns how many are left. */
+static int64_t orthonormalise(double *q, int64_t rank, int64_t n) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < rank; i++) {
+        double *v = q + kept * n;
+        memmove(v, q + i * n, (size_t)n * sizeof *v);
+        double before = sqrt(dot(v, v, n));
+        for (int pass = 0; pass < 2; pass++)
+            for (int64_t j = 0; j < kept; j++) {
+                double d = dot(v, q + j * n, n);
+                for (int64_t h = 0; h < n; h++) v[h] -= d * q[j * n + h];
+            }
+        double after = sqrt(dot(v, v, n));
+        if (!(after > 1e-6 * before)) continue;
+        for (int64_t h = 0; h < n; h++) v[h] /= after;
+        kept++;
+    }
+    return kept;
+}
+
+/* row `row` of the directions, or between two; q [R,H]; returns the rows that are not zero */
+static int64_t take_rows(const exc_dirs *d, double row, double *q) {
+    int64_t low = (int64_t)floor(row), H = d->hidden, R = d->rank, kept = 0;
+    double part = row - (double)low;
+    const float *a = d->basis + low * R * H, *b = part > 0 ? a + R * H : a;
+    for (int64_t r = 0; r < R; r++) {
+        double *v = q + kept * H;
+        for (int64_t h = 0; h < H; h++) v[h] = (1 - part) * (double)a[r * H + h] + part * (double)b[r * H + h];
+        kept += dot(v, v, H) > 0;
+    }
+    return part > 0 ? orthonormalise(q, kept, H) : kept;
+}
+
+/* rows times the post-attention norm's weight, orthonormal again */
+static exc_status see_through_norm(compiler *k, int64_t layer, double *q, int64_t *rank) {
+    const exc_atlas *a = k->c->a;
+    const exc_weight *w = exc_atlas_find(a, EXC_ROLE_NORM_POST, layer, -1);
+    int64_t H = k->s->hidden;
+    if (!w) return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected a norm before the router of layer %lld, found none", k->where, (long long)layer);
+    double *norm = exc_alloc(k->ctx, (size_t)H, sizeof *norm, "norm");
+    uint8_t *copy = exc_alloc(k->ctx, (size_t)(w->tensor->end - w->tensor->begin), 1, "norm"); /* the map may be unaligned */
+    exc_status st = norm && copy ? EXC_OK : EXC_ERR_MEMORY;
+    if (st == EXC_OK) {
+        memcpy(copy, exc_checkpoint_data(a->files, w->tensor), (size_t)(w->tensor->end - w->tensor->begin));
+        st = k->ctx->ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = copy, .src_dtype = w->tensor->dtype, .dst = norm,
+                                                                             .dst_dtype = EXC_F64, .n = H});
+    }
+    for (int64_t r = 0; r < *rank && st == EXC_OK; r++)
+        for (int64_t h = 0; h < H; h++) q[r * H + h] *= norm[h] + (a->family->norm_zero_centred ? 1 : 0);
+    if (st == EXC_OK) *rank = orthonormalise(q, *rank, H);
+    exc_release(copy);
+    exc_release(norm);
+    return st;
+}
+
+static exc_status make_basis(compiler *k, const exc_edit *e, exc_edit_step *s) {
+    const exc_dirs *d = k->p->dirs;
+    /* without a layer: the embedding is row 0, the head reads the last */
+    double row = e->has_basis ? e->basis : s->layer >= 0 ? (double)(s->layer + 1) : e->role == EXC_ROLE_EMBED ? 0 : (double)k->s->layers;
+    double *q = exc_alloc(k->ctx, (size_t)(d->rank * d->hidden), sizeof *q, "basis");
+    if (!q) return EXC_ERR_MEMORY;
+    s->rank = take_rows(d, row, q);
+    exc_status st = EXC_OK;
+    if (e->op == EXC_EDIT_ROUTER_PROJECT && s->rank) st = see_through_norm(k, s->layer, q, &s->rank);
+    size_t n = (size_t)(s->rank * d->hidden);
+    if (st == EXC_OK && n && !(s->basis = exc_alloc(k->ctx, n, sizeof *s->basis, "basis"))) st = EXC_ERR_MEMORY;
+    for (size_t i = 0; i < n && st == EXC_OK; i++) s->basis[i] = (float)q[i];
+    exc_release(q);
+    return st;
+}
+
+static exc_status check_basis(compiler *k, const exc_edit *e) {
+    const exc_dirs *d = k->p->dirs;
+    if (!d) return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected directions for an edit that projects, found none", k->where);
+    if (d->rows != k->s->layers + 1 || d->hidden != k->s->hidden)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: directions: expected %lld rows of %lld for this model, found %lld of %lld", k->where,
+                        (long long)k->s->layers + 1, (long long)k->s->hidden, (long long)d->rows, (long long)d->hidden);
+    if (d->fingerprint[0] && strcmp(d->fingerprint, k->c->a->fingerprint))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: directions: expected those of model %s, found those of %s", k->where,
+                        k->c->a->fingerprint, d->fingerprint);
+    if (!e->has_basis || e->basis <= (double)k->s->layers) return EXC_OK;
+    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: basis: expected a row 0..%lld, found %g", k->where, (long long)k->s->layers, e->basis);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- steps */
+
+static bool has_role(const compiler *k, exc_role role, int64_t layer) {
+    int64_t out, in;
+    return exc_shape_role(k->s, k->c->a->family, role, layer, &out, &in);
+}
+
+static exc_status check_experts(compiler *k, const exc_edit *e) {
+    if (!e->experts) return EXC_OK;
+    bool rows = e->op == EXC_EDIT_ROUTER_SCALE || e->op == EXC_EDIT_ROUTER_BIAS;
+    if (!rows && !exc_role_by_expert(e->role))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: experts: expected no such key for the role %s, which has none", k->where, exc_role_name(e->role));
+    for (int64_t i = 0; i < e->n_experts; i++)
+        if (e->experts[i] >= k->s->experts)
+            return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: experts: expected experts 0..%lld, found %lld", k->where,
+                            (long long)k->s->experts - 1, (long long)e->experts[i]);
+    return EXC_OK;
+}
+
+/* amounts of a step: `x` where the edit is meant, neutral elsewhere */
+static exc_status fill_amount(compiler *k, const exc_edit *e, exc_edit_step *s, double x) {
+    s->rows = e->op == EXC_EDIT_ROUTER_SCALE;
+    s->n_amount = s->rows || exc_role_by_expert(e->role) ? k->s->experts : 1;
+    s->amount = exc_alloc(k->ctx, (size_t)s->n_amount, sizeof *s->amount, "strengths");
+    if (!s->amount) return EXC_ERR_MEMORY;
+    for (int64_t i = 0; i < s->n_amount; i++) s->amount[i] = !e->experts ? x : s->scales ? 1 : 0;
+    for (int64_t i = 0; i < e->n_experts; i++) s->amount[e->experts[i]] = x;
+    return EXC_OK;
+}
+
+static exc_status grow(compiler *k) {
+    exc_compiled *c = k->c;
+    if (c->n_steps < c->cap) return EXC_OK;
+    int64_t cap = c->cap ? 2 * c->cap : 64;
+    exc_edit_step *steps = exc_zalloc(k->ctx, (size_t)cap, sizeof *steps, "steps of a plan");
+    if (!steps) return EXC_ERR_MEMORY;
+    if (c->n_steps) memcpy(steps, c->steps, (size_t)c->n_steps * sizeof *steps);
+    exc_release(c->steps);
+    c->steps = steps;
+    c->cap = cap;
+    return EXC_OK;
+}
+
+static exc_status add_step(compiler *k, const exc_edit *e, int64_t layer, double amount) {
+    exc_compiled *c = k->c;
+    EXC_TRY(grow(k));
+    exc_edit_step *s = &c->steps[c->n_steps++];
+    *s = (exc_edit_step){.role = e->role, .layer = layer, .edit = k->index, .norm = e->norm, .next = -1};
+    s->scales = e->op == EXC_EDIT_SCALE || e->op == EXC_EDIT_MASK || e->op == EXC_EDIT_ROUTER_SCALE;
+    /* a row of the embedding is what a token writes: its stream side is the columns of the stored matrix */
+    s->side = e->op == EXC_EDIT_PROJECT && e->role != EXC_ROLE_EMBED ? EXC_SIDE_OUT : EXC_SIDE_IN;
+    if (!s->scales) EXC_TRY(make_basis(k, e, s));
+    if (!s->scales && !s->rank) amount = 0;
+    if (e->op == EXC_EDIT_MASK) amount = 0;
+    EXC_TRY(fill_amount(k, e, s, amount));
+    int64_t *at = &c->head[head_of(c, e->role, layer)];
+    while (*at >= 0) at = &c->steps[*at].next;
+    *at = c->n_steps - 1;
+    return EXC_OK;
+}
+
+/* a router bias that no tensor can take is collected for the sidecar */
+static exc_status add_bias(compiler *k, const exc_edit *e, int64_t layer) {
+    exc_compiled *c = k->c;
+    int64_t E = k->s->experts, n = e->experts ? e->n_experts : E;
+    if (e->n_values != n)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: values: expected as many numbers as experts (%lld), found %lld", k->where, (long long)n,
+                        (long long)e->n_values);
+    if (!c->sidecar && !(c->sidecar = exc_zalloc(k->ctx, (size_t)(k->s->moe_layers * E), sizeof *c->sidecar, "router biases"))) return EXC_ERR_MEMORY;
+    float *row = c->sidecar + k->s->moe_row[layer] * E;
+    for (int64_t i = 0; i < n; i++) row[e->experts ? e->experts[i] : i] += (float)e->values[i];
+    return EXC_OK;
+}
+
+static exc_status one_layer(compiler *k, const exc_edit *e, int64_t layer, int64_t i) {
+    if (e->op == EXC_EDIT_ROUTER_BIAS) return add_bias(k, e, layer);
+    return add_step(k, e, layer, e->by_layer ? e->strength[i] : e->strength[0]);
+}
+
+static exc_status check_layer(compiler *k, const exc_edit *e, int64_t layer) {
+    if (layer >= k->s->layers)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: layers: expected layers 0..%lld, found %lld", k->where, (long long)k->s->layers - 1, (long long)layer);
+    if (has_role(k, e->role, layer)) return EXC_OK;
+    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: layers: layer %lld has no %s (it %s)", k->where, (long long)layer, exc_role_name(e->role),
+                    k->s->is_moe[layer] ? "has experts" : "is dense");
+}
+
+static exc_status every_layer(compiler *k, const exc_edit *e) {
+    bool by_layer = exc_role_by_layer(e->role);
+    int64_t n = 0, last = by_layer ? k->s->layers - 1 : 0;
+    for (int64_t l = 0; l <= last; l++) n += has_role(k, e->role, by_layer ? l : -1);
+    if (!n)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: role: expected one that the model (%s) has, found %s", k->where, k->c->a->family->model_type,
+                        exc_role_name(e->role));
+    if (e->by_layer && e->n_strength != n)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: strength: expected one number or as many as layers with %s (%lld), found %lld", k->where,
+                        exc_role_name(e->role), (long long)n, (long long)e->n_strength);
+    for (int64_t l = 0, i = 0; l <= last; l++)
+        if (has_role(k, e->role, by_layer ? l : -1)) EXC_TRY(one_layer(k, e, by_layer ? l : -1, i++));
+    return EXC_OK;
+}
+
+static exc_status compile_edit(compiler *k, const exc_edit *e) {
+    bool projects = e->op == EXC_EDIT_PROJECT || e->op == EXC_EDIT_PROJECT_INPUT || e->op == EXC_EDIT_ROUTER_PROJECT;
+    if (projects) EXC_TRY(check_basis(k, e));
+    EXC_TRY(check_experts(k, e));
+    if (!e->layers) return every_layer(k, e);
+    if (!exc_role_by_layer(e->role))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: layers: expected no such key for the role %s, which is one a model", k->where, exc_role_name(e->role));
+    for (int64_t i = 0; i < e->n_layers; i++) {
+        EXC_TRY(check_layer(k, e, e->layers[i]));
+        EXC_TRY(one_layer(k, e, e->layers[i], i));
+    }
+    return EXC_OK;
+}
+
+static exc_status compile_all(compiler *k) {
+    exc_compiled *c = k->c;
+    size_t heads = (size_t)EXC_ROLES * (size_t)(k->s->layers + 1);
+    if (k->p->fingerprint[0] && strcmp(k->p->fingerprint, c->a->fingerprint))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: model.fingerprint: expected %s (%s), found %s", c->name, c->a->fingerprint, c->a->files->dir,
+                        k->p->fingerprint);
+    if (!(c->head = exc_alloc(k->ctx, heads, sizeof *c->head, "steps of a plan"))) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < heads; i++) c->head[i] = -1;
+    for (k->index = 0; k->index < k->p->n_edits; k->index++) {
+        const exc_edit *e = &k->p->edits[k->index];
+        snprintf(k->where, sizeof k->where, "%.260s: edits[%lld]", c->name, (long long)k->index);
+        EXC_TRY(compile_edit(k, e));
+        if (e->norm == EXC_NORM_ROW)
+            exc_warn(k->ctx, "%s: norm \"row\" stretches rows after the projection and puts part of the direction back", k->where);
+    }
+    return EXC_OK;
+}
+
+exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p, exc_compiled **out) {
+    *out = NULL;
+    exc_compiled *c = exc_zalloc(ctx, 1, sizeof *c, "compiled plan");
+    if (!c) return EXC_ERR_MEMORY;
+    c->a = a;
+    c->name = p->path ? p->path : "plan";
+    compiler k = {.ctx = ctx, .c = c, .p = p, .s = &a->shape};
+    exc_status st = compile_all(&k);
+    if (st == EXC_OK) *out = c;
+    else exc_compiled_free(c);
+    return st;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- apply */
+
+/* one call of an op: `n` matrices, and what it reports of each */
+typedef struct call {
+    exc_ctx *ctx;
+    const exc_edit_step *s;
+    const exc_weight *const *w;
+    size_t count, n;   /* weights, matrices */
+    const void **from; /* [n] */
+    void **to;
+    double *amount, *before, *after;
+    float *strength;
+    int64_t *changed, *nonfinite, *overflow;
+} call;
+
+/* arrays for n matrices in one slab */
+static exc_status carve(call *k, size_t n, void **slab) {
+    uint8_t *p = *slab = exc_zalloc(k->ctx, n ? n : 1, 9 * 8, "matrices of an edit");
+    if (!p) return EXC_ERR_MEMORY;
+    void **const part[] = {(void **)&k->from,   (void **)&k->to,      (void **)&k->amount,    (void **)&k->before, (void **)&k->after,
+                           (void **)&k->strength, (void **)&k->changed, (void **)&k->nonfinite, (void **)&k->overflow};
+    for (size_t i = 0; i < EXC_COUNT(part); i++) *part[i] = p + i * n * 8;
+    return EXC_OK;
+}
+
+/* matrices of the step: the weights themselves, or their rows */
+static void list_matrices(call *k, const void *const *src, void *const *dst) {
+    const exc_edit_step *s = k->s;
+    k->n = 0;
+    for (size_t i = 0; i < k->count; i++) {
+        const exc_weight *w = k->w[i];
+        int64_t m = s->rows ? s->n_amount : 1;
+        size_t stride = s->rows ? (size_t)w->in * exc_dtype_bits(w->tensor->dtype) / 8 : 0;
+        for (int64_t r = 0; r < m; r++, k->n++) {
+            k->from[k->n] = (const uint8_t *)src[i] + (size_t)r * stride;
+            k->to[k->n] = (uint8_t *)dst[i] + (size_t)r * stride;
+            k->amount[k->n] = s->rows ? s->amount[r] : s->amount[s->n_amount > 1 ? w->expert : 0];
+            k->strength[k->n] = (float)k->amount[k->n];
+        }
+    }
+}
+
+static exc_status run_op(call *k) {
+    const exc_edit_step *s = k->s;
+    const exc_weight *w = k->w[0];
+    int64_t n = (int64_t)k->n;
+    int dtype = w->tensor->dtype;
+    if (s->scales)
+        return k->ctx->ops->scale(&k->ctx->queue,
+                                  &(struct exc_scale_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n,
+                                                           .n = s->rows ? w->in : w->out * w->in, .factor = k->amount,
+                                                           .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow});
+    return k->ctx->ops->project(&k->ctx->queue,
+                                &(struct exc_project_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n, .rows = w->out,
+                                                           .cols = w->in, .side = s->side, .basis = s->basis, .rank = s->rank,
+                                                           .strength = k->strength, .norm = (int)s->norm, .before = k->before,
+                                                           .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite});
+}
+
+static void add_effects(const call *k, bool first, exc_effect *effects) {
+    const exc_edit_step *s = k->s;
+    size_t m = s->rows ? (size_t)s->n_amount : 1;
+    for (size_t i = 0; i < k->n; i++) {
+        exc_effect *e = &effects[i / m];
+        if (k->amount[i] == (s->scales ? 1 : 0)) continue;
+        e->changed += k->changed[i];
+        if (first) e->nonfinite += k->nonfinite[i];
+        if (s->scales) {
+            e->overflow += k->overflow[i];
+            continue;
+        }
+        e->before += k->before[i];
+        e->after += k->after[i];
+        if (isfinite(k->before[i]) && !isfinite(k->after[i])) e->overflow++;
+    }
+}
+
+static size_t matrices(const exc_compiled *c, const exc_weight *w, size_t count) {
+    size_t most = count;
+    for (const exc_edit_step *s = exc_first_step(c, w->role, w->layer); s; s = exc_next_step(c, s))
+        if (s->rows && count * (size_t)s->n_amount > most) most = count * (size_t)s->n_amount;
+    return most;
+}
+
+exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
+                              void *const *dst, exc_effect *effects) {
+    call k = {.ctx = ctx, .w = w, .count = count};
+    void *slab = NULL;
+    if (!count) return EXC_OK;
+    memset(effects, 0, count * sizeof *effects);
+    exc_status st = carve(&k, matrices(c, w[0], count), &slab);
+    bool first = true;
+    for (const exc_edit_step *s = exc_first_step(c, w[0]->role, w[0]->layer); s && st == EXC_OK; s = exc_next_step(c, s)) {
+        int64_t busy = 0;
+        for (size_t i = 0; i < count; i++) busy += exc_step_changes(s, w[i]);
+        if (!busy) continue;
+        k.s = s;
+        list_matrices(&k, first ? src : (const void *const *)dst, dst);
+        st = run_op(&k);
+        if (st != EXC_OK) st = exc_fail(ctx, st, "%s: op %s refused its arguments", w[0]->tensor->name, s->scales ? "scale" : "project");
+        else add_effects(&k, first, effects);
+        first = false;
+    }
+    for (size_t i = 0; i < count && first && st == EXC_OK; i++)
+        if (src[i] != dst[i]) memcpy(dst[i], src[i], (size_t)(w[i]->tensor->end - w[i]->tensor->begin));
+    exc_release(slab);
+    return st;
+}

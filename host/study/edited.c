@@ -1,0 +1,294 @@
+/* edited.c - the weights that a plan edits: in which order, in batches that keep all threads busy, and what became of them.
+ * apply (while the files are copied), its dry run and verify (from the map) all go through exc_edited_batch.
+ *
+ * A batch may hold weights of several roles and layers; it is cut into runs of one role and layer, because an op call takes
+ * matrices of one shape. The numbers of a weight never depend on its batch. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "edits.h"
+
+#define BATCH ((size_t)64 << 20) /* bytes of one walk step */
+#define ALIGN ((size_t)64)
+
+static size_t bytes_of(const exc_weight *w) { return (size_t)(w->tensor->end - w->tensor->begin); }
+static size_t rounded(size_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
+
+exc_status exc_edited_open(exc_ctx *ctx, const exc_compiled *c, bool hashes, exc_edited *e) {
+    *e = (exc_edited){.ctx = ctx, .a = c->a, .c = c};
+    size_t room = c->a->count ? c->a->count : 1;
+    e->w = exc_alloc(ctx, room, sizeof *e->w, "list of edited weights");
+    if (!e->w) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < c->a->count; i++) {
+        if (!exc_compiled_touches(c, &c->a->items[i])) continue;
+        e->w[e->n++] = &c->a->items[i];
+        e->bytes += bytes_of(&c->a->items[i]);
+    }
+    e->effect = exc_zalloc(ctx, e->n ? e->n : 1, sizeof *e->effect, "effects of edits");
+    if (hashes) e->hash = exc_zalloc(ctx, e->n ? e->n : 1, sizeof *e->hash, "hashes of weights");
+    if (e->effect && (e->hash || !hashes)) return EXC_OK;
+    exc_edited_close(e);
+    return EXC_ERR_MEMORY;
+}
+
+void exc_edited_close(exc_edited *e) {
+    exc_release(e->w);
+    exc_release(e->effect);
+    exc_release(e->hash);
+    e->w = NULL;
+    e->effect = NULL;
+    e->hash = NULL;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- a batch */
+
+typedef struct item {
+    size_t at, i; /* place in e->w, place in the caller's arrays */
+} item;
+
+static int by_place(const void *a, const void *b) {
+    const item *x = a, *y = b;
+    return x->at < y->at ? -1 : x->at > y->at;
+}
+
+typedef struct hashing {
+    exc_edited *e;
+    const size_t *at;
+    const void *const *data;
+    int side; /* 0: old bytes, 1: new */
+} hashing;
+
+static void hash_one(void *arg, size_t task, int worker) {
+    const hashing *h = arg;
+    size_t at = h->at[task];
+    (void)worker;
+    exc_hash_hex(h->data[task], bytes_of(h->e->w[at]), h->e->hash[at][h->side]);
+}
+
+static void hash_batch(exc_edited *e, const size_t *at, size_t n, const void *const *data, int side) {
+    hashing h = {e, at, data, side};
+    if (e->hash) e->ctx->queue.parallel(&e->ctx->queue, n, hash_one, &h);
+}
+
+/* names the first NaN or infinity of a weight; `room` is as large as it */
+static exc_status not_finite(exc_edited *e, const exc_weight *w, void *room) {
+    int64_t bad = 0, index = -1;
+    memcpy(room, exc_checkpoint_data(e->a->files, w->tensor), bytes_of(w));
+    exc_status st = e->ctx->ops->convert(&e->ctx->queue, &(struct exc_convert_args){.src = room, .src_dtype = w->tensor->dtype,
+                                                                                    .dst_dtype = w->tensor->dtype, .n = w->out * w->in,
+                                                                                    .nonfinite = &bad, .index = &index});
+    if (st != EXC_OK || index < 0) return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: expected finite weights, found NaN or infinity", w->tensor->name);
+    return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity at [%lld,%lld] (%lld in this tensor)",
+                    e->a->files->files[w->tensor->shard]->path, w->tensor->name, (long long)(index / w->in), (long long)(index % w->in),
+                    (long long)bad);
+}
+
+static exc_status check_effect(exc_edited *e, size_t at, void *room) {
+    const exc_effect *f = &e->effect[at];
+    const exc_weight *w = e->w[at];
+    if (e->allow_nonfinite) return EXC_OK;
+    if (f->nonfinite) return not_finite(e, w, room);
+    if (!f->overflow) return EXC_OK;
+    return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected an edit that stays in the range of %s, found infinity", e->c->name, w->tensor->name,
+                    exc_dtype_name(w->tensor->dtype));
+}
+
+/* the arrays that one op call wants, for a batch sorted by place */
+typedef struct sorted {
+    item *order;
+    const exc_weight **w;
+    const void **src;
+    void **dst;
+    exc_effect *effect;
+} sorted;
+
+static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
+    for (size_t i = 0, m; i < n; i += m) {
+        for (m = 1; i + m < n && s->w[i + m]->role == s->w[i]->role && s->w[i + m]->layer == s->w[i]->layer &&
+                    s->w[i + m]->tensor->dtype == s->w[i]->tensor->dtype;)
+            m++;
+        EXC_TRY(exc_compiled_apply(e->ctx, e->c, s->w + i, m, s->src + i, s->dst + i, s->effect + i));
+    }
+    for (size_t i = 0; i < n; i++) e->effect[s->order[i].at] = s->effect[i];
+    for (size_t i = 0; i < n; i++) EXC_TRY(check_effect(e, s->order[i].at, s->dst[i]));
+    return EXC_OK;
+}
+
+exc_status exc_edited_batch(exc_edited *e, const size_t *at, size_t n, const void *const *src, void *const *dst) {
+    exc_ctx *ctx = e->ctx;
+    sorted s = {exc_alloc(ctx, n, sizeof *s.order, "batch"), exc_alloc(ctx, n, sizeof *s.w, "batch"), exc_alloc(ctx, n, sizeof *s.src, "batch"),
+                exc_alloc(ctx, n, sizeof *s.dst, "batch"), exc_alloc(ctx, n, sizeof *s.effect, "batch")};
+    exc_status st = s.order && s.w && s.src && s.dst && s.effect ? EXC_OK : EXC_ERR_MEMORY;
+    if (st == EXC_OK) {
+        hash_batch(e, at, n, src, 0);
+        for (size_t i = 0; i < n; i++) s.order[i] = (item){at[i], i};
+        qsort(s.order, n, sizeof *s.order, by_place);
+        for (size_t i = 0; i < n; i++) {
+            s.w[i] = e->w[s.order[i].at];
+            s.src[i] = src[s.order[i].i];
+            s.dst[i] = dst[s.order[i].i];
+        }
+        st = run_batch(e, &s, n);
+    }
+    if (st == EXC_OK) hash_batch(e, at, n, (const void *const *)dst, 1);
+    exc_release(s.order);
+    exc_release(s.w);
+    exc_release(s.src);
+    exc_release(s.dst);
+    exc_release(s.effect);
+    return st;
+}
+
+/* ------------------------------------------------------------------------------------------------- from the map */
+
+typedef struct walk {
+    size_t *at;
+    const void **src;
+    void **dst;
+    uint8_t *room;
+    size_t bytes;
+} walk;
+
+/* how many weights from `first` on fit */
+static size_t fit(const exc_edited *e, size_t first, size_t bytes) {
+    size_t used = 0, n = 0;
+    for (; first + n < e->n; n++) {
+        used += rounded(bytes_of(e->w[first + n]));
+        if (n && used > bytes) break;
+    }
+    return n;
+}
+
+static void place(const exc_edited *e, walk *k, size_t first, size_t n) {
+    size_t used = 0;
+    for (size_t i = 0; i < n; i++) {
+        const exc_weight *w = e->w[first + i];
+        k->at[i] = first + i;
+        k->dst[i] = k->room + used;
+        k->src[i] = exc_checkpoint_data(e->a->files, w->tensor);
+        if ((uintptr_t)k->src[i] % (exc_dtype_bits(w->tensor->dtype) / 8)) {
+            memcpy(k->dst[i], k->src[i], bytes_of(w));
+            k->src[i] = k->dst[i];
+        }
+        used += rounded(bytes_of(w));
+    }
+}
+
+static exc_status walk_all(exc_edited *e, walk *k, const char *step, exc_edited_fn visit, void *user) {
+    uint64_t done = 0;
+    for (size_t i = 0, n; i < e->n; i += n) {
+        n = fit(e, i, k->bytes);
+        place(e, k, i, n);
+        EXC_TRY(exc_edited_batch(e, k->at, n, k->src, k->dst));
+        for (size_t j = 0; j < n; j++) {
+            done += bytes_of(e->w[i + j]);
+            if (visit) EXC_TRY(visit(user, e, i + j, k->src[j], k->dst[j]));
+        }
+        EXC_TRY(exc_progress(e->ctx, step, done, e->bytes, "bytes"));
+    }
+    return EXC_OK;
+}
+
+exc_status exc_edited_walk(exc_edited *e, const char *step, exc_edited_fn visit, void *user) {
+    walk k = {0};
+    size_t all = 0, largest = 0;
+    for (size_t i = 0; i < e->n; i++) {
+        size_t b = rounded(bytes_of(e->w[i]));
+        if (b > largest) largest = b;
+        if (all < BATCH) all += b;
+    }
+    if (!e->n) return EXC_OK;
+    k.bytes = all < BATCH ? all : BATCH;
+    if (k.bytes < largest) k.bytes = largest;
+    k.at = exc_alloc(e->ctx, e->n, sizeof *k.at, "batch");
+    k.src = exc_alloc(e->ctx, e->n, sizeof *k.src, "batch");
+    k.dst = exc_alloc(e->ctx, e->n, sizeof *k.dst, "batch");
+    k.room = exc_alloc(e->ctx, k.bytes, 1, "buffer for edited weights");
+    exc_status st = k.at && k.src && k.dst && k.room ? walk_all(e, &k, step, visit, user) : EXC_ERR_MEMORY;
+    exc_release(k.at);
+    exc_release(k.src);
+    exc_release(k.dst);
+    exc_release(k.room);
+    return st;
+}
+
+/* ---------------------------------------------------------------------------------------------------------- facts */
+
+static json_t *residual(double before, double after) { return before > 0 && isfinite(after) ? json_real(sqrt(after / before)) : json_null(); }
+
+static json_t *tensor_facts(const exc_edited *e, size_t i) {
+    const exc_weight *w = e->w[i];
+    const exc_effect *f = &e->effect[i];
+    json_t *o = json_object();
+    json_object_set_new(o, "name", json_string(w->tensor->name));
+    json_object_set_new(o, "role", json_string(exc_role_name(w->role)));
+    if (w->layer >= 0) json_object_set_new(o, "layer", json_integer(w->layer));
+    if (w->expert >= 0) json_object_set_new(o, "expert", json_integer(w->expert));
+    json_object_set_new(o, "residual", residual(f->before, f->after));
+    json_object_set_new(o, "changed", json_integer(f->changed));
+    json_object_set_new(o, "elements", json_integer(w->out * w->in));
+    if (f->nonfinite) json_object_set_new(o, "nonfinite", json_integer(f->nonfinite));
+    if (!e->hash) return o;
+    json_object_set_new(o, "before", json_string(e->hash[i][0]));
+    json_object_set_new(o, "after", json_string(e->hash[i][1]));
+    return o;
+}
+
+/* one role in one layer: weights first..first+n-1 */
+static json_t *role_facts(const exc_edited *e, size_t first, size_t n) {
+    const exc_weight *w = e->w[first];
+    double before = 0, after = 0;
+    int64_t changed = 0, elements = 0;
+    for (size_t i = first; i < first + n; i++) {
+        before += e->effect[i].before;
+        after += e->effect[i].after;
+        changed += e->effect[i].changed;
+        elements += e->w[i]->out * e->w[i]->in;
+    }
+    json_t *o = json_object();
+    json_object_set_new(o, "role", json_string(exc_role_name(w->role)));
+    json_object_set_new(o, "layer", w->layer >= 0 ? json_integer(w->layer) : json_null());
+    json_object_set_new(o, "edited", json_integer((json_int_t)n));
+    json_object_set_new(o, "present", json_integer(exc_role_by_expert(w->role) ? e->a->shape.experts : 1));
+    json_object_set_new(o, "residual", residual(before, after));
+    json_object_set_new(o, "changed", json_real(elements ? (double)changed / (double)elements : 0));
+    return o;
+}
+
+/* (layer, expert) pairs with an edited weight; e->w comes by role, so a pair may come up to three times */
+static int64_t experts_edited(const exc_edited *e) {
+    const exc_shape *s = &e->a->shape;
+    uint8_t *seen = exc_zalloc(e->ctx, (size_t)(s->layers * s->experts), 1, "edited experts");
+    int64_t n = 0;
+    for (size_t i = 0; seen && i < e->n; i++) {
+        if (!exc_role_by_expert(e->w[i]->role)) continue;
+        uint8_t *at = &seen[e->w[i]->layer * s->experts + e->w[i]->expert];
+        n += !*at;
+        *at = 1;
+    }
+    exc_release(seen);
+    return seen ? n : -1;
+}
+
+void exc_edited_facts(const exc_edited *e, json_t *o) {
+    json_t *roles = json_array(), *tensors = json_array();
+    double before = 0, after = 0;
+    for (size_t i = 0, n; i < e->n; i += n) {
+        for (n = 1; i + n < e->n && e->w[i + n]->role == e->w[i]->role && e->w[i + n]->layer == e->w[i]->layer;) n++;
+        json_array_append_new(roles, role_facts(e, i, n));
+    }
+    for (size_t i = 0; i < e->n; i++) {
+        before += e->effect[i].before;
+        after += e->effect[i].after;
+        json_array_append_new(tensors, tensor_facts(e, i));
+    }
+    json_object_set_new(o, "tensors_edited", json_integer((json_int_t)e->n));
+    json_object_set_new(o, "tensors_present", json_integer((json_int_t)e->a->files->n_tensors));
+    json_object_set_new(o, "experts_edited", json_integer(experts_edited(e)));
+    json_object_set_new(o, "experts_present", json_integer(e->a->shape.moe_layers * e->a->shape.experts));
+    json_object_set_new(o, "bytes_edited", json_integer((json_int_t)e->bytes));
+    json_object_set_new(o, "residual", residual(before, after));
+    json_object_set_new(o, "roles", roles);
+    json_object_set_new(o, "tensors", tensors);
+}

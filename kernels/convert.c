@@ -13,14 +13,6 @@
 
 static size_t size_of(int dtype) { return dtype == EXC_F64 ? 8 : dtype == EXC_F32 ? 4 : 2; }
 
-EXC_INLINE float round_to_odd(double d) {
-    float f = (float)d;
-    double back = (double)f;
-    uint32_t u = exc_to_bits(f), away = (back > d && d > 0) || (back < d && d < 0);
-    u -= away;
-    return exc_from_bits(back == d || d != d ? exc_to_bits(f) : u | 1);
-}
-
 EXC_INLINE void run_body(const void *src, int from, void *dst, int to, int64_t n) {
     float mid[RUN];
     if (from == EXC_F64) {
@@ -28,7 +20,7 @@ EXC_INLINE void run_body(const void *src, int from, void *dst, int to, int64_t n
         if (to == EXC_F32)
             for (int64_t i = 0; i < n; i++) mid[i] = (float)d[i];
         else
-            for (int64_t i = 0; i < n; i++) mid[i] = round_to_odd(d[i]);
+            for (int64_t i = 0; i < n; i++) mid[i] = exc_round_to_odd(d[i]);
     } else {
         exc_load_row(src, from, n, mid);
     }

@@ -90,6 +90,15 @@ EXC_INLINE uint32_t exc_round_f16(float x) {
     return h | sign >> 16;
 }
 
+/* f64 -> f32 rounded to odd: a rounding to a half afterwards sees on which side of a tie the number lies */
+EXC_INLINE float exc_round_to_odd(double d) {
+    float f = (float)d;
+    double back = (double)f;
+    uint32_t u = exc_to_bits(f), away = (back > d && d > 0) || (back < d && d < 0);
+    u -= away;
+    return exc_from_bits(back == d || d != d ? exc_to_bits(f) : u | 1);
+}
+
 EXC_INLINE void exc_store_act(float x, void *to, int64_t i, int act) {
     if (act == EXC_F32) ((float *)to)[i] = x;
     else ((uint16_t *)to)[i] = (uint16_t)exc_round_bf16(x);

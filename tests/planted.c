@@ -491,7 +491,7 @@ static void directions_refusals(void **state) {
     } cases[] = {{EXC_METHOD_SVD, 7, 0, s, EXC_ERR_INPUT, "rank of at most 6"},
                  {EXC_METHOD_WHITENED, 7, 0, bare, EXC_ERR_INPUT, "rank of at most 6"},
                  {EXC_METHOD_WHITENED, 1, 0, s, EXC_ERR_INPUT, "at least 4 baseline prompts"},
-                 {EXC_METHOD_SVD, 65, 0, s, EXC_ERR_USAGE, "1..64"},
+                 {EXC_METHOD_MEAN, 500, 0, s, EXC_ERR_INPUT, "rank of at most 6"},
                  {EXC_METHOD_SVD, -1, 0, s, EXC_ERR_USAGE, "1..64"},
                  {EXC_METHOD_MEAN, 2, 0, s, EXC_ERR_USAGE, "one vector"},
                  {EXC_METHOD_PROJECTED, 2, 0, s, EXC_ERR_USAGE, "one vector"},

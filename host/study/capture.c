@@ -185,6 +185,9 @@ static exc_status sum_outputs(capture *c) {
     int64_t E = s->experts, I = s->inner, H = s->hidden;
     for (int64_t m = 0; m < s->moe_layers; m++) {
         for (int64_t e = 0; e < E; e++) {
+            int64_t chosen = 0;
+            for (int g = 0; g < 4; g++) chosen += s->group[g / 2][g % 2].count[m * E + e];
+            if (!chosen) continue; /* its sums are zero, and stay so */
             for (int g = 0; g < 4; g++)
                 memcpy(c->x + g * I, s->group[g / 2][g % 2].mid_sum + (m * E + e) * I,
                        (size_t)I * sizeof *c->x);

@@ -476,6 +476,15 @@ static void release_room(work *w) {
 static exc_status check_rank(work *w, int64_t rank) {
     const char *method = method_name[w->method];
     bool one = w->method == EXC_METHOD_MEAN || w->method == EXC_METHOD_PROJECTED;
+    if (rank > w->n) /* first: no method and no machine changes this */
+        return exc_fail(w->ctx, EXC_ERR_INPUT,
+                        "directions: expected a rank of at most %lld (the target prompts are the samples), "
+                        "found rank %lld",
+                        (long long)w->n, (long long)rank);
+    if (rank > w->hidden)
+        return exc_fail(w->ctx, EXC_ERR_INPUT,
+                        "directions: expected a rank of at most %lld (hidden size), found rank %lld",
+                        (long long)w->hidden, (long long)rank);
     if (rank < 0 || rank > MAX_RANK)
         return exc_fail(w->ctx, EXC_ERR_USAGE, "directions: expected a rank of 1..%d, found %lld", MAX_RANK,
                         (long long)rank);
@@ -486,15 +495,6 @@ static exc_status check_rank(work *w, int64_t rank) {
             "directions: method %s gives one vector a layer: expected rank 1, found %lld (svd and whitened "
             "give more)",
             method, (long long)w->rank);
-    if (!one && w->rank > w->n)
-        return exc_fail(w->ctx, EXC_ERR_INPUT,
-                        "directions: expected a rank of at most %lld (the target prompts are the samples), "
-                        "found rank %lld",
-                        (long long)w->n, (long long)w->rank);
-    if (w->rank > w->hidden)
-        return exc_fail(w->ctx, EXC_ERR_INPUT,
-                        "directions: expected a rank of at most %lld (hidden size), found rank %lld",
-                        (long long)w->hidden, (long long)w->rank);
     return EXC_OK;
 }
 

@@ -1,8 +1,10 @@
 /* threads.c - the pool behind exc_queue.parallel on the CPU.
  *
  * An op is a list of tasks taken from one atomic counter. Decode steps of small models run hundreds of ops of a few
- * microseconds each, so waking must be cheap: workers spin for some tens of microseconds after an op before they sleep on a
- * futex-backed condition, and the calling thread works too (worker 0). While nothing runs the pool costs nothing.
+ * microseconds each, so an op must cost little more than its tasks: workers spin for some tens of microseconds after an op
+ * before they sleep on a futex-backed condition, the calling thread works too (worker 0), and it waits only for workers that
+ * are inside the op. One that is still waking up (50 us where the core is taken by someone else) finds the
+ * op closed and goes back to waiting; its share has been done by the others. While nothing runs the pool costs nothing.
  * Results never depend on which worker took a task (queue.h). */
 #include <errno.h>
 #include <pthread.h>
@@ -21,7 +23,8 @@ typedef struct pool {
     void *arg;
     size_t tasks;
     _Atomic size_t next;      /* next task to take */
-    _Atomic int active;       /* workers still inside the current op */
+    _Atomic int open;         /* an op is running and may be joined */
+    _Atomic int inside;       /* workers that look at the current op */
     _Atomic uint64_t round;   /* op number; workers wait for it to change */
     _Atomic int sleeping;     /* workers on the condition */
     _Atomic int quit;
@@ -50,6 +53,15 @@ static void take(pool *p, int worker)
     }
 }
 
+/* A worker's part in an op. Sequentially consistent on inside and open: either the worker sees that the op is closed, or the
+ * caller sees that the worker is inside and waits, so fn, arg and tasks stay what they are while anyone reads them. */
+static void join(pool *p, int worker)
+{
+    atomic_fetch_add(&p->inside, 1);
+    if (atomic_load(&p->open)) take(p, worker);
+    atomic_fetch_sub(&p->inside, 1);
+}
+
 static void *work(void *arg)
 {
     struct seat *seat = arg;
@@ -70,8 +82,7 @@ static void *work(void *arg)
         }
         seen = atomic_load_explicit(&p->round, memory_order_acquire);
         if (atomic_load(&p->quit)) return NULL;
-        take(p, seat->worker);
-        atomic_fetch_sub_explicit(&p->active, 1, memory_order_acq_rel);
+        join(p, seat->worker);
     }
 }
 
@@ -98,11 +109,12 @@ static void parallel(exc_queue *q, size_t tasks, exc_task_fn fn, void *arg)
     p->arg = arg;
     p->tasks = tasks;
     atomic_store_explicit(&p->next, 0, memory_order_relaxed);
-    atomic_store(&p->active, p->started);
+    atomic_store(&p->open, 1);
     announce(p);
     take(p, 0);
+    atomic_store(&p->open, 0);
     int spins = 0;
-    while (atomic_load_explicit(&p->active, memory_order_acquire) > 0) {
+    while (atomic_load(&p->inside) > 0) {
         /* on an oversubscribed machine the other worker may have lost its core: let it run */
         if (++spins < SPINS) relax();
         else sched_yield();

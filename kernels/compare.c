@@ -28,13 +28,16 @@ EXC_INLINE void sums_body(const float *p, const float *q, int64_t n, float mp, f
         out[0] = exc_lane_sum(a) + ra;
         return;
     }
-    for (; i + LANES <= n; i += LANES)
+    for (; i + LANES <= n; i += LANES) {
+        __builtin_prefetch(p + i + CHUNK); /* the next chunk's, while this one keeps the arithmetic busy */
+        __builtin_prefetch(q + i + CHUNK);
         for (int l = 0; l < LANES; l++) {
             float e = exc_exp_down(p[i + l] - mp), d = p[i + l] - q[i + l];
             a[l] += e;
             b[l] += exc_exp_down(q[i + l] - mq);
             c[l] += e == 0.0f ? 0.0f : e * d;
         }
+    }
     for (; i < n; i++) {
         float e = exc_exp_down(p[i] - mp);
         ra += e;

@@ -156,8 +156,65 @@ AVX512 static void multiply_avx512 MULTIPLY_PARAMS {
     }
 }
 
+/* 16 vectors of 16 words, transposed */
+AVX512 EXC_INLINE void transpose(__m512i *r) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    }
+}
+
+/* 16 keys at a time, 16 words of each: a word is one f32 or a pair of bf16 */
+AVX512 static void turn_wide(const void *keys, int64_t stride, int act, int n, int64_t dim, float *out) {
+    int64_t per = act == EXC_F32 ? 1 : 2;
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    if (dim % per) {
+        turn_avx512(keys, stride, act, n, dim, out);
+        return;
+    }
+    for (int first = 0; first < n; first += LANES)
+        for (int64_t d = 0; d < dim; d += LANES * per) {
+            int64_t left = (dim - d) / per;
+            __mmask16 mask = (__mmask16)(left >= LANES ? 0xffff : (1 << left) - 1);
+            __m512i word[16];
+            for (int j = 0; j < LANES; j++) {
+                const uint8_t *row = (const uint8_t *)keys + ((first + j) * stride + d) * (4 / per);
+                word[j] = first + j < n ? _mm512_maskz_loadu_epi32(mask, row) : _mm512_setzero_si512();
+            }
+            transpose(word);
+            float *to = out + d * EXC_KEYS + first;
+            for (int w = 0; w < LANES && w < left; w++, to += per * EXC_KEYS) {
+                if (act == EXC_F32) {
+                    _mm512_storeu_si512(to, word[w]);
+                } else {
+                    _mm512_storeu_si512(to, _mm512_slli_epi32(word[w], 16));
+                    _mm512_storeu_si512(to + EXC_KEYS, _mm512_and_si512(word[w], high));
+                }
+            }
+        }
+}
+
 static const exc_heads avx2 = {multiply_avx2, turn_avx2, widen_avx2, soften_avx2, scale_avx2, round_avx2};
-static const exc_heads avx512 = {multiply_avx512, turn_avx512, widen_avx512, soften_avx512, scale_avx512, round_avx512};
+static const exc_heads avx512 = {multiply_avx512, turn_wide, widen_avx512, soften_avx512, scale_avx512, round_avx512};
 #endif
 
 const exc_heads *exc_heads_for(void) {

@@ -9,27 +9,40 @@
 #define MAX_EXPERTS (64 << 10)
 #define SMALL (32 << 10)    /* values that are not worth waking a thread for */
 
-/* sum[0..cols) += four rows, in this order; NULL rows end the list */
-EXC_INLINE void add_body(const void *const *row, int rows, int act, int64_t cols, float *sum) {
-    if (act == EXC_F32) {
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < cols; i++) sum[i] += ((const float *)row[r])[i];
-        return;
-    }
-    if (rows == 4) {
-        const uint16_t *a = row[0], *b = row[1], *c = row[2], *d = row[3];
-        for (int64_t i = 0; i < cols; i++)
-            sum[i] = sum[i] + exc_from_bf16(a[i]) + exc_from_bf16(b[i]) + exc_from_bf16(c[i]) + exc_from_bf16(d[i]);
-        return;
-    }
-    for (int r = 0; r < rows; r++)
-        for (int64_t i = 0; i < cols; i++) sum[i] += exc_from_bf16(((const uint16_t *)row[r])[i]);
+#define ADD_PARAMS                                                                                                  \
+    (const void *const *row, const void *const *ahead, int rows, int act, int64_t cols, float *sum)
+
+EXC_INLINE float at(const void *row, int act, int64_t i) {
+    return act == EXC_F32 ? ((const float *)row)[i] : exc_from_bf16(((const uint16_t *)row)[i]);
 }
-EXC_DISPATCH(add, (const void *const *row, int rows, int act, int64_t cols, float *sum), (row, rows, act, cols, sum))
+
+/* four rows in this order, 32 columns at a time; the next four are asked for meanwhile */
+EXC_INLINE void add_four(const void *const *row, const void *const *ahead, int act, int64_t cols, float *sum) {
+    const void *a = row[0], *b = row[1], *c = row[2], *d = row[3];
+    int64_t i = 0, size = act == EXC_F32 ? 4 : 2;
+    for (; i + 32 <= cols; i += 32) {
+        for (int r = 0; r < 4; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * size);
+        if (act == EXC_F32)
+            for (int r = 0; r < 4; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * size + 64);
+        for (int l = 0; l < 32; l++)
+            sum[i + l] = sum[i + l] + at(a, act, i + l) + at(b, act, i + l) + at(c, act, i + l) + at(d, act, i + l);
+    }
+    for (; i < cols; i++) sum[i] = sum[i] + at(a, act, i) + at(b, act, i) + at(c, act, i) + at(d, act, i);
+}
+
+/* sum[0..cols) += at most four rows, in their order */
+EXC_INLINE void add_body ADD_PARAMS {
+    if (rows == 4 && act == EXC_F32) add_four(row, ahead, EXC_F32, cols, sum);
+    else if (rows == 4) add_four(row, ahead, EXC_BF16, cols, sum);
+    else
+        for (int r = 0; r < rows; r++)
+            for (int64_t i = 0; i < cols; i++) sum[i] += at(row[r], act, i);
+}
+EXC_DISPATCH(add, ADD_PARAMS, (row, ahead, rows, act, cols, sum))
 
 typedef struct job {
     const struct exc_moments_args *a;
-    void (*add)(const void *const *row, int rows, int act, int64_t cols, float *sum);
+    void (*add) ADD_PARAMS;
     int64_t *offset; /* [E+1] into list */
     int32_t *list;   /* pairs by expert */
     int64_t base;    /* first pair of this part */
@@ -47,13 +60,11 @@ static void strip(const job *j, int64_t e, int64_t first, int64_t cols) {
         int64_t stop = exc_least(at + EXC_ROW_BLOCK, end);
         for (int64_t i = 0; i < cols; i++) sum[i] = 0;
         for (int64_t p = at; p < stop; p += 4) {
-            const void *row[4];
+            const void *row[4], *ahead[4];
             int n = (int)exc_least(4, stop - p);
             for (int r = 0; r < n; r++) row[r] = mid + (size_t)j->list[p + r] * j->row_bytes;
-            for (int64_t r = p + 4; r < exc_least(p + 8, end); r++)
-                for (size_t b = 0; b < (size_t)cols * j->act_bytes; b += 64)
-                    __builtin_prefetch(mid + (size_t)j->list[r] * j->row_bytes + b);
-            j->add(row, n, a->act, cols, sum);
+            for (int r = 0; r < 4; r++) ahead[r] = mid + (size_t)j->list[exc_least(p + 4 + r, end - 1)] * j->row_bytes;
+            j->add(row, ahead, n, a->act, cols, sum);
         }
         for (int64_t i = 0; i < cols; i++) to[i] += (double)sum[i];
     }

@@ -93,7 +93,7 @@ EXC_INLINE void take_best(const int32_t *rank, int64_t E, int n, int32_t *id) {
         id[i] = (int32_t)e;
         key[e] = INT64_MIN;
         for (int64_t r = e % COLUMNS; r < rows * COLUMNS; r += COLUMNS) m = key[r] > m ? key[r] : m;
-        top[e % COLUMNS] = m;
+        for (int c = 0; c < COLUMNS; c++) top[c] = top[c] == best ? m : top[c]; /* whole vectors: a store of one would stall */
     }
 }
 

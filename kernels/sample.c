@@ -61,14 +61,13 @@ typedef struct cut {
 
 static int inside(const cut *c, float p, int64_t i) { return p > c->edge || (p == c->edge && i <= c->last); }
 
-/* lowest id of the largest number; 0 when there is none */
-static int64_t argmax(const float *x, int64_t n, float m) {
-    int64_t first = -1;
-    for (int64_t i = 0; i < n; i++) {
+/* lowest id of the largest number, which is m and first seen at or after `from`; 0 when there is none */
+static int64_t argmax(const float *x, int64_t n, float m, int64_t from) {
+    for (int64_t i = from; i < n; i++)
         if (x[i] == m) return i;
-        if (first < 0 && x[i] == x[i]) first = i;
-    }
-    return first < 0 ? 0 : first;
+    for (int64_t i = 0; i < n; i++)
+        if (x[i] == x[i]) return i;
+    return 0;
 }
 
 /* The smallest set of mass >= top_p of the total: the bucket in which it ends, the value in that bucket, then ids. */
@@ -116,11 +115,14 @@ static int64_t draw(const job *j, const float *x, float m, double random, int wo
 static void row(const job *j, int64_t r, int worker) {
     const struct exc_sample_args *a = j->a;
     const float *x = a->logits + r * a->vocab;
-    float m;
-    j->largest(x, a->vocab, &m);
-    int64_t id = -1;
+    float m = -__FLT_MAX__, of_chunk;
+    int64_t id = -1, from = 0;
+    for (int64_t at = 0; at < a->vocab; at += CHUNK) {
+        j->largest(x + at, exc_least(CHUNK, a->vocab - at), &of_chunk);
+        if (of_chunk > m) m = of_chunk, from = at;
+    }
     if (a->temperature > 0) id = draw(j, x, m, a->random01[r], worker);
-    if (id < 0) id = argmax(x, a->vocab, m);
+    if (id < 0) id = argmax(x, a->vocab, m, from);
     a->token[r] = (int32_t)id;
     if (!a->logprob) return;
     double mass = 0;

@@ -14,8 +14,8 @@
 #if defined(__x86_64__)
 #define EXC_VARIANTS(name, params, args)                                                                            \
     static void name##_generic params { name##_body args; }                                                         \
-    __attribute__((target("avx2,f16c"))) static void name##_avx2 params { name##_body args; }                       \
-    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,prefer-vector-width=512"))) static void              \
+    __attribute__((target("avx2,fma,f16c"))) static void name##_avx2 params { name##_body args; }                       \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512"))) static void              \
         name##_avx512 params {                                                                                      \
         name##_body args;                                                                                           \
     }
@@ -34,19 +34,18 @@
 #endif
 
 /* exp(x) for x <= 0 (above: 1), relative error below 1.5e-7, 0 below -87; NaN stays NaN. x = n ln2 + r, |r| <= ln2/2, and the
- * polynomial of Cephes' expf. Softmax subtracts the maximum first, so nothing positive arrives but +inf - FLT_MAX. */
+ * polynomial of Cephes' expf in fused steps. Softmax subtracts the maximum first, so nothing positive arrives but
+ * +inf - FLT_MAX; what overflows far below -87 is thrown away at the end. */
 EXC_INLINE float exc_exp_down(float x) {
     x = x > 0.0f ? 0.0f : x;
-    float y = x < -87.0f ? -87.0f : x;
-    float shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = y - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    float shifted = __builtin_fmaf(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+    float r = __builtin_fmaf(n, 2.12194440e-4f, __builtin_fmaf(n, -0.693359375f, x));
+    float p = __builtin_fmaf(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+    p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+    p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+    p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+    p = __builtin_fmaf(p, r * r, r) + 1.0f;
     float e = p * exc_from_bits((exc_to_bits(shifted) << 23) + 0x3f800000u);
     return x < -87.0f ? 0.0f : e;
 }

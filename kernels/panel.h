@@ -1,0 +1,48 @@
+/* panel.h - z += X^T (X v) for a block of samples and 16 vectors side by side, for one instruction set and precision. subspace.c
+ * includes this for each, after defining V (a vector of WIDE numbers of type R), ROWS (samples whose sums share registers), SET1,
+ * LOAD, STORE, FMA, NAME and TARGET. v, z [width, stride] hold component j of all vectors side by side, so that a sample's
+ * element is used by one broadcast. Both products run while the samples of a block are in cache: X is read once. */
+
+#define VECTORS (SIDE / WIDE)
+
+TARGET EXC_INLINE void NAME(block)(const float *x, int64_t row_stride, int rows, int64_t width, const R *v, R *z, int64_t stride) {
+    V y[ROWS][VECTORS];
+    _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++)
+        _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) y[i][k] = SET1((R)0);
+    for (int64_t j = 0; j < width; j++)
+        _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
+            V c = LOAD(v + j * stride + k * WIDE);
+            _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++)
+                y[i][k] = FMA(SET1((R)x[i * row_stride + j]), c, y[i][k]);
+        }
+    for (int64_t j = 0; j < width; j++)
+        _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
+            V c = LOAD(z + j * stride + k * WIDE);
+            _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) c = FMA(SET1((R)x[i * row_stride + j]), y[i][k], c);
+            STORE(z + j * stride + k * WIDE, c);
+        }
+}
+
+TARGET static void NAME(sweep)(const float *x, int64_t row_stride, int64_t samples, int64_t width, const R *v, R *z,
+                               int64_t stride) {
+    memset(z, 0, (size_t)(width * stride) * sizeof *z);
+    int64_t i = 0;
+    for (; i + ROWS <= samples; i += ROWS)
+        for (int64_t at = 0; at < stride; at += SIDE)
+            NAME(block)(x + i * row_stride, row_stride, ROWS, width, v + at, z + at, stride);
+    for (; i < samples; i++)
+        for (int64_t at = 0; at < stride; at += SIDE)
+            NAME(block)(x + i * row_stride, row_stride, 1, width, v + at, z + at, stride);
+}
+
+#undef VECTORS
+#undef V
+#undef R
+#undef WIDE
+#undef ROWS
+#undef SET1
+#undef LOAD
+#undef STORE
+#undef FMA
+#undef NAME
+#undef TARGET

@@ -2,19 +2,20 @@
  *
  * The sums are taken inside the forward pass (ops route, glu, down), so this file only says what is observed
  * and where it goes. Prefill and decode are separate groups: which experts read a request and which ones
- * write the reply are different questions. Observed are, in prefill, the tokens of the request itself; chat
- * template, system text and special tokens are the same in both sets and would only dilute the contrast;
- * ragged batches have no padding. In decode every greedy token that is fed back counts. Output sums
- * follow from the intermediate sums, sum_t W a_t = W sum_t a_t, with one pass over the down_proj weights
- * at the end for all groups. All arrays are taken before the first token runs. */
-#include <math.h>
+ * write the reply are different questions. Observed are, in prefill, the tokens of the request itself and the
+ * last position: the reply is decided there, although it is a template token (on the demo model, experts
+ * ranked without it are the wrong ones). Other template, system and special tokens are the same in both sets
+ * and would only dilute the contrast; ragged batches have no padding. In decode every greedy token that is
+ * fed back counts. Output sums follow from the intermediate sums, sum_t W a_t = W sum_t a_t, with one pass
+ * over the down_proj weights at the end for all groups. All arrays are taken before the first token runs. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "totals.h"
 
 #define RULE                                                                                                 \
-    "prefill: tokens of the requests (no chat template, system text or special tokens; no padding exists); " \
+    "prefill: tokens of the requests and the last position, which emits the first new token (no other chat " \
+    "template, system text or special tokens; no padding exists); "                                          \
     "decode: every greedy token fed back, up to an end token"
 
 typedef struct capture {
@@ -100,9 +101,14 @@ static exc_status choose_observed(capture *c, int label) {
     const int32_t **of = exc_alloc(c->ctx, (size_t)p->count, sizeof *of, "observed tokens");
     c->observe_of[label] = of;
     if (!o || !of) return EXC_ERR_MEMORY;
-    for (int64_t t = 0; t < tokens; t++) c->observed[label] += o[t] = !p->content || p->content[t];
-    for (int64_t i = 0; i < p->count; i++) of[i] = o + p->begin[i];
-    if (c->observed[label]) return EXC_OK;
+    int64_t text = 0;
+    for (int64_t t = 0; t < tokens; t++) text += o[t] = !p->content || p->content[t];
+    for (int64_t i = 0; i < p->count; i++) {
+        of[i] = o + p->begin[i];
+        o[p->begin[i + 1] - 1] = 1;
+    }
+    for (int64_t t = 0; t < tokens; t++) c->observed[label] += o[t];
+    if (text) return EXC_OK;
     return exc_fail(c->ctx, EXC_ERR_INPUT,
                     "%s set: expected prompts with text of their own, found only template and special tokens",
                     label_name[label]);

@@ -342,60 +342,6 @@ static void several(void **state) {
               "{\"op\":\"project\",\"role\":\"expert_down\",\"layers\":[2],\"strength\":0.6,\"basis\":1,\"norm\":\"column\"}");
 }
 
-/* ------------------------------------------------------------------------------------------------------- the op scale */
-
-static void scale_op(void **state) {
-    enum { N = 127, PAD = 8 };
-    static const double factors[] = {0, 1, -0.3, 2};
-    static const int types[] = {EXC_BF16, EXC_F16, EXC_F32};
-    for (int d = 0; d < 3; d++)
-        for (int n = 0; n <= N; n += n == 1 ? 30 : n == 31 ? 2 : n == 33 ? 94 : 1) {
-            size_t unit = types[d] == EXC_F32 ? 4 : 2;
-            uint8_t src[4][N * 4 + PAD], dst[4][N * 4 + PAD];
-            const void *from[4];
-            void *to[4];
-            int64_t changed[4], bad[4], over[4];
-            double value[4][N];
-            for (int m = 0; m < 4; m++) {
-                memset(dst[m], 0xa5, sizeof dst[m]);
-                for (int i = 0; i < n; i++) {
-                    value[m][i] = tiny_round((double)test_normal(9, (uint64_t)(m * N + i)), dtypes[d]);
-                    if (i == 7) value[m][i] = (double)NAN;
-                    if (i == 8) value[m][i] = types[d] == EXC_F16 ? 65504 : 3.3895313892515355e38; /* largest of bf16 */
-                    float f = (float)value[m][i];
-                    _Float16 h = (_Float16)f;
-                    uint16_t bits = isnan(f) ? 0x7fc0 : test_bf16(f);
-                    memcpy(src[m] + (size_t)i * unit, types[d] == EXC_F32 ? (void *)&f : types[d] == EXC_F16 ? (void *)&h : (void *)&bits, unit);
-                }
-                from[m] = src[m];
-                to[m] = dst[m];
-            }
-            struct exc_scale_args a = {.src = from, .dst = to, .dtype = types[d], .count = 4, .n = n, .factor = factors, .changed = changed,
-                                       .nonfinite = bad, .overflow = over};
-            assert_int_equal(ctx->ops->scale(&ctx->queue, &a), EXC_OK);
-            for (int m = 0; m < 4; m++) {
-                for (size_t i = (size_t)n * unit; i < sizeof dst[m]; i++) assert_int_equal(dst[m][i], 0xa5);
-                assert_int_equal(over[m], n > 8 && factors[m] == 2);
-                assert_int_equal(bad[m], n > 7 && factors[m] != 1);
-                if (factors[m] == 1) assert_memory_equal(dst[m], src[m], (size_t)n * unit);
-                for (int i = 0; i < n && factors[m] != 1; i++) {
-                    float f;
-                    uint16_t h;
-                    _Float16 half;
-                    memcpy(&f, dst[m] + (size_t)i * unit, types[d] == EXC_F32 ? 4 : 0);
-                    memcpy(&h, dst[m] + (size_t)i * unit, 2);
-                    memcpy(&half, &h, 2);
-                    double got = types[d] == EXC_F32 ? (double)f : types[d] == EXC_F16 ? (double)half : (double)test_from_bf16(h);
-                    if (factors[m] == 0) assert_true(got == 0 && !signbit(got));
-                    else if (i == 7) assert_true(isnan(got));
-                    else if (i != 8) assert_int_equal(ulps(got, tiny_round(value[m][i] * factors[m], dtypes[d]), dtypes[d]), 0);
-                }
-            }
-        }
-    struct exc_scale_args wrong = {.dtype = EXC_I32};
-    assert_int_equal(ctx->ops->scale(&ctx->queue, &wrong), EXC_ERR_USAGE);
-}
-
 /* --------------------------------------------------------------------------------------------------------- refusals */
 
 static void refused_plans(void **state) {
@@ -806,7 +752,7 @@ static int teardown(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(scale_op),      cmocka_unit_test(project_experts),  cmocka_unit_test(project_others),
+        cmocka_unit_test(project_experts),  cmocka_unit_test(project_others),
         cmocka_unit_test(project_chosen), cmocka_unit_test(project_fraction), cmocka_unit_test(project_lengths),
         cmocka_unit_test(project_inputs), cmocka_unit_test(router_sees_nothing), cmocka_unit_test(scales),
         cmocka_unit_test(several),       cmocka_unit_test(refused_plans),    cmocka_unit_test(refused_files),

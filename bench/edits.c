@@ -102,11 +102,11 @@ static void run_side(bench *b, void *arg)
     bench_must(b, b->ctx->ops->project(&b->ctx->queue, &s->a), "project");
 }
 
-/* |R W'| / |R W| of the first matrix by the op's own sums would be its own witness: taken here in f64 on row 0 of R */
-static double blindness(const side *s)
+/* |r W| of the first matrix in f64, r the first row of R, every fifth column: the op's own sums would be their own witness */
+static double along_first(const side *s)
 {
     const struct exc_project_args *a = &s->a;
-    double left = 0, whole = 0;
+    double sum = 0;
     int64_t across = a->side == EXC_SIDE_OUT ? a->cols : a->rows, along = a->side == EXC_SIDE_OUT ? a->rows : a->cols;
     for (int64_t j = 0; j < across; j += 5) {
         double dot = 0;
@@ -114,11 +114,10 @@ static double blindness(const side *s)
             int64_t at = a->side == EXC_SIDE_OUT ? i * a->cols + j : j * a->cols + i;
             double w = a->dtype == EXC_F32 ? (double)((const float *)s->dst[0])[at] : (double)from_bf16(((const uint16_t *)s->dst[0])[at]);
             dot += w * (double)a->basis[i];
-            whole += w * w;
         }
-        left += dot * dot;
+        sum += dot * dot;
     }
-    return sqrt(left / whole);
+    return sqrt(sum);
 }
 
 static void side_row(bench *b, const char *name, int which, int dtype, int64_t rank, int norm)
@@ -140,11 +139,13 @@ static void side_row(bench *b, const char *name, int which, int dtype, int64_t r
     s.a.src = s.src;
     s.a.dst = s.dst;
     unit_rows(basis, rank, 4096, 9);
+    double before = along_first(&s);
     run_side(b, &s);
     snprintf(shape, sizeof shape, "%d x %d x %d %s, rank %d", N, ROWS, COLS, exc_dtype_name((exc_dtype)dtype), (int)rank);
-    /* what rounding leaves of one direction in a random matrix: about 2^-9 / sqrt(12) of an element for bf16 */
+    /* a random direction holds 1/64 of the matrix, so the edit moves most bf16 elements by less than a step and rounding leaves
+     * 1.4 % of it, as it does of the exact result */
     row r = {.name = name, .shape = shape, .against = CEIL_RMW, .work = (double)N * (double)plane * (double)size,
-             .error = blindness(&s), .limit = dtype == EXC_F32 ? 1e-6 : 4e-3 / sqrt(4096), .note = "error: what is left of the direction"};
+             .error = along_first(&s) / before, .limit = dtype == EXC_F32 ? 1e-5 : 0.02, .note = "error: share of the direction that is left"};
     bench_measure(b, &r, run_side, &s);
     for (int i = 0; i < N; i++) exc_release(s.dst[i]);
     exc_release(basis);

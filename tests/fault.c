@@ -553,6 +553,7 @@ static void two_jobs(void **state) {
         exc_ctx own = {.error = ""};
         exc_checkpoint *k;
         exc_publish *p;
+        alarm(30); /* a job that never lets the other one go is a failure, not a wait */
         exc_status st = exc_checkpoint_open(&own, source, &k);
         if (!st) st = exc_publish_open(&own, k, out, false, &p);
         if (write(ready[1], &byte, 1) != 1 || read(go[0], &byte, 1) != 1) _exit(9);

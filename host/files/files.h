@@ -81,7 +81,7 @@ const void *exc_checkpoint_data(const exc_checkpoint *c, const exc_tensor *t);
 void exc_checkpoint_close(exc_checkpoint *c);
 
 /* A new checkpoint from an old one (files/publish.c): every file of `from` copied byte for byte into OUT.partial-<pid> (reflink,
- * else copy_file_range, else read/write), with `ranges` (sorted by file, begin) replaced by bytes that `fill` delivers in big
+ * else read and write), with `ranges` (sorted by file, begin) replaced by bytes that `fill` delivers in big
  * buffers while copying: one pass over the data, no read-back except verification. Side files are copied too, extra files can
  * be added under excise/. exc_publish_commit: fsync all, rename, fsync the parent. Never leaves a half-written OUT. */
 typedef struct exc_range { int file; uint64_t begin, end; void *tag; } exc_range;

@@ -48,7 +48,8 @@ int verb_run(cli *c)
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     char *json = NULL;
-    return cli_result(c, exc_run(c->ctx, c->rest[0], c->force, &json), json, cli_show_run);
+    exc_status st = exc_run(c->ctx, c->rest[0], c->force, &json); /* not as an argument: json is read after the call */
+    return cli_result(c, st, json, cli_show_run);
 }
 
 int verb_report(cli *c)
@@ -86,5 +87,6 @@ int verb_version(cli *c)
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 0, 0)) return c->code;
     char *json = NULL;
-    return cli_result(c, exc_ctx_describe(c->ctx, &json), json, cli_show);
+    exc_status st = exc_ctx_describe(c->ctx, &json);
+    return cli_result(c, st, json, cli_show);
 }

@@ -50,13 +50,26 @@ EXC_INLINE float exc_exp_down(float x) {
     return x < -87.0f ? 0.0f : e;
 }
 
-/* maximum of n numbers, NaN passed over, at least -FLT_MAX */
+/* order of floats as integers: -0 equal to +0, NaN below everything */
+EXC_INLINE int32_t exc_rank(float x) {
+    int32_t i = (int32_t)exc_to_bits(x + 0.0f);
+    return x != x ? INT32_MIN : i ^ (i >> 31 & 0x7fffffff);
+}
+
+typedef float exc_floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t exc_masks __attribute__((vector_size(64), aligned(4)));
+
+/* maximum of n numbers, NaN passed over, at least -FLT_MAX; written with vector types, as compilers take a loop over LANES
+ * running maxima apart into single ones */
 EXC_INLINE float exc_largest(const float *x, int64_t n) {
-    float lane[LANES], m = -__FLT_MAX__;
-    for (int l = 0; l < LANES; l++) lane[l] = m;
+    float m = -__FLT_MAX__;
+    exc_floats lane = (exc_floats){0} + m;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+    for (; i + LANES <= n; i += LANES) {
+        exc_floats v = *(const exc_floats *)(x + i);
+        exc_masks larger = v > lane;
+        lane = (exc_floats)(((exc_masks)v & larger) | ((exc_masks)lane & ~larger));
+    }
     for (; i < n; i++) m = x[i] > m ? x[i] : m;
     for (int l = 0; l < LANES; l++) m = lane[l] > m ? lane[l] : m;
     return m;

@@ -23,12 +23,6 @@ typedef struct job {
     exc_queue *q;
 } job;
 
-/* order of floats as integers, -0 equal to +0 */
-EXC_INLINE int32_t rank_of(float x) {
-    int32_t i = (int32_t)exc_to_bits(x + 0.0f);
-    return x != x ? NAN_RANK : i ^ (i >> 31 & 0x7fffffff);
-}
-
 EXC_INLINE void softmax(const float *x, int64_t n, float *s) {
     float m = exc_largest(x, n), lane[LANES] = {0}, rest = 0;
     m = m > __FLT_MAX__ ? __FLT_MAX__ : m;
@@ -148,7 +142,7 @@ EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64
             for (int64_t e = 0; e < E; e++) biased[e] = s[e] + a->bias[e];
             value = biased;
         }
-        for (int64_t e = 0; e < E; e++) rank[e] = rank_of(value[e]);
+        for (int64_t e = 0; e < E; e++) rank[e] = exc_rank(value[e]);
         if (a->gate->groups > 1) drop_groups(a->gate, E, value, rank);
         int more = a->margin && K < E;
         take_best(rank, E, (int)K + more, id);

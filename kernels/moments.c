@@ -70,12 +70,25 @@ static void strip(const job *j, int64_t e, int64_t first, int64_t cols) {
     }
 }
 
+/* an expert's count and gate sum, from its pairs in token order */
+static void tally(const job *j, int64_t e) {
+    const struct exc_moments_args *a = j->a;
+    if (a->count) a->count[e] += j->offset[e + 1] - j->offset[e];
+    if (!a->gate_sum || !a->weights) return;
+    double sum = a->gate_sum[e];
+    for (int64_t p = j->offset[e]; p < j->offset[e + 1]; p++) sum += (double)a->weights[j->base + j->list[p]];
+    a->gate_sum[e] = sum;
+}
+
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
     (void)worker;
     int64_t first = (int64_t)task / j->strips * j->experts_per_task, at = (int64_t)task % j->strips * STRIP;
     int64_t last = exc_least(first + j->experts_per_task, j->a->experts), cols = exc_least(STRIP, j->a->inner - at);
-    for (int64_t e = first; e < last; e++) strip(j, e, at, cols);
+    for (int64_t e = first; e < last; e++) {
+        if (at == 0) tally(j, e);
+        strip(j, e, at, cols);
+    }
 }
 
 /* the pairs of this part, by expert, in token order */
@@ -103,8 +116,10 @@ static void count(const struct exc_moments_args *a) {
 
 exc_status exc_cpu_moments(exc_queue *q, const struct exc_moments_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->experts > MAX_EXPERTS) return EXC_ERR_USAGE;
-    count(a);
-    if (!a->mid || !a->mid_sum) return EXC_OK;
+    if (!a->mid || !a->mid_sum) {
+        count(a);
+        return EXC_OK;
+    }
     if (a->inner < 1 || (a->act != EXC_F32 && a->act != EXC_BF16)) return EXC_ERR_USAGE;
     job j = {.a = a, .add = add_for(), .offset = q->scratch[0]};
     j.list = (int32_t *)(j.offset + a->experts + 1);

@@ -69,7 +69,7 @@
 #define V __m512
 #define R float
 #define WIDE 16
-#define ROWS 16
+#define ROWS 8
 #define SET1(x) _mm512_set1_ps(x)
 #define LOAD(p) _mm512_loadu_ps(p)
 #define STORE(p, v) _mm512_storeu_ps(p, v)

@@ -18,22 +18,13 @@
 
 TARGET static void store(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
                          const float *add, float (*square)[EXC_PANEL]) {
-    __mmask16 lo = cols >= 16 ? 0xffff : (__mmask16)((1u << cols) - 1),
-              hi = cols >= 32 ? 0xffff : cols > 16 ? (__mmask16)((1u << (cols - 16)) - 1) : 0;
-    __m512 b0 = _mm512_setzero_ps(), b1 = b0;
-    if (bias) b0 = _mm512_maskz_loadu_ps(lo, bias), b1 = _mm512_maskz_loadu_ps(hi, bias + 16);
+    __mmask16 some = cols >= EXC_PANEL ? 0xffff : (__mmask16)((1u << cols) - 1);
     for (int r = 0; r < rows; r++, y += stride) {
-        __m512 v0 = _mm512_maskz_loadu_ps(lo, out[r]), v1 = _mm512_maskz_loadu_ps(hi, out[r] + 16);
-        if (bias) v0 = _mm512_add_ps(v0, b0), v1 = _mm512_add_ps(v1, b1);
-        if (add) {
-            v0 = _mm512_add_ps(v0, _mm512_maskz_loadu_ps(lo, add));
-            v1 = _mm512_add_ps(v1, _mm512_maskz_loadu_ps(hi, add + 16));
-            add += stride;
-        }
-        _mm512_mask_storeu_ps(y, lo, v0);
-        _mm512_mask_storeu_ps(y + 16, hi, v1);
-        if (square)
-            _mm512_storeu_ps(square[r], _mm512_fmadd_ps(v1, v1, _mm512_fmadd_ps(v0, v0, _mm512_loadu_ps(square[r]))));
+        __m512 v = _mm512_maskz_loadu_ps(some, out[r]);
+        if (bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, bias));
+        if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(some, add + r * stride));
+        _mm512_mask_storeu_ps(y, some, v);
+        if (square) _mm512_storeu_ps(square[r], _mm512_fmadd_ps(v, v, _mm512_loadu_ps(square[r])));
     }
 }
 
@@ -232,22 +223,22 @@ BODY void wide_f32(const void *tile, int rows, const exc_weights *w, int64_t k, 
 }
 
 /* the height must be a constant for its sums to be registers */
-#define CHOOSE(body)                                     \
-    switch (rows) {                                      \
-    case 1: body(tile, 1, w, k, out); break;        \
-    case 2: body(tile, 2, w, k, out); break;        \
-    case 3: body(tile, 3, w, k, out); break;        \
-    case 4: body(tile, 4, w, k, out); break;        \
-    case 5: body(tile, 5, w, k, out); break;        \
-    case 6: body(tile, 6, w, k, out); break;        \
-    case 7: body(tile, 7, w, k, out); break;        \
-    case 8: body(tile, 8, w, k, out); break;        \
-    case 9: body(tile, 9, w, k, out); break;        \
-    case 10: body(tile, 10, w, k, out); break;      \
-    case 11: body(tile, 11, w, k, out); break;      \
-    case 12: body(tile, 12, w, k, out); break;      \
-    case 13: body(tile, 13, w, k, out); break;      \
-    default: body(tile, 14, w, k, out);             \
+#define CHOOSE(body)                                  \
+    switch (rows) {                                   \
+    case 1: body(tile, 1, w, k, out); break;          \
+    case 2: body(tile, 2, w, k, out); break;          \
+    case 3: body(tile, 3, w, k, out); break;          \
+    case 4: body(tile, 4, w, k, out); break;          \
+    case 5: body(tile, 5, w, k, out); break;          \
+    case 6: body(tile, 6, w, k, out); break;          \
+    case 7: body(tile, 7, w, k, out); break;          \
+    case 8: body(tile, 8, w, k, out); break;          \
+    case 9: body(tile, 9, w, k, out); break;          \
+    case 10: body(tile, 10, w, k, out); break;        \
+    case 11: body(tile, 11, w, k, out); break;        \
+    case 12: body(tile, 12, w, k, out); break;        \
+    case 13: body(tile, 13, w, k, out); break;        \
+    default: body(tile, 14, w, k, out);               \
     }
 
 TARGET_DOT static void multiply_dot(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {

@@ -32,8 +32,9 @@ static const void *row(void *user, int64_t r) {
 static void pair(void *user, int64_t p, const uint8_t *w[2]) {
     const share *s = user;
     const exc_packed *down = &s->j->a->down[s->piece.expert];
-    w[0] = exc_panel_at(down, 2 * p, s->j->panel_bytes);
-    w[1] = (2 * p + 1) * EXC_PANEL < s->j->a->hidden ? exc_panel_at(down, 2 * p + 1, s->j->panel_bytes) : w[0];
+    int64_t a = exc_run_panel(s->piece.first, s->piece.last, p, 0), b = exc_run_panel(s->piece.first, s->piece.last, p, 1);
+    w[0] = exc_panel_at(down, a, s->j->panel_bytes);
+    w[1] = b * EXC_PANEL < s->j->a->hidden ? exc_panel_at(down, b, s->j->panel_bytes) : w[0];
 }
 
 /* the rows of a tile are complete in this piece */
@@ -51,14 +52,18 @@ static void finish(share *s, float (*square)[EXC_PANEL], int64_t first, int rows
 static void done(void *user, int64_t p, int64_t first, int rows, const float (*out)[EXC_PAIR]) {
     share *s = user;
     const struct exc_down_args *a = s->j->a;
-    int64_t col = p * EXC_PAIR, left = a->hidden - col;
     float(*square)[EXC_PANEL] = s->square ? s->square + first % s->chunk : NULL;
     if (square && p == s->piece.first)
         for (int r = 0; r < rows; r++)
             for (int i = 0; i < EXC_PANEL; i++) square[r][i] = 0;
-    float *y = a->y + (s->piece.row + first) * a->hidden + col;
-    s->j->tile->store(out, rows, (int)(left < EXC_PAIR ? left : EXC_PAIR), y, a->hidden, NULL, NULL, square);
-    exc_ask_rows(y + rows * a->hidden, a->hidden * 4, rows, EXC_PAIR * 4);
+    for (int half = 0; half < 2; half++) {
+        int64_t col = exc_run_panel(s->piece.first, s->piece.last, p, half) * EXC_PANEL, left = a->hidden - col;
+        if (left <= 0) continue;
+        float *y = a->y + (s->piece.row + first) * a->hidden + col;
+        s->j->tile->store((const float (*)[EXC_PAIR])(out[0] + half * EXC_PANEL), rows,
+                          (int)(left < EXC_PANEL ? left : EXC_PANEL), y, a->hidden, NULL, NULL, square);
+        exc_ask_rows(y + rows * a->hidden, a->hidden * 4, rows, EXC_PANEL * 4);
+    }
     if (square && p == s->piece.last - 1) finish(s, square, first, rows);
 }
 

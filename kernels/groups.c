@@ -5,11 +5,10 @@
  * few, experts without rows are none. Experts' rows are contiguous (permute), so offset i64 [E+1] says all. */
 #include "tile.h"
 
-static void bundle(exc_groups *g, int64_t rows, int64_t k) {
-    /* a task should hold as many pairs as exc_pairs_per_task says for the average expert, across experts if need be */
-    int64_t all = g->count * g->pairs, want = exc_pairs_per_task(rows, k, all);
-    g->per_task = want / g->per_piece > 1 ? want / g->per_piece : 1;
-    g->tasks = (size_t)((g->count * g->pieces + g->per_task - 1) / g->per_task);
+/* pieces a small task should hold: as many pairs as exc_pairs_per_task says for the average expert, across experts if need be */
+static int64_t bundle(const exc_groups *g, int64_t rows, int64_t k) {
+    int64_t want = exc_pairs_per_task(rows, k, g->count * g->pairs) / g->per_piece;
+    return want > 1 ? want : 1;
 }
 
 int exc_groups_make(exc_groups *g, exc_queue *q, const int64_t *offset, int64_t experts, int64_t k, int64_t pairs) {
@@ -26,21 +25,23 @@ int exc_groups_make(exc_groups *g, exc_queue *q, const int64_t *offset, int64_t 
     int64_t rows = (offset[experts] + g->count - 1) / g->count;
     g->per_piece = exc_pairs_per_task(rows, k, pairs);
     g->pieces = (pairs + g->per_piece - 1) / g->per_piece;
-    bundle(g, rows, k);
+    g->spread = exc_spread_make(g->count * g->pieces, bundle(g, rows, k), rows < EXC_TILE_ROWS);
+    g->tasks = g->spread.tasks;
     return 1;
 }
 
 void exc_groups_whole(exc_groups *g) {
     g->per_piece = g->pairs;
     g->pieces = 1;
-    g->per_task = 1;
-    g->tasks = (size_t)g->count;
+    g->spread = exc_spread_make(g->count, 1, 0);
+    g->tasks = g->spread.tasks;
 }
 
 int exc_groups_piece(const exc_groups *g, size_t task, int64_t i, exc_piece_of *piece) {
-    int64_t at = (int64_t)task * g->per_task + i;
-    if (i >= g->per_task || at >= g->count * g->pieces) return 0;
-    int64_t e = g->active[at / g->pieces], last;
+    int64_t at, end = exc_spread_task(&g->spread, (int64_t)task, &at), last;
+    at += i;
+    if (at >= end) return 0;
+    int64_t e = g->active[at / g->pieces];
     piece->expert = e;
     piece->row = g->offset[e];
     piece->rows = g->offset[e + 1] - g->offset[e];

@@ -9,46 +9,52 @@ typedef struct job {
     const struct exc_matmul_args *a;
     const exc_tile *tile;
     size_t panel_bytes, row_bytes;
-    int64_t pairs, per_task, runs; /* panel pairs; pairs a task takes; tasks a block of rows has */
-    int64_t block;                 /* rows of a task */
+    int64_t panels, block; /* panels of W; rows of a task */
+    exc_spread spread;     /* of the panel pairs, for each block of rows */
     size_t scratch_bytes;
     void **scratch;
 } job;
 
 typedef struct share {
     const job *j;
-    int64_t first; /* first row of the task */
+    int64_t row, first, last; /* first row of the task; its pairs */
 } share;
 
 static const void *row(void *user, int64_t r) {
     const share *s = user;
-    return (const uint8_t *)s->j->a->x + (size_t)(s->first + r) * s->j->row_bytes;
+    return (const uint8_t *)s->j->a->x + (size_t)(s->row + r) * s->j->row_bytes;
 }
 
 static void pair(void *user, int64_t p, const uint8_t *w[2]) {
-    const job *j = ((const share *)user)->j;
-    w[0] = exc_panel_at(j->a->w, 2 * p, j->panel_bytes);
-    w[1] = (2 * p + 1) * EXC_PANEL < j->a->w->n ? exc_panel_at(j->a->w, 2 * p + 1, j->panel_bytes) : w[0];
+    const share *s = user;
+    int64_t a = exc_run_panel(s->first, s->last, p, 0), b = exc_run_panel(s->first, s->last, p, 1);
+    w[0] = exc_panel_at(s->j->a->w, a, s->j->panel_bytes);
+    w[1] = b < s->j->panels ? exc_panel_at(s->j->a->w, b, s->j->panel_bytes) : w[0];
 }
 
 static void done(void *user, int64_t p, int64_t first, int rows, const float (*out)[EXC_PAIR]) {
     const share *s = user;
     const struct exc_matmul_args *a = s->j->a;
-    int64_t col = p * EXC_PAIR, left = a->w->n - col, at = (s->first + first) * a->y_stride + col;
-    s->j->tile->store(out, rows, (int)(left < EXC_PAIR ? left : EXC_PAIR), a->y + at, a->y_stride,
-                      a->bias ? a->bias + col : NULL, a->add ? a->add + at : NULL, NULL);
-    exc_ask_rows(a->y + at + rows * a->y_stride, a->y_stride * 4, rows, EXC_PAIR * 4);
+    for (int half = 0; half < 2; half++) {
+        int64_t col = exc_run_panel(s->first, s->last, p, half) * EXC_PANEL, left = a->w->n - col;
+        if (left <= 0) continue;
+        int64_t at = (s->row + first) * a->y_stride + col;
+        s->j->tile->store((const float (*)[EXC_PAIR])(out[0] + half * EXC_PANEL), rows,
+                          (int)(left < EXC_PANEL ? left : EXC_PANEL), a->y + at, a->y_stride,
+                          a->bias ? a->bias + col : NULL, a->add ? a->add + at : NULL, NULL);
+        exc_ask_rows(a->y + at + rows * a->y_stride, a->y_stride * 4, rows, EXC_PANEL * 4);
+    }
 }
 
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
-    int64_t run = (int64_t)task % j->runs, last = (run + 1) * j->per_task;
-    share s = {j, (int64_t)task / j->runs * j->block};
+    share s = {.j = j, .row = (int64_t)(task / j->spread.tasks) * j->block};
+    s.last = exc_spread_task(&j->spread, (int64_t)(task % j->spread.tasks), &s.first);
     exc_sweep sweep = {.tile = j->tile,
                        .k = j->a->w->k,
-                       .rows = j->a->rows - s.first < j->block ? j->a->rows - s.first : j->block,
-                       .first = run * j->per_task,
-                       .last = last < j->pairs ? last : j->pairs,
+                       .rows = j->a->rows - s.row < j->block ? j->a->rows - s.row : j->block,
+                       .first = s.first,
+                       .last = s.last,
                        .user = &s,
                        .row = row,
                        .pair = pair,
@@ -62,14 +68,15 @@ exc_status exc_cpu_matmul(exc_queue *q, const struct exc_matmul_args *a) {
     if (!tile) return EXC_ERR_USAGE;
     if (!a->rows || !a->w->n) return EXC_OK;
     if (!a->w->data) return EXC_ERR_USAGE;
-    int64_t k = a->w->k;
+    int64_t k = a->w->k, rows;
     job j = {.a = a, .tile = tile, .scratch = q->scratch, .scratch_bytes = EXC_SWEEP_BYTES(q->scratch_bytes)};
     j.panel_bytes = exc_packed_bytes(EXC_PANEL, k, a->w->dtype);
     j.row_bytes = (size_t)a->x_stride * (a->act == EXC_BF16 ? 2 : 4);
-    j.pairs = (a->w->n + EXC_PAIR - 1) / EXC_PAIR;
+    j.panels = (a->w->n + EXC_PANEL - 1) / EXC_PANEL;
     j.block = exc_sweep_chunk(tile, k, j.scratch_bytes);
-    j.per_task = exc_pairs_per_task(a->rows < j.block ? a->rows : j.block, k, j.pairs);
-    j.runs = (j.pairs + j.per_task - 1) / j.per_task;
-    q->parallel(q, (size_t)(j.runs * ((a->rows + j.block - 1) / j.block)), run, &j);
+    rows = a->rows < j.block ? a->rows : j.block;
+    int64_t pairs = (j.panels + 1) / 2;
+    j.spread = exc_spread_make(pairs, exc_pairs_per_task(rows, k, pairs), rows < EXC_TILE_ROWS);
+    q->parallel(q, j.spread.tasks * (size_t)((a->rows + j.block - 1) / j.block), run, &j);
     return EXC_OK;
 }

@@ -98,7 +98,9 @@ static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t row
     s->pair(s->user, p, w.now);
     s->pair(s->user, p + 1 < s->last ? p + 1 : s->first, w.next);
     int64_t tiles = (rows + s->tile->rows - 1) / s->tile->rows;
-    w.step = (64 + tiles - 1) / tiles; /* a panel line a step, spread over the tiles */
+    /* a panel line a step, spread over the tiles; a single tile is bound by memory, and the processor's own prefetch, which sees
+     * two long streams, keeps that busier than we can */
+    w.step = tiles > 1 ? (64 + tiles - 1) / tiles : 0;
     for (int64_t r = 0, n; r < rows; r += n) {
         n = tile_height(s->tile, r, rows);
         s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);

@@ -16,10 +16,10 @@
 #define EXC_ROW_BLOCK 64         /* tiles do not cross multiples of this; sums over rows are taken in such blocks */
 
 /* The panels of a pair, and those that will be read next: a step of the kernel also asks for a piece of them, so that
- * they have arrived when their turn comes, whether the tile before them lasted one row or fourteen. */
+ * they have arrived when their turn comes. */
 typedef struct exc_weights {
     const uint8_t *now[2];
-    const uint8_t *next[2]; /* any address; 64 bytes a step further on when step is 64 */
+    const uint8_t *next[2]; /* any address; moves on by `step` bytes a step of the kernel */
     int64_t step;
 } exc_weights;
 
@@ -31,8 +31,8 @@ typedef struct exc_tile {
     void (*gather)(const void *const *row, int rows, int64_t k, void *tile);
     /* out[r][0..15] = row r times panel now[0], out[r][16..31] = times now[1] */
     void (*multiply)(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]);
-    /* y[r, 0..cols) = out (+ bias[0..cols)) (+ add[r, 0..cols)); add has y's stride; square f32 [rows,16] or NULL gets
-     * the squares of y added by lane */
+    /* one panel of a tile: y[r, 0..cols) = out[r][0..cols) (+ bias) (+ add[r, 0..cols)); add has y's stride; square f32
+     * [rows,16] or NULL gets the squares of y added by lane */
     void (*store)(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
                   const float *add, float (*square)[EXC_PANEL]);
     /* mid[r, 0..cols) = silu(out[r][i]) * out[r][16+i], stored as act; where seen[r], added to sum f32 [16] as stored;
@@ -69,6 +69,26 @@ int64_t exc_pairs_per_task(int64_t rows, int64_t k, int64_t pairs);
 #define EXC_SWEEP_BYTES(scratch_bytes) ((scratch_bytes) - ((size_t)2 << 20))
 #define EXC_SWEEP_ROWS 1024 /* most rows of a chunk */
 
+/* Units of work 0..units-1 as tasks: while memory is the limit a task that starts anew loses the processor's prefetch streams,
+ * and a task that ends late leaves the others idle. So the first two thirds of the units go out in fours, the rest one by
+ * one. `few` says that memory is the limit. */
+typedef struct exc_spread {
+    int64_t units, unit, large; /* units; units of a small task; tasks of four small ones */
+    size_t tasks;
+} exc_spread;
+static inline exc_spread exc_spread_make(int64_t units, int64_t unit, int few) {
+    exc_spread s = {units, unit, few ? units * 2 / 3 / (4 * unit) : 0, 0};
+    s.tasks = (size_t)(s.large + (units - 4 * unit * s.large + unit - 1) / unit);
+    return s;
+}
+/* units [first, return) of a task */
+static inline int64_t exc_spread_task(const exc_spread *s, int64_t task, int64_t *first) {
+    int64_t small = task - s->large, last;
+    *first = small < 0 ? task * 4 * s->unit : (s->large * 4 + small) * s->unit;
+    last = *first + (small < 0 ? 4 * s->unit : s->unit);
+    return last < s->units ? last : s->units;
+}
+
 /* ---- experts: rows grouped by expert (permute), cut into tasks of about equal work whatever the routing (groups.c) */
 typedef struct exc_groups {
     const int64_t *offset;  /* [E+1] rows of each expert */
@@ -77,7 +97,7 @@ typedef struct exc_groups {
     int64_t pairs;          /* panel pairs of an expert */
     int64_t per_piece;      /* pairs of a piece */
     int64_t pieces;         /* pieces of an expert */
-    int64_t per_task;       /* pieces of a task */
+    exc_spread spread;      /* all pieces of all experts as tasks */
     size_t tasks;
     float *table;           /* rest of worker 0's scratch, table_count floats */
     size_t table_count;
@@ -91,6 +111,13 @@ typedef struct exc_piece_of {
     int64_t index, first, last; /* piece number within the expert; panel pairs */
 } exc_piece_of;
 int exc_groups_piece(const exc_groups *g, size_t task, int64_t i, exc_piece_of *piece);
+
+/* Matmul and down pair panels that lie half a run apart: with pairs [first,last) of a run, pair p is panels 2*first + (p - first)
+ * and that plus (last - first). Each of the two streams of weights is then sequential over the whole run, which is what the
+ * processor's prefetcher wants. half 0 or 1; an odd last panel has no partner: its index is not below the panel count. */
+static inline int64_t exc_run_panel(int64_t first, int64_t last, int64_t p, int half) {
+    return first + p + half * (last - first);
+}
 
 static inline const uint8_t *exc_panel_at(const struct exc_packed *w, int64_t panel, size_t panel_bytes) {
     return (const uint8_t *)w->data + (size_t)panel * panel_bytes;
@@ -150,21 +177,16 @@ EXC_INLINE float exc_silu(float x) { return x / (1.0f + exc_exp(-x)); }
 EXC_INLINE void exc_store_body(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride,
                                const float *bias, const float *add, float (*square)[EXC_PANEL]) {
     for (int r = 0; r < rows; r++, y += stride, add += add ? stride : 0) {
-        float v[EXC_PAIR];
-        for (int i = 0; i < EXC_PAIR; i++) v[i] = out[r][i];
+        float v[EXC_PANEL] = {0};
+        for (int i = 0; i < cols; i++) v[i] = out[r][i];
         if (bias)
             for (int i = 0; i < cols; i++) v[i] += bias[i];
-        if (add && cols == EXC_PAIR)
-            for (int i = 0; i < EXC_PAIR; i++) v[i] += add[i];
-        else if (add)
+        if (add)
             for (int i = 0; i < cols; i++) v[i] += add[i];
-        if (cols == EXC_PAIR)
-            for (int i = 0; i < EXC_PAIR; i++) y[i] = v[i];
-        else
-            for (int i = 0; i < cols; i++) y[i] = v[i];
-        if (!square) continue;
-        for (int i = cols; i < EXC_PAIR; i++) v[i] = 0; /* an odd last panel is paired with itself */
-        for (int i = 0; i < EXC_PANEL; i++) square[r][i] += v[i] * v[i] + v[EXC_PANEL + i] * v[EXC_PANEL + i];
+        if (cols == EXC_PANEL) __builtin_memcpy(y, v, sizeof v);
+        else __builtin_memcpy(y, v, (size_t)cols * sizeof *v);
+        if (square)
+            for (int i = 0; i < EXC_PANEL; i++) square[r][i] += v[i] * v[i];
     }
 }
 

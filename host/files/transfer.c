@@ -7,7 +7,9 @@
  * measured: the file is allocated whole before the first write (also: a full disk shows at once), buffers are
  * few, in 2 MB pages and used again (first touch of fresh memory is slower than the disk), and writeback of
  * each piece starts as soon as it is written, so that the final fsync finds little to do. Where the file
- * system can clone, only the ranges are written.
+ * system can clone, only the ranges are written. And bytes lie in a buffer as they lie in a line of the file
+ * (offset modulo 64): between places that differ there the kernel's copy runs at a third of its speed (2.9
+ * against 9.3 GB/s on a Zen 4), and tensor data hardly ever begin at a multiple of 64.
  *
  * Old bytes are read, not mapped: a source cut short in the middle is then an error and not a signal. */
 #include <errno.h>
@@ -59,7 +61,12 @@ struct exc_mover {
     exc_ctx writer; /* only its error text: the caller's context belongs to the caller's thread */
 };
 
-static size_t rounded(uint64_t bytes) { return ((size_t)bytes + ALIGN - 1) / ALIGN * ALIGN; }
+/* bytes that a range takes in a buffer, and where in them it begins: congruent to the file, but never less aligned than the
+ * widest dtype */
+static size_t taken(const exc_range *r) {
+    return ((size_t)(r->end - r->begin) + ALIGN - 1) / ALIGN * ALIGN + ALIGN;
+}
+static size_t shift(uint64_t at) { return (size_t)(at % ALIGN) / 8 * 8; }
 
 /* ------------------------------------------------------------------------------------------------ plain
  * reading, writing */
@@ -96,6 +103,7 @@ static exc_status write_all(exc_ctx *ctx, int fd, const char *path, const void *
 
 static exc_status copy_all(exc_ctx *ctx, int in, const char *from, int out, const char *to, uint8_t *buf,
                            uint64_t at, uint64_t end) {
+    buf += shift(at);
     while (at < end) {
         size_t n = end - at < PIECE ? (size_t)(end - at) : PIECE;
         EXC_TRY(read_all(ctx, in, from, buf, n, at));
@@ -172,7 +180,7 @@ static void hand_over(exc_mover *m) {
 static size_t batch_of(const exc_range *r, size_t n, size_t room) {
     size_t used = 0, i = 0;
     for (; i < n && r[i].file == r[0].file; i++) {
-        used += rounded(r[i].end - r[i].begin);
+        used += taken(&r[i]);
         if (i && used > room) break;
     }
     return i;
@@ -181,12 +189,13 @@ static size_t batch_of(const exc_range *r, size_t n, size_t room) {
 static exc_status fill_batch(exc_mover *m, const exc_transfer *t, slot *s) {
     size_t used = 0;
     for (size_t i = 0; i < s->n; i++) {
-        size_t bytes = (size_t)(s->ranges[i].end - s->ranges[i].begin);
-        m->src[i] = m->old + used;
-        m->dst[i] = s->data + used;
-        s->place[i] = s->data + used;
-        EXC_TRY(read_all(m->ctx, m->in, m->from, m->old + used, bytes, s->ranges[i].begin));
-        used += rounded(bytes);
+        const exc_range *r = &s->ranges[i];
+        size_t at = used + shift(r->begin);
+        m->src[i] = m->old + at;
+        m->dst[i] = s->data + at;
+        s->place[i] = s->data + at;
+        EXC_TRY(read_all(m->ctx, m->in, m->from, m->old + at, (size_t)(r->end - r->begin), r->begin));
+        used += taken(r);
     }
     return s->n ? t->fill(m->ctx, t->user, s->ranges, s->n, m->src, m->dst) : EXC_OK;
 }
@@ -245,7 +254,7 @@ static exc_status get_buffers(exc_mover *m, const exc_transfer *t) {
     exc_ctx *ctx = m->ctx;
     size_t most = 1, largest = ALIGN, sum = ALIGN;
     for (size_t i = 0; i < t->n; i++) {
-        size_t bytes = rounded(t->ranges[i].end - t->ranges[i].begin);
+        size_t bytes = taken(&t->ranges[i]);
         if (bytes > largest) largest = bytes;
         if (sum < BATCH) sum += bytes;
     }
@@ -255,7 +264,7 @@ static exc_status get_buffers(exc_mover *m, const exc_transfer *t) {
         n = batch_of(t->ranges + i, t->n - i, m->room);
         if (n > most) most = n;
     }
-    if (!(m->piece = exc_alloc(ctx, PIECE, 1, "copy buffer"))) return EXC_ERR_MEMORY;
+    if (!(m->piece = exc_alloc(ctx, PIECE + ALIGN, 1, "copy buffer"))) return EXC_ERR_MEMORY;
     if (!(m->old = exc_alloc(ctx, m->room, 1, "buffer for old weights"))) return EXC_ERR_MEMORY;
     if (!(m->src = exc_alloc(ctx, most, sizeof *m->src, "batch"))) return EXC_ERR_MEMORY;
     if (!(m->dst = exc_alloc(ctx, most, sizeof *m->dst, "batch"))) return EXC_ERR_MEMORY;
@@ -338,7 +347,7 @@ static exc_status copy_open(exc_ctx *ctx, int in, const char *from, int out, con
     EXC_TRY(make_room(ctx, in, out, to, (uint64_t)sb.st_size, &cloned));
     if (cloned) return EXC_OK;
     size_t room = (uint64_t)sb.st_size < PIECE ? (size_t)sb.st_size : PIECE;
-    uint8_t *buf = exc_alloc(ctx, room, 1, "copy buffer");
+    uint8_t *buf = exc_alloc(ctx, room + ALIGN, 1, "copy buffer");
     exc_status st = buf ? copy_all(ctx, in, from, out, to, buf, 0, (uint64_t)sb.st_size) : EXC_ERR_MEMORY;
     exc_release(buf);
     return st;

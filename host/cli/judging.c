@@ -48,7 +48,7 @@ int verb_run(cli *c)
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     char *json = NULL;
-    exc_status st = exc_run(c->ctx, c->rest[0], c->force, &json); /* not as an argument: json is read after the call */
+    exc_status st = exc_run(c->ctx, c->rest[0], c->force, &json);
     return cli_result(c, st, json, cli_show_run);
 }
 

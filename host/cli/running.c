@@ -10,7 +10,8 @@ int verb_inspect(cli *c)
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     char *json = NULL;
-    return cli_result(c, exc_inspect(c->ctx, c->rest[0], &json), json, cli_show);
+    exc_status st = exc_inspect(c->ctx, c->rest[0], &json);
+    return cli_result(c, st, json, cli_show);
 }
 
 /* "logits,hidden,routing" in any order */

@@ -158,7 +158,10 @@ static exc_status add_report(work *k, json_t *o) {
     if (k->plan->dirs) EXC_TRY(put_hash(k, files, "excise/directions.safetensors"));
     if (k->c->sidecar) EXC_TRY(put_hash(k, files, "excise/sidecar.safetensors"));
     json_t *report = json_copy(o);
-    json_object_del(report, "out"); /* the folder may be moved */
+    /* the same edit leaves the same bytes: no folders, which may be moved, and no times */
+    json_object_del(report, "out");
+    json_object_del(report, "model");
+    json_object_del(report, "seconds");
     char *text = json_dumps(report, JSON_INDENT(1) | JSON_REAL_PRECISION(9));
     json_decref(report);
     exc_status st = text ? exc_publish_add(k->p, "excise/report.json", text, strlen(text)) : exc_fail(k->ctx, EXC_ERR_MEMORY, "no memory for the report");

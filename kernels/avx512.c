@@ -16,8 +16,8 @@
 
 /* -------------------------------------------------------------------------------------------------------------- ends */
 
-TARGET static void store(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
-                         const float *add, float (*square)[EXC_PANEL]) {
+TARGET void exc_store_avx512(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
+                             const float *add, float (*square)[EXC_PANEL]) {
     __mmask16 some = cols >= EXC_PANEL ? 0xffff : (__mmask16)((1u << cols) - 1);
     for (int r = 0; r < rows; r++, y += stride) {
         __m512 v = _mm512_maskz_loadu_ps(some, out[r]);
@@ -74,8 +74,8 @@ BODY void gate(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int6
     _mm512_storeu_ps(sum, total);
 }
 
-TARGET static void gate_bf16(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,
-                             const uint8_t *seen, float *sum) {
+TARGET void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
+                            float *sum) {
     gate(out, rows, cols, mid, stride, EXC_BF16, seen, sum);
 }
 
@@ -254,12 +254,12 @@ TARGET static void multiply_f32(const void *tile, int rows, const exc_weights *w
 }
 
 const exc_tile exc_tile_avx512[3] = {
-    {ROWS, 2, 4, gather_bf16, multiply_bf16, store, gate_bf16},
-    {ROWS, 2, 4, gather_f32, multiply_bf16, store, gate_f32},
-    {ROWS, 2, 4, gather_f32, multiply_f32, store, gate_f32},
+    {ROWS, 2, 4, gather_bf16, multiply_bf16, exc_store_avx512, exc_gate_avx512},
+    {ROWS, 2, 4, gather_f32, multiply_bf16, exc_store_avx512, gate_f32},
+    {ROWS, 2, 4, gather_f32, multiply_f32, exc_store_avx512, gate_f32},
 };
 
-const exc_tile exc_tile_dot[1] = {{ROWS, 2, 2, gather_pairs, multiply_dot, store, gate_bf16}};
+const exc_tile exc_tile_dot[1] = {{ROWS, 2, 2, gather_pairs, multiply_dot, exc_store_avx512, exc_gate_avx512}};
 #else
 typedef int exc_no_avx512; /* an empty file is not C */
 #endif

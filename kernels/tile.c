@@ -54,6 +54,7 @@ const exc_tile *exc_tile_for(int act, int weights) {
     int i = act == EXC_BF16 ? 0 : weights == EXC_BF16 ? 1 : 2;
 #if defined(__x86_64__)
     enum exc_isa level = exc_isa_level();
+    if (level >= EXC_ISA_AMX && i == 0) return exc_tile_amx;
     if (level >= EXC_ISA_AVX512BF16 && i == 0) return exc_tile_dot;
     if (level >= EXC_ISA_AVX512) return &exc_tile_avx512[i];
     if (level >= EXC_ISA_AVX2) return &exc_tile_avx2[i];

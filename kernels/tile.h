@@ -44,8 +44,13 @@ typedef struct exc_tile {
 /* NULL: operands outside the contract (bf16 activations with f32 weights) */
 const exc_tile *exc_tile_for(int act, int weights);
 
-/* tables by instruction set: [0] bf16 x bf16, [1] f32 x bf16, [2] f32 x f32 */
-extern const exc_tile exc_tile_generic[3], exc_tile_avx2[3], exc_tile_avx512[3], exc_tile_dot[1];
+/* tables by instruction set: [0] bf16 x bf16, [1] f32 x bf16, [2] f32 x f32; dot (vdpbf16ps) and AMX have only the first */
+extern const exc_tile exc_tile_generic[3], exc_tile_avx2[3], exc_tile_avx512[3], exc_tile_dot[1], exc_tile_amx[1];
+/* what follows a tile, with AVX-512 (avx512.c), for bf16 activations: AMX has no arithmetic of its own for it */
+void exc_store_avx512(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
+                      const float *add, float (*square)[EXC_PANEL]);
+void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
+                     float *sum);
 
 /* One sweep: `rows` rows times panel pairs [first,last). Rows are gathered a chunk at a time (as many as stay in the
  * second-level cache), then every pair is multiplied with all tiles of the chunk, in ascending rows. */

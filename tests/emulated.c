@@ -1,4 +1,4 @@
-/* amx.c - the AMX kernel against f64 loops on any machine with AVX-512: its tile instructions are played by plain C here.
+/* emulated.c - the AMX kernel against f64 loops on any machine with AVX-512: its tile instructions are played by plain C here.
  *
  * kernels/amx.c is compiled into this program with the eight tile intrinsics replaced, so its addresses, strides, register shapes
  * and tails are the real ones; only the arithmetic of a register is ours. Shapes are checked as the hardware would: a load
@@ -123,5 +123,5 @@ static void tiles_against_f64(void **state) { skip(); }
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(tiles_against_f64)};
-    return cmocka_run_group_tests_name("amx", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("emulated", tests, NULL, NULL);
 }

@@ -19,6 +19,7 @@
 #define AHEAD 24   /* rows asked for before they are needed */
 #define TURNED 16  /* rows of a transposed tile */
 #define MOST_RANK 64
+#define TASKS 64   /* at most, so that a task has strips to look ahead to */
 #define CARVED ((size_t)1 << 20) /* of the scratch of worker 0: sums of strips */
 
 typedef struct exc_strip {
@@ -34,6 +35,8 @@ typedef struct exc_strip {
     float *length, *left; /* [STRIP]: |column|^2 before and after */
     const float *gain;   /* [STRIP] or NULL */
     int64_t *changed;    /* or NULL */
+    const char *next;    /* the strip after this one in memory order of the task, same stride, or NULL */
+    int fetched;         /* an earlier update asked for this strip */
 } exc_strip;
 
 enum sweep { SWEEP_DOTS, SWEEP_AFTER, SWEEP_LENGTH, SWEEP_LEFT, SWEEP_UPDATE };
@@ -152,6 +155,31 @@ static void avx512_rest(const exc_strip *s, enum sweep what, int64_t at);
 #define TARGET AVX512
 #include "strip.h"
 
+/* ---- the same with the processor's own rounding to bf16, which takes subnormal numbers for zero: those go the long way */
+#define AVX512BF16 \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,fma,f16c,prefer-vector-width=512")))
+#define SUBNORMAL 0x20
+AVX512BF16 EXC_INLINE void store_bf16(char *p, int i, __m512 x, int dtype) {
+    if (dtype != EXC_BF16 || __builtin_expect(_mm512_fpclass_ps_mask(x, SUBNORMAL) != 0, 0)) store_avx512(p, i, x, dtype);
+    else _mm256_storeu_si256((__m256i *)(p + (size_t)i * 2), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#define bf16_rest avx512_rest
+#define V __m512
+#define WIDE 16
+#define GROUP 8
+#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define SET1(x) _mm512_set1_ps(x)
+#define LOADF(p) _mm512_loadu_ps(p)
+#define STOREF(p, v) _mm512_storeu_ps(p, v)
+#define ADD(a, b) _mm512_add_ps(a, b)
+#define SUB(a, b) _mm512_sub_ps(a, b)
+#define MUL(a, b) _mm512_mul_ps(a, b)
+#define LOAD(p, i, dtype) load_avx512(p, i, dtype)
+#define STORE(p, i, v, dtype) store_bf16(p, i, v, dtype)
+#define NAME(x) bf16_##x
+#define TARGET AVX512BF16
+#include "strip.h"
+
 /* columns from `at` on, as a strip of their own */
 static exc_strip narrowed(const exc_strip *s, int64_t at) {
     exc_strip n = *s;
@@ -176,6 +204,7 @@ typedef void (*sweep_fn)(const exc_strip *s, enum sweep what);
 static sweep_fn sweep_for(void) {
 #if defined(__x86_64__)
     enum exc_isa level = exc_isa_level();
+    if (level >= EXC_ISA_AVX512BF16) return bf16_strip;
     if (level >= EXC_ISA_AVX512) return avx512_strip;
     if (level >= EXC_ISA_AVX2) return avx2_strip;
 #endif
@@ -197,6 +226,7 @@ typedef struct job {
     int64_t first;          /* matrix of task 0 */
     int64_t strips, across; /* strips of a matrix, and columns (rows for EXC_SIDE_IN) of one */
     int64_t along, whole;   /* sizes of W along R and across */
+    int64_t total, per_task; /* strips of a round; strips of a task, one after the other */
     tally *sums;            /* [matrices of a round, strips] */
     float *shared;          /* [rank, cols]: c of the matrix whose rows are rescaled */
 } job;
@@ -266,13 +296,18 @@ static void copy_strip(const exc_strip *s, size_t size) {
         memcpy(s->dst + (size_t)h * s->dst_stride, s->src + (size_t)h * s->src_stride, (size_t)s->cols * size);
 }
 
-static void out_run(void *arg, size_t task, int worker) {
-    const job *j = arg;
+/* where strip `index` of the round begins */
+static const char *strip_begin(const job *j, int64_t index) {
+    return (const char *)j->a->src[j->first + index / j->strips] + (size_t)(index % j->strips * j->across) * j->size;
+}
+
+static void out_strip(const job *j, int64_t index, int64_t last, int fetched, room *m) {
     const struct exc_project_args *a = j->a;
-    room *m = (room *)((char *)j->q->scratch[worker] + CARVED);
-    int64_t matrix = j->first + (int64_t)task / j->strips, at = (int64_t)task % j->strips * j->across;
-    tally *t = &j->sums[task];
+    int64_t matrix = j->first + index / j->strips, at = index % j->strips * j->across;
+    tally *t = &j->sums[index];
     exc_strip s = strip_of(j, matrix, m);
+    s.next = index + 1 < last ? strip_begin(j, index + 1) : NULL;
+    s.fetched = fetched;
     s.cols = exc_least(j->across, j->whole - at);
     s.src = (const char *)a->src[matrix] + (size_t)at * j->size;
     s.dst = (char *)a->dst[matrix] + (size_t)at * j->size;
@@ -294,6 +329,16 @@ static void out_run(void *arg, size_t task, int worker) {
     }
     if (a->before) t->before = square_sum(m->c, s.rank, s.cols);
     keep_c(j, matrix, at, s.cols, m);
+}
+
+static void out_run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->total);
+    int fetched = 0;
+    for (int64_t i = first; i < last; i++) {
+        out_strip(j, i, last, fetched, (room *)((char *)j->q->scratch[worker] + CARVED));
+        fetched = j->a->strength[j->first + i / j->strips] != 0.0f; /* an update has asked for the next one */
+    }
 }
 
 /* rows of W <-> columns of an f32 tile [along, TURNED] */
@@ -458,6 +503,7 @@ static exc_status row_norms(job *j) {
     j->sums = (tally *)((char *)j->q->scratch[0] + half);
     j->shared = (float *)((char *)j->q->scratch[0] + CARVED + own);
     for (j->first = 0; j->first < a->count; j->first++) {
+        j->total = j->strips, j->per_task = 1;
         if (a->strength[j->first] == 0.0f) {
             j->q->parallel(j->q, (size_t)j->strips, out_run, j);
             collect(j, 1);
@@ -491,7 +537,9 @@ exc_status exc_cpu_project(exc_queue *q, const struct exc_project_args *a) {
     if (at_once < 1 && a->count > 0) return EXC_ERR_USAGE;
     for (j.first = 0; j.first < a->count; j.first += at_once) {
         int64_t n = exc_least(at_once, a->count - j.first);
-        q->parallel(q, (size_t)(n * j.strips), out ? out_run : in_run, &j);
+        j.total = n * j.strips;
+        j.per_task = out && j.total > TASKS ? (j.total + TASKS - 1) / TASKS : 1;
+        q->parallel(q, exc_task_count(j.total, j.per_task), out ? out_run : in_run, &j);
         collect(&j, n);
     }
     return EXC_OK;

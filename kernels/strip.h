@@ -31,7 +31,7 @@ TARGET EXC_INLINE void NAME(dots)(const exc_strip *s, const char *w, size_t stri
             _Pragma("GCC unroll 8") for (int v = 0; v < n; v++) p[r][v] = SET1(0.0f);
         for (int64_t h = first; h < last; h++) {
             const char *row = w + (size_t)h * stride;
-            for (int at = 0; at < n * WIDE * (dtype == EXC_F32 ? 4 : 2); at += 64)
+            for (int at = 0; !s->fetched && at < n * WIDE * (dtype == EXC_F32 ? 4 : 2); at += 64)
                 __builtin_prefetch(row + AHEAD * stride + at, 0, 2);
             V k[RANKS];
             _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) k[r] = SET1(basis[r * s->rows + h]);
@@ -48,7 +48,8 @@ TARGET EXC_INLINE void NAME(dots)(const exc_strip *s, const char *w, size_t stri
 }
 
 /* dst = gain * (w - sum of (strength * basis) c); gain NULL: 1. The sum starts at +0 and is subtracted at the end, so that
- * w - 0 keeps every bit of w, the sign of zero too. */
+ * w - 0 keeps every bit of w, the sign of zero too. Rows of the next strip are asked for meanwhile: its first sweep would wait
+ * for memory while nothing is written, and this one leaves memory idle while it computes. */
 TARGET EXC_INLINE void NAME(update)(const exc_strip *s, const char *w, char *dst, const float *c, const float *gain, int ranks,
                                     int n, int dtype, int count) {
     V held[RANKS][GROUP], g[GROUP];
@@ -58,10 +59,12 @@ TARGET EXC_INLINE void NAME(update)(const exc_strip *s, const char *w, char *dst
     for (int v = 0; v < n; v++) g[v] = gain ? LOADF(gain + v * WIDE) : SET1(1.0f);
     const float neg = s->strength;
     size_t bytes = (size_t)n * WIDE * (dtype == EXC_F32 ? 4 : 2);
+    const char *next = s->next ? s->next + (w - s->src) : NULL;
     for (int64_t h = 0; h < s->rows; h++) {
         const char *from = w + (size_t)h * s->src_stride;
         char *to = dst + (size_t)h * s->dst_stride, old[STRIP * 4];
         V k[RANKS];
+        for (size_t at = 0; next && at < bytes; at += 64) __builtin_prefetch(next + (size_t)h * s->src_stride + at, 0, 2);
         if (count) memcpy(old, from, bytes);
         if (small)
             _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) k[r] = SET1(neg * s->basis[r * s->rows + h]);

@@ -198,6 +198,48 @@ static void project_everywhere(void **state) {
     one_edit(&(edit){EXC_BF16, EXC_SIDE_OUT, EXC_NORM_NONE, 130, 40, 64, 1.0f});
 }
 
+/* the fast path for plain bf16 edits: as when sums are asked for, which it leaves to the general path; NaN and huge values too */
+static void plain_edits_agree(void **state) {
+    (void)state;
+    static const int64_t shapes[][2] = {{1, 128}, {63, 128}, {129, 384}, {200, 256}, {127, 130}};
+    for (int s = 0; s < 5; s++)
+        for (int64_t rank = 1; rank <= 4 && rank <= shapes[s][0]; rank++)
+            for (int bad = 0; bad < 2; bad++) {
+                enum { N = 5 };
+                int64_t rows = shapes[s][0], cols = shapes[s][1], n = rows * cols, changed[N];
+                size_t bytes = (size_t)n * 2;
+                float *basis = orthonormal(rank, rows, 9);
+                const void *src[N], *in_place[N];
+                void *want[N], *out[N], *here[N];
+                for (int i = 0; i < N; i++) {
+                    uint16_t *w = exc_alloc(NULL, bytes, 1, "a test matrix");
+                    want[i] = get(bytes), out[i] = exc_alloc(NULL, bytes, 1, "a test matrix"), here[i] = exc_alloc(NULL, bytes, 1, "a test matrix");
+                    fill(w, EXC_BF16, n, (uint64_t)i);
+                    for (int64_t k = 0; k < n; k += 41) w[k] = (uint16_t)(k % 2 ? 0x8000 : k % 64); /* -0, subnormal */
+                    if (bad && i % 2) w[n / 2] = 0x7f81, w[n / 3] = 0xff80, w[n - 1] = 0x7f7f, w[0] = 0x7f7f;
+                    memcpy(here[i], w, bytes);
+                    src[i] = w, in_place[i] = here[i];
+                }
+                struct exc_project_args a = {.src = src, .dst = want, .dtype = EXC_BF16, .count = N, .rows = rows, .cols = cols,
+                                             .basis = basis, .rank = rank, .strength = (float[]){1, 0.5f, -1, 2, 1}, .changed = changed};
+                assert_int_equal(exc_cpu_project(&ctx_of(1)->queue, &a), EXC_OK);
+                a.changed = NULL;
+                for (int threads = 1; threads <= 3; threads += 2) {
+                    a.src = src, a.dst = out;
+                    assert_int_equal(exc_cpu_project(&ctx_of(threads)->queue, &a), EXC_OK);
+                    for (int i = 0; i < N; i++) assert_memory_equal(out[i], want[i], bytes);
+                }
+                a.src = in_place, a.dst = here;
+                assert_int_equal(exc_cpu_project(&ctx_of(2)->queue, &a), EXC_OK);
+                for (int i = 0; i < N; i++) {
+                    assert_memory_equal(here[i], want[i], bytes);
+                    guarded(want[i], bytes);
+                    free(want[i]), exc_release(out[i]), exc_release(here[i]), exc_release((void *)src[i]);
+                }
+                free(basis);
+            }
+}
+
 static void project_edges(void **state) {
     (void)state;
     enum { H = 70, I = 40 };
@@ -460,6 +502,7 @@ static void stream_checks_and_edits(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(project_everywhere),     cmocka_unit_test(project_edges),
+        cmocka_unit_test(plain_edits_agree),
         cmocka_unit_test(gram_is_exact),          cmocka_unit_test(subspace_meets_jacobi),
         cmocka_unit_test(planted_shift_is_found), cmocka_unit_test(contrast_counts_prompts),
         cmocka_unit_test(stream_checks_and_edits),

@@ -1,9 +1,10 @@
 /* subspace.c - leading right singular vectors of uncentred samples, one subspace a layer.
  *
  * Where one side is small its Gram matrix is diagonalised (Jacobi, f64). Otherwise blocks of k + 8 or more vectors are multiplied
- * by X^T X again and again: first in f32, which costs a sweep over the samples at the speed of FMA, then in f64 until
- * the residual, divided by the gap behind the k-th value, promises an angle below 1e-7. Every sweep ends in Rayleigh-Ritz in
- * f64, so what is judged is what is returned. A layer is a task: its bits depend on nothing but its samples. */
+ * by X^T X again and again: first in f32 with every eighth sample, then in f32 with all, which costs a sweep over the samples at
+ * the speed of FMA, then in f64, and once more in f32 for what changed since, until the residuals, each divided by its gap
+ * to the values behind the k-th, promise an angle below 5e-7. Every sweep ends in Rayleigh-Ritz in f64, so what is judged is
+ * what is returned. A layer is a task: its bits depend on nothing but its samples. */
 #include <math.h>
 #include <string.h>
 
@@ -14,8 +15,11 @@
 #define DIRECT 96        /* a side up to this is diagonalised */
 #define COARSE_SWEEPS 24
 #define FINE_SWEEPS 100
-#define COARSE 1e-5      /* residual where f32 has done its part */
-#define ANGLE 1e-7
+#define COARSE 1e-5
+#define ANGLE 5e-7         /* bound of the angle that ends it: half of what the op promises */
+#define CLOSE 1e-3        /* angle below which f32 may correct what f64 has found */
+#define THIN 8             /* the first sweeps see one sample in so many */
+#define THIN_SWEEPS 3
 #define NUMERICAL_RANK 3e-7 /* singular values below this share of the largest are rounding of the f32 samples */
 
 #define V float
@@ -279,8 +283,12 @@ static void random_start(layer *l, int64_t index) {
 }
 
 /* Rayleigh-Ritz of q and z = A q: both are turned to the Ritz vectors, values descend. Returns the worst residual of the
- * leading `rank` pairs, relative to the first value. */
-static double ritz(layer *l) {
+ * leading `rank` pairs, relative to the first value.
+ *
+ * angle: A bound of the sine of the angle to the exact subspace. With P the projector on the exact complement, whose values are at
+ * most s, |P (A - t) q| >= (t - s) |P q|: so vector i is off by at most its residual over the gap t_i - s, and the subspace by
+ * the root of their squares. s is taken as the Ritz value behind the last. */
+static double ritz(layer *l, double *angle) {
     int64_t n = l->a->width, m = l->count;
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j <= i; j++)
@@ -290,13 +298,16 @@ static double ritz(layer *l) {
     memcpy(l->q, l->turned, (size_t)(m * n) * sizeof *l->q);
     combine(l->u, l->z, m, n, l->turned);
     memcpy(l->z, l->turned, (size_t)(m * n) * sizeof *l->q);
-    double worst = 0;
+    double worst = 0, off = 0;
     for (int64_t i = 0; i < l->a->rank; i++) {
         memcpy(l->turned, l->z + i * n, (size_t)n * sizeof *l->q);
         add_for()(l->turned, -l->value[i], l->q + i * n, n);
         double r = sqrt(dot(l->turned, l->turned, n));
+        double gap = l->value[i] - l->value[l->a->rank];
         if (!(r <= worst)) worst = r;
+        if (r > 0) off += gap > 0 ? r / gap * (r / gap) : INFINITY;
     }
+    *angle = sqrt(off);
     return l->value[0] > 0 ? worst / l->value[0] : worst > 0 ? NAN : 0;
 }
 
@@ -306,44 +317,71 @@ static void advance(layer *l) {
     orthonormalise(l->q, l->count, l->a->width);
 }
 
-static double coarse_sweep(layer *l) {
+/* one sample in `thin` */
+static double coarse_sweep(layer *l, int64_t thin, double *angle) {
     int64_t n = l->a->width, m = l->count;
     for (int64_t i = 0; i < m; i++)
         for (int64_t k = 0; k < n; k++) l->v[k * m + i] = (float)l->q[i * n + k];
-    coarse_for()(l->x, l->a->row_stride, l->a->samples, n, l->v, l->y, m);
+    coarse_for()(l->x, thin * l->a->row_stride, l->a->samples / thin, n, l->v, l->y, m);
     for (int64_t i = 0; i < m; i++)
         for (int64_t k = 0; k < n; k++) l->z[i * n + k] = (double)l->y[k * m + i];
-    return ritz(l);
+    return ritz(l, angle);
 }
 
-static double fine_sweep(layer *l) {
+static double fine_sweep(layer *l, double *angle) {
     int64_t n = l->a->width, m = l->count;
     for (int64_t i = 0; i < m; i++)
         for (int64_t k = 0; k < n; k++) l->wide[k * m + i] = l->q[i * n + k];
     fine_for()(l->x, l->a->row_stride, l->a->samples, n, l->wide, l->image, m);
     for (int64_t i = 0; i < m; i++)
         for (int64_t k = 0; k < n; k++) l->z[i * n + k] = l->image[k * m + i];
-    return ritz(l);
+    return ritz(l, angle);
 }
 
-/* Powers until the residual is small against the gap behind the k-th value; returns the residual. Samples beyond what f32 can
- * square (sums overflow or vanish) start over in f64. */
+/* The next power and its image at the price of an f32 sweep, where q and z = A q are known to f64: with q' the orthonormal basis
+ * of z, C = q' q^T and D = q' - C q, A q' = C z + A D. Close to the end D is small, and f32 rounds A D alone. */
+static double correcting_sweep(layer *l, double *angle) {
+    int64_t n = l->a->width, m = l->count;
+    double *next = l->wide, *shared = l->image; /* [count, width] here */
+    memcpy(next, l->z, (size_t)(m * n) * sizeof *next);
+    orthonormalise(next, m, n);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t j = 0; j < m; j++) l->u[i * m + j] = dot(next + i * n, l->q + j * n, n);
+    combine(l->u, l->q, m, n, shared);
+    combine(l->u, l->z, m, n, l->turned);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t k = 0; k < n; k++) l->v[k * m + i] = (float)(next[i * n + k] - shared[i * n + k]);
+    coarse_for()(l->x, l->a->row_stride, l->a->samples, n, l->v, l->y, m);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t k = 0; k < n; k++) l->z[i * n + k] = l->turned[i * n + k] + (double)l->y[k * m + i];
+    memcpy(l->q, next, (size_t)(m * n) * sizeof *l->q);
+    return ritz(l, angle);
+}
+
+/* Powers until the angle is small; returns the residual. Samples beyond what f32 can square (sums overflow or vanish) start
+ * over in f64. */
 static double iterate(layer *l, int64_t index) {
     random_start(l, index);
-    double residual = 1;
-    int fits = 1;
-    for (int i = 0; i < COARSE_SWEEPS && fits && residual > COARSE; i++) {
+    double residual = 1, angle = 1;
+    int fits = 1, thinned = l->a->samples / THIN >= 4 * l->count ? THIN_SWEEPS : 0;
+    for (int i = 0; i < thinned && fits; i++) {
+        residual = coarse_sweep(l, THIN, &angle);
+        fits = isfinite(residual) && l->value[0] > 1e-25;
+        if (fits) advance(l);
+    }
+    residual = angle = 1;
+    for (int i = 0; i < COARSE_SWEEPS && fits && residual > COARSE && angle > ANGLE; i++) {
         if (i) advance(l);
-        residual = coarse_sweep(l);
+        residual = coarse_sweep(l, 1, &angle);
         fits = isfinite(residual) && l->value[0] > 1e-25;
     }
     if (fits) advance(l);
     else random_start(l, index);
     for (int i = 0; i < FINE_SWEEPS; i++) {
         if (i) advance(l);
-        residual = fine_sweep(l);
-        double gap = l->value[0] > 0 ? (l->value[l->a->rank - 1] - l->value[l->a->rank]) / l->value[0] : 0;
-        if (!(residual > ANGLE * gap) || residual < 1e-14) break;
+        residual = fine_sweep(l, &angle);
+        if (fits && angle > ANGLE && angle < CLOSE) residual = correcting_sweep(l, &angle);
+        if (!(angle > ANGLE) || residual < 1e-14) break;
     }
     return residual;
 }

@@ -367,8 +367,8 @@ static exc_status find(exc_ctx *ctx, const float *x, int64_t layers, int64_t n, 
 
 static void subspace_meets_jacobi(void **state) {
     (void)state;
-    static const int64_t shapes[][3] = {{20, 31, 3}, {150, 33, 4}, {170, 110, 3}, {130, 127, 8}, {1, 5, 2}, {7, 40, 7}};
-    for (int s = 0; s < 6; s++) {
+    static const int64_t shapes[][3] = {{20, 31, 3}, {150, 33, 4}, {170, 110, 3}, {130, 127, 8}, {600, 101, 3}, {1, 5, 2}, {7, 40, 7}};
+    for (int s = 0; s < 7; s++) {
         int64_t n = shapes[s][0], d = shapes[s][1], rank = shapes[s][2], real = rank < n ? rank : n;
         float *x = get((size_t)(2 * n * d) * sizeof *x), *dirs = orthonormal(rank, d, 77), *first = NULL;
         for (int64_t i = 0; i < 2 * n; i++)

@@ -39,11 +39,19 @@ check "empty prompts" 3 "empty.txt" $excise generate $demo --prompts "$out/empty
 printf 'fine\nbad \xff byte\n' >"$out/bad.txt"
 check "bad UTF-8 names the line" 3 "bad.txt:2" $excise generate $demo --prompts "$out/bad.txt" -o "$out/g.jsonl"
 head -8 $demo/prompts/decline.txt >"$out/t.txt"; head -8 $demo/prompts/comply.txt >"$out/b.txt"
+printf 'fine\nbad \0 byte\n' >"$out/nul.txt"
+check "a NUL byte names the line" 3 "nul.txt:2" $excise generate $demo --prompts "$out/nul.txt" -o "$out/g.jsonl"
 check "generate" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" -q
 check "output exists" 2 "--force" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl"
 check "--force" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" --force
 check "forward" 0 "" $excise forward $demo --prompts "$out/t.txt" --emit logits,hidden,routing --generate 4 -o "$out/f.safetensors"
 check "capture" 0 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" --decode 4 -o "$out/s.safetensors"
+check "an output that exists is told before the work" 2 "--force" timeout 20 $excise capture $demo --target "$out/none.txt" --baseline "$out/b.txt" -o "$out/s.safetensors"
+check "an output in no folder" 1 "its folder" $excise capture $demo --target "$out/none.txt" --baseline "$out/b.txt" -o "$out/no/s"
+check "a folder where a file should go" 2 "found a folder" $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" -o "$out" --force
+check "a folder where replies should go" 2 "found a folder" $excise generate $demo --prompts "$out/t.txt" -o "$out" --force
+check "help to a full disk" 1 "write failed" bash -c "exec $excise -h >/dev/full"
+check "results to a full disk" 1 "write failed" bash -c "exec $excise inspect $demo >/dev/full"
 check "sets that are equal" 3 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/t.txt" -o "$out/s2.safetensors"
 check "contrast" 0 "" $excise contrast "$out/s.safetensors" -o "$out/e.csv"
 check "directions" 0 "" $excise directions "$out/s.safetensors" -o "$out/d.safetensors"

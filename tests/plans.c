@@ -458,6 +458,16 @@ static void not_finite(void **state) {
     free(dir);
     free(apply_to_new(&b, other, NULL, NULL)); /* not its tensor */
     exc_plan_free(p);
+    static const char *const late[] = {"{\"op\":\"mask\",\"role\":\"expert_down\",\"experts\":[0]}",
+                                       "{\"op\":\"project\",\"role\":\"expert_down\",\"experts\":[0]}"};
+    for (int i = 0; i < 2; i++) { /* a first edit that leaves the tensor alone hides nothing from the second */
+        char edits[200];
+        snprintf(edits, sizeof edits, "%s,{\"op\":\"project\",\"role\":\"expert_down\",\"experts\":[4]}", late[i]);
+        p = plan_of(&b, edits);
+        out = test_path(test_tmpdir(), "out");
+        test_refused(ctx, exc_apply(ctx, b.dir, p, out, NULL, NULL), EXC_ERR_NUMERIC, "experts.4.down_proj", "[0,5]", NULL);
+        exc_plan_free(p);
+    }
     exc_plan_free(other);
     drop(&b);
     b = make("F16", NULL);

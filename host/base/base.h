@@ -80,6 +80,7 @@ exc_status exc_read_file(exc_ctx *ctx, const char *path, size_t limit, char **da
 /* writes PATH.partial-<pid>, fsync, rename, fsync of the folder; refuses an existing path unless force */
 exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force);
 exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force); /* EXC_ERR_USAGE when it exists and !force */
+exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force);   /* the same, or when a folder stands there */
 exc_status exc_path_join(exc_ctx *ctx, const char *dir, const char *name, char **out);
 exc_status exc_fsync_dir(exc_ctx *ctx, const char *dir);
 bool exc_utf8_valid(const char *s, size_t n, size_t *bad_at);

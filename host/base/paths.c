@@ -58,6 +58,14 @@ exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force)
     return exc_fail(ctx, EXC_ERR_USAGE, "%s: output exists; nothing is overwritten without --force", path);
 }
 
+exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force)
+{
+    struct stat sb;
+    EXC_TRY(exc_check_output(ctx, path, force));
+    if (lstat(path, &sb) || !S_ISDIR(sb.st_mode)) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_USAGE, "%s: expected a file to overwrite, found a folder", path);
+}
+
 exc_status exc_fsync_dir(exc_ctx *ctx, const char *dir)
 {
     int fd = open(*dir ? dir : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -87,7 +95,7 @@ static exc_status sync_parent(exc_ctx *ctx, const char *path)
 
 exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force)
 {
-    EXC_TRY(exc_check_output(ctx, path, force));
+    EXC_TRY(exc_check_file(ctx, path, force));
     exc_buf name = {0};
     exc_buf_printf(&name, "%s.partial-%ld", path, (long)getpid());
     if (name.failed) {

@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "cli.h"
 
@@ -191,6 +193,25 @@ int cli_begin(cli *c, const cli_option *options, int least, int most)
     if (st == EXC_OK) return 0;
     c->code = cli_done(c, st);
     return 1;
+}
+
+/* The library asks again when it writes; this saves hours of work for nothing. */
+int cli_output(cli *c, const char *path)
+{
+    struct stat sb;
+    if (!lstat(path, &sb)) {
+        if (c->force && !S_ISDIR(sb.st_mode)) return 0;
+        fprintf(stderr, "excise %s: %s: %s\n", c->verb->name, path,
+                c->force ? "expected a file to overwrite, found a folder" : "output exists; nothing is overwritten without --force");
+        return c->code = 2;
+    }
+    const char *slash = strrchr(path, '/');
+    char *folder = slash ? strndup(path, (size_t)(slash - path) + 1) : NULL;
+    int absent = folder && access(folder, W_OK | X_OK) ? errno : 0;
+    free(folder);
+    if (!absent) return 0;
+    fprintf(stderr, "excise %s: %s: its folder: %s\n", c->verb->name, path, strerror(absent));
+    return c->code = 1;
 }
 
 int cli_done(cli *c, exc_status st)

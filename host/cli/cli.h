@@ -42,6 +42,7 @@ extern const cli_verb cli_verbs[]; /* main.c, ends with name NULL */
  * 0: go on; else return c->code (help shown, or wrong usage reported). */
 int cli_begin(cli *c, const cli_option *options, int least, int most);
 int cli_usage(cli *c, const char *fmt, ...) __attribute__((format(printf, 2, 3))); /* one line, exit code 2 */
+int cli_output(cli *c, const char *path); /* 0 where a file may be written: told before the work, not after it */
 int cli_done(cli *c, exc_status st);    /* reports a failure; the exit code */
 /* ends with cli_done; shows and frees json when the call succeeded */
 int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *));

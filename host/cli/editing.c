@@ -23,6 +23,7 @@ int verb_plan(cli *c)
         CLI_END};
     if (cli_begin(c, options, 3, 3)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
+    if (cli_output(c, out)) return c->code;
     char *relative = cli_relative(c->rest[2], out);
     po.directions = relative;
     exc_stats *stats = NULL;

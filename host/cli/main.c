@@ -34,12 +34,19 @@ static void help(FILE *out)
     fprintf(out, "\nExit: 0 done, 1 failed, 2 wrong usage, 3 input refused, 130 interrupted (run the same command again).\n");
 }
 
+static int lost_stdout(void)
+{
+    fprintf(stderr, "excise: stdout: write failed\n");
+    return 1;
+}
+
 int main(int argc, char **argv)
 {
     setlocale(LC_ALL, "C"); /* numbers in files never depend on a locale */
     const char *name = argc > 1 ? argv[1] : NULL;
     if (!name || !strcmp(name, "-h") || !strcmp(name, "--help") || !strcmp(name, "help")) {
         help(name ? stdout : stderr);
+        if (name && (fflush(stdout) || ferror(stdout))) return lost_stdout();
         return name ? 0 : 2;
     }
     if (!strcmp(name, "--version")) name = "version";
@@ -49,10 +56,7 @@ int main(int argc, char **argv)
         cli_catch_signals();
         int code = v->run(&c);
         exc_ctx_free(c.ctx);
-        if (fflush(stdout) || ferror(stdout)) {
-            fprintf(stderr, "excise: stdout: write failed\n");
-            return code ? code : 1;
-        }
+        if (fflush(stdout) || ferror(stdout)) return lost_stdout(), code ? code : 1;
         return code;
     }
     fprintf(stderr, "excise: unknown verb %s; excise -h lists them\n", name);

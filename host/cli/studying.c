@@ -52,6 +52,7 @@ int verb_capture(cli *c)
         CLI_PROMPTS(po), CLI_LENS(m), CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!target || !baseline || !out) return cli_usage(c, "expected --target FILE, --baseline FILE and -o FILE");
+    if (cli_output(c, out)) return c->code;
     exc_prompts *t = NULL, *b = NULL;
     exc_stats *stats = NULL;
     char *json = NULL;
@@ -76,6 +77,7 @@ int verb_merge(cli *c)
         {"-o", CLI_TEXT, &out, "FILE", "stats to write: the sum of all inputs"}, CLI_END};
     if (cli_begin(c, options, 1, 1 << 20)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
+    if (cli_output(c, out)) return c->code;
     exc_stats *sum = NULL;
     exc_status st = exc_stats_load(c->ctx, c->rest[0], &sum);
     for (int i = 1; i < c->n_rest && st == EXC_OK; i++) {
@@ -134,6 +136,7 @@ int verb_directions(cli *c)
         if (!strcmp(method, names[i])) found = i;
     if (found < 0) return cli_usage(c, "--method: expected mean, projected, svd or whitened, found %s", method);
     opt.method = (exc_method)found;
+    if (cli_output(c, out)) return c->code;
     exc_stats *stats = NULL;
     exc_dirs *dirs = NULL;
     char *json = NULL;

@@ -51,8 +51,10 @@ static bool next_line(const char *data, size_t n, size_t *at, line *l) {
     return false;
 }
 
-static exc_status check_utf8(exc_ctx *ctx, const char *path, const line *l) {
+static exc_status check_text(exc_ctx *ctx, const char *path, const line *l) {
     size_t bad;
+    if (memchr(l->s, 0, l->n))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s:%zu: expected text, found a NUL byte", path, l->number);
     if (exc_utf8_valid(l->s, l->n, &bad)) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_INPUT, "%s:%zu: expected UTF-8 text, found byte %s at column %zu", path,
                     l->number, exc_show(l->s + bad, 1), bad + 1);
@@ -65,9 +67,7 @@ static exc_status read_text_file(exc_ctx *ctx, const char *path, char **data, si
 }
 
 static exc_status take_line(exc_ctx *ctx, const char *path, const line *l, char **out) {
-    EXC_TRY(check_utf8(ctx, path, l));
-    if (memchr(l->s, 0, l->n))
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s:%zu: expected text, found a NUL byte", path, l->number);
+    EXC_TRY(check_text(ctx, path, l));
     *out = exc_alloc(ctx, l->n + 1, 1, "line");
     if (!*out) return EXC_ERR_MEMORY;
     memcpy(*out, l->s, l->n);
@@ -270,7 +270,7 @@ static exc_status line_name(exc_ctx *ctx, const char *path, size_t number, exc_b
 static exc_status put_line(gathering *g, const line *l, const char *what) {
     size_t before = g->ids.len;
     int64_t begin = (int64_t)before;
-    EXC_TRY(check_utf8(g->s->ctx, g->path, l));
+    EXC_TRY(check_text(g->s->ctx, g->path, l));
     exc_buf_put(&g->begins, &begin, sizeof begin);
     if (is_jsonl(g->path)) {
         json_t *o;
@@ -440,7 +440,7 @@ static exc_status tokenize_lines(source *s, const char *path, const char *data, 
         json_t *o = NULL;
         ids.len = 0;
         EXC_GOTO(done, line_name(s->ctx, path, l.number, &what));
-        EXC_GOTO(done, check_utf8(s->ctx, path, &l));
+        EXC_GOTO(done, check_text(s->ctx, path, &l));
         EXC_GOTO(done, exc_json_parse_text(s->ctx, what.data, l.s, l.n, &o));
         st = tokenize_object(s, what.data, o, chat, &ids);
         json_decref(o);
@@ -462,7 +462,7 @@ exc_status exc_tokenize(exc_ctx *ctx, const char *model_dir, const char *in, con
     size_t n = 0, start = 0;
     exc_buf lines = {0};
     exc_clear(ctx);
-    EXC_TRY(exc_check_output(ctx, out, force));
+    EXC_TRY(exc_check_file(ctx, out, force));
     exc_status st = exc_tokenizer_load(ctx, model_dir, &t);
     source s = {.ctx = ctx, .opt = &opt, .dir = model_dir, .t = t};
     if (st == EXC_OK) st = read_text_file(ctx, in, &data, &n, &start);

@@ -45,7 +45,7 @@ static const char *shown(const char *name) { return exc_show(name, strlen(name))
 
 static exc_status start(exc_writer *w, const char *path) {
     exc_ctx *ctx = w->ctx;
-    EXC_TRY(exc_check_output(ctx, path, w->force));
+    EXC_TRY(exc_check_file(ctx, path, w->force));
     if (!(w->path = exc_strdup(ctx, path))) return EXC_ERR_MEMORY;
     size_t n = strlen(path) + 32;
     if (!(w->temporary = exc_alloc(ctx, n, 1, "path"))) return EXC_ERR_MEMORY;

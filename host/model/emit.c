@@ -246,7 +246,7 @@ static exc_status run_generate(exc_ctx *ctx, exc_model *m, const exc_prompts *p,
                     .batch = opt->batch,
                     .step = "generate"};
     exc_status st;
-    EXC_GOTO(done, exc_check_output(ctx, out, opt->force));
+    EXC_GOTO(done, exc_check_file(ctx, out, opt->force));
     EXC_GOTO(done, maybe_tokenizer(ctx, m, &t));
     EXC_GOTO(done, exc_decode_run(ctx, m, p, &d, &replies));
     for (int64_t i = 0; i < p->count; i++) {

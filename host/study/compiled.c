@@ -363,21 +363,26 @@ static exc_status run_op(call *k) {
                                                            .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite});
 }
 
-static void add_effects(const call *k, bool first, exc_effect *effects) {
+/* NaN and infinity are counted where a step first meets them: earlier steps may have left this weight alone, and later ones
+ * see what the first one spread, or what overflowed. */
+static void add_effects(const call *k, exc_effect *effects) {
     const exc_edit_step *s = k->s;
     size_t m = s->rows ? (size_t)s->n_amount : 1;
-    for (size_t i = 0; i < k->n; i++) {
-        exc_effect *e = &effects[i / m];
-        if (k->amount[i] == (s->scales ? 1 : 0)) continue;
-        e->changed += k->changed[i];
-        if (first) e->nonfinite += k->nonfinite[i];
-        if (s->scales) {
-            e->overflow += k->overflow[i];
-            continue;
+    for (size_t at = 0; at < k->n; at += m) {
+        exc_effect *e = &effects[at / m];
+        bool fresh = !e->nonfinite && !e->overflow;
+        for (size_t i = at; i < at + m; i++) {
+            if (k->amount[i] == (s->scales ? 1 : 0)) continue;
+            e->changed += k->changed[i];
+            if (fresh) e->nonfinite += k->nonfinite[i];
+            if (s->scales) {
+                e->overflow += k->overflow[i];
+                continue;
+            }
+            e->before += k->before[i];
+            e->after += k->after[i];
+            if (isfinite(k->before[i]) && !isfinite(k->after[i])) e->overflow++;
         }
-        e->before += k->before[i];
-        e->after += k->after[i];
-        if (isfinite(k->before[i]) && !isfinite(k->after[i])) e->overflow++;
     }
 }
 
@@ -404,7 +409,7 @@ exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_wei
         list_matrices(&k, first ? src : (const void *const *)dst, dst);
         st = run_op(&k);
         if (st != EXC_OK) st = exc_fail(ctx, st, "%s: op %s refused its arguments", w[0]->tensor->name, s->scales ? "scale" : "project");
-        else add_effects(&k, first, effects);
+        else add_effects(&k, effects);
         first = false;
     }
     for (size_t i = 0; i < count && first && st == EXC_OK; i++)

@@ -408,7 +408,7 @@ static exc_status page(exc_ctx *ctx, const json_t *r, const char *dir, exc_buf *
 exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, int force) {
     if (!ctx || !run_dir || !out_html) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_check_output(ctx, out_html, force != 0));
+    EXC_TRY(exc_check_file(ctx, out_html, force != 0));
     char *path = NULL;
     json_t *r = NULL;
     exc_buf b = {0};

@@ -451,7 +451,7 @@ exc_status exc_contrast(exc_ctx *ctx, const exc_stats *stats, const exc_dirs *di
     if (!stats || !out) return exc_fail(ctx, EXC_ERR_USAGE, "contrast: expected stats and a path to write");
     if (!ends_with(out, ".csv") && !ends_with(out, ".jsonl"))
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: expected a name that ends in .csv or .jsonl", out);
-    EXC_TRY(exc_check_output(ctx, out, force != 0));
+    EXC_TRY(exc_check_file(ctx, out, force != 0));
     EXC_TRY(read_choices(ctx, options, &c));
     EXC_TRY(exc_experts_make(ctx, stats, dirs, options, &t));
     explain(ctx, stats, dirs);

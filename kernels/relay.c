@@ -1,4 +1,4 @@
-/* relay.c - the common edit at the speed of memory: bf16 in either place, R on the rows, rank 1..3, no sums asked for.
+/* relay.c - the common edit at the speed of memory: bf16 in either place, R on the rows, rank 1..8, no sums asked for.
  *
  * A strip of 128 columns needs two sweeps, R W and then the subtraction, and strided rows of a power of two crowd a few sets of
  * the second-level cache: the strip is gone when the second sweep comes. So the first sweep also copies the strip to a dense
@@ -20,7 +20,8 @@
 #include <immintrin.h>
 
 #define CHUNK 64    /* rows of one partial sum of the canonical tree */
-#define RANKS 3
+#define RANKS 3     /* directions whose sums share registers */
+#define MOST_RANK 8
 #define STRIP 128   /* columns */
 #define LINES 4     /* 64-byte vectors of a row of the strip */
 #define HALVES (2 * LINES)
@@ -34,7 +35,7 @@ typedef struct runner {
     uint16_t *dst;
     float strength;
     int calm; /* no NaN can come of it */
-    __m512 c[RANKS][HALVES];
+    __m512 c[MOST_RANK][HALVES];
 } runner;
 
 typedef struct relay {
@@ -69,9 +70,22 @@ AVX512 EXC_INLINE void two_sum(__m512 *hi, __m512 *lo, __m512 x) {
     *lo = _mm512_add_ps(*lo, e);
 }
 
-/* One pass over the buffer: `out` leaves it row by row, `in` enters; either may be absent. */
+/* sums of a column become R W */
+AVX512 EXC_INLINE void settle(runner *in, int first, int ranks, __m512 hi[RANKS][HALVES], __m512 lo[RANKS][HALVES]) {
+    __mmask16 ordinary = 0xffff;
+    for (int r = 0; r < ranks; r++)
+        for (int v = 0; v < HALVES; v++) {
+            __m512 c = _mm512_add_ps(hi[r][v], lo[r][v]);
+            in->c[first + r][v] = c;
+            ordinary &= _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_set1_ps(1e30f), _CMP_LT_OQ);
+        }
+    in->calm &= ordinary == 0xffff;
+}
+
+/* One pass over the buffer: `out` leaves it row by row with `all` directions, `in` enters and meets the first `ranks`; either may
+ * be absent. */
 AVX512 EXC_INLINE void pass(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int leaves,
-                            int enters, int ranks, int calm) {
+                            int enters, int ranks, int all, int calm) {
     __m512 hi[RANKS][HALVES], lo[RANKS][HALVES], p[RANKS][HALVES];
     const size_t stride = (size_t)a->cols;
     for (int r = 0; r < ranks; r++)
@@ -82,17 +96,17 @@ AVX512 EXC_INLINE void pass(const struct exc_project_args *a, __m512i *buffer, c
             _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) p[r][v] = _mm512_setzero_ps();
         for (int64_t h = first; h < last; h++) {
             __m512i *held = buffer + h * LINES;
-            __m512 k[RANKS], ks[RANKS];
-            _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
+            __m512 k[RANKS], ks[MOST_RANK];
+            _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
                 float b = a->basis[r * a->rows + h];
-                if (enters) k[r] = _mm512_set1_ps(b);
+                if (enters && r < ranks) k[r] = _mm512_set1_ps(b);
                 if (leaves) ks[r] = _mm512_set1_ps(out->strength * b);
             }
             _Pragma("GCC unroll 8") for (int g = 0; g < LINES; g++) {
                 if (leaves) {
                     __m512i x = held[g];
                     __m512 d0 = _mm512_setzero_ps(), d1 = _mm512_setzero_ps();
-                    _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
+                    _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
                         d0 = _mm512_fmadd_ps(ks[r], out->c[r][2 * g], d0);
                         d1 = _mm512_fmadd_ps(ks[r], out->c[r][2 * g + 1], d1);
                     }
@@ -115,28 +129,55 @@ AVX512 EXC_INLINE void pass(const struct exc_project_args *a, __m512i *buffer, c
         _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
             _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) two_sum(&hi[r][v], &lo[r][v], p[r][v]);
     }
-    if (!enters) return;
-    __mmask16 ordinary = 0xffff;
-    for (int r = 0; r < ranks; r++)
-        for (int v = 0; v < HALVES; v++) {
-            in->c[r][v] = _mm512_add_ps(hi[r][v], lo[r][v]);
-            ordinary &= _mm512_cmp_ps_mask(_mm512_abs_ps(in->c[r][v]), _mm512_set1_ps(1e30f), _CMP_LT_OQ);
-        }
-    in->calm = ordinary == 0xffff;
+    if (enters) settle(in, 0, ranks, hi, lo);
 }
 
-AVX512 EXC_INLINE void step(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int ranks) {
-    if (!out) pass(a, buffer, out, in, 0, 1, ranks, 1);
-    else if (!in) pass(a, buffer, out, in, 1, 0, ranks, 0);
-    else if (out->calm) pass(a, buffer, out, in, 1, 1, ranks, 1);
-    else pass(a, buffer, out, in, 1, 1, ranks, 0);
+/* further directions of the strip that has entered, from the buffer */
+AVX512 EXC_INLINE void meet(const struct exc_project_args *a, const __m512i *buffer, runner *in, int at, int ranks) {
+    __m512 hi[RANKS][HALVES], lo[RANKS][HALVES], p[RANKS][HALVES];
+    for (int r = 0; r < ranks; r++)
+        for (int v = 0; v < HALVES; v++) hi[r][v] = lo[r][v] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < a->rows; first += CHUNK) {
+        int64_t last = exc_least(first + CHUNK, a->rows);
+        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
+            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) p[r][v] = _mm512_setzero_ps();
+        for (int64_t h = first; h < last; h++) {
+            __m512 k[RANKS];
+            _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) k[r] = _mm512_set1_ps(a->basis[(at + r) * a->rows + h]);
+            _Pragma("GCC unroll 8") for (int g = 0; g < LINES; g++) {
+                __m512i x = buffer[h * LINES + g];
+                _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
+                    p[r][2 * g] = _mm512_fmadd_ps(k[r], even(x), p[r][2 * g]);
+                    p[r][2 * g + 1] = _mm512_fmadd_ps(k[r], odd(x), p[r][2 * g + 1]);
+                }
+            }
+        }
+        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
+            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) two_sum(&hi[r][v], &lo[r][v], p[r][v]);
+    }
+    settle(in, at, ranks, hi, lo);
 }
-AVX512 static void step1(const struct exc_project_args *a, __m512i *b, const runner *out, runner *in) { step(a, b, out, in, 1); }
-AVX512 static void step2(const struct exc_project_args *a, __m512i *b, const runner *out, runner *in) { step(a, b, out, in, 2); }
-AVX512 static void step3(const struct exc_project_args *a, __m512i *b, const runner *out, runner *in) { step(a, b, out, in, 3); }
+
+AVX512 EXC_INLINE void step(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int all) {
+    int ranks = all < RANKS ? all : RANKS;
+    if (!out) pass(a, buffer, out, in, 0, 1, ranks, all, 1);
+    else if (!in) pass(a, buffer, out, in, 1, 0, ranks, all, 0);
+    else if (out->calm) pass(a, buffer, out, in, 1, 1, ranks, all, 1);
+    else pass(a, buffer, out, in, 1, 1, ranks, all, 0);
+    if (!in) return;
+    if (all > 3) meet(a, buffer, in, 3, all < 6 ? all - 3 : 3);
+    if (all > 6) meet(a, buffer, in, 6, all - 6);
+}
+
+typedef void (*step_fn)(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in);
+#define STEP(n)                                                                                                     \
+    AVX512 static void step##n(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in) {  \
+        step(a, buffer, out, in, n);                                                                                \
+    }
+STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8)
 
 AVX512 static void relay_task(void *arg, size_t task, int worker) {
-    static void (*const steps[RANKS])(const struct exc_project_args *, __m512i *, const runner *, runner *) = {step1, step2, step3};
+    static const step_fn steps[MOST_RANK] = {step1, step2, step3, step4, step5, step6, step7, step8};
     const relay *j = arg;
     const struct exc_project_args *a = j->a;
     runner pair[2], *out = NULL, *in = pair;
@@ -146,8 +187,8 @@ AVX512 static void relay_task(void *arg, size_t task, int worker) {
         in->src = (const uint16_t *)a->src[matrix] + at;
         in->dst = (uint16_t *)a->dst[matrix] + at;
         in->strength = a->strength[matrix];
+        in->calm = j->tame;
         steps[a->rank - 1](a, j->q->scratch[worker], out, in);
-        in->calm &= j->tame;
         out = in;
         in = &pair[out == pair];
     }
@@ -166,7 +207,7 @@ static int tame(const struct exc_project_args *a) {
 static int fits(const exc_queue *q, const struct exc_project_args *a) {
     if (exc_isa_level() < EXC_ISA_AVX512 || a->dtype != EXC_BF16 || a->side != EXC_SIDE_OUT) return 0;
     if (a->norm != EXC_NORM_NONE || a->c || a->before || a->after || a->changed || a->nonfinite) return 0;
-    if (a->rank > RANKS || a->cols % STRIP || a->rows > MOST_ROWS) return 0;
+    if (a->rank > MOST_RANK || a->cols % STRIP || a->rows > MOST_ROWS) return 0;
     if ((size_t)a->rows * STRIP * sizeof(uint16_t) > q->scratch_bytes) return 0;
     for (int64_t i = 0; i < a->count; i++)
         if (a->strength[i] == 0.0f || (uintptr_t)a->src[i] % 64 || (uintptr_t)a->dst[i] % 64) return 0;

@@ -87,36 +87,46 @@ AVX512 EXC_INLINE void settle(runner *in, int first, int ranks, __m512 hi[RANKS]
 AVX512 EXC_INLINE void pass(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int leaves,
                             int enters, int ranks, int all, int calm) {
     __m512 hi[RANKS][HALVES], lo[RANKS][HALVES], p[RANKS][HALVES];
+    /* copies, as stores of vectors might otherwise change what they were read from */
     const size_t stride = (size_t)a->cols;
+    const int64_t rows = a->rows;
+    const float *basis = a->basis;
+    const float strength = leaves ? out->strength : 0.0f;
+    const uint16_t *src = enters ? in->src : NULL;
+    uint16_t *dst = leaves ? out->dst : NULL;
+    __m512 few[RANKS][HALVES];
+    for (int r = 0; leaves && all <= RANKS && r < all; r++)
+        for (int v = 0; v < HALVES; v++) few[r][v] = out->c[r][v];
+    const __m512(*c)[HALVES] = leaves && all > RANKS ? out->c : (const __m512(*)[HALVES])few;
     for (int r = 0; r < ranks; r++)
         for (int v = 0; v < HALVES; v++) hi[r][v] = lo[r][v] = _mm512_setzero_ps();
-    for (int64_t first = 0; first < a->rows; first += CHUNK) {
-        int64_t last = exc_least(first + CHUNK, a->rows);
+    for (int64_t first = 0; first < rows; first += CHUNK) {
+        int64_t last = exc_least(first + CHUNK, rows);
         _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
             _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) p[r][v] = _mm512_setzero_ps();
         for (int64_t h = first; h < last; h++) {
             __m512i *held = buffer + h * LINES;
             __m512 k[RANKS], ks[MOST_RANK];
             _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
-                float b = a->basis[r * a->rows + h];
+                float b = basis[r * rows + h];
                 if (enters && r < ranks) k[r] = _mm512_set1_ps(b);
-                if (leaves) ks[r] = _mm512_set1_ps(out->strength * b);
+                if (leaves) ks[r] = _mm512_set1_ps(strength * b);
             }
             _Pragma("GCC unroll 8") for (int g = 0; g < LINES; g++) {
                 if (leaves) {
                     __m512i x = held[g];
                     __m512 d0 = _mm512_setzero_ps(), d1 = _mm512_setzero_ps();
                     _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
-                        d0 = _mm512_fmadd_ps(ks[r], out->c[r][2 * g], d0);
-                        d1 = _mm512_fmadd_ps(ks[r], out->c[r][2 * g + 1], d1);
+                        d0 = _mm512_fmadd_ps(ks[r], c[r][2 * g], d0);
+                        d1 = _mm512_fmadd_ps(ks[r], c[r][2 * g + 1], d1);
                     }
                     x = joined(_mm512_sub_ps(even(x), d0), _mm512_sub_ps(odd(x), d1), calm);
-                    _mm512_stream_si512((__m512i *)(out->dst + (size_t)h * stride) + g, x);
+                    _mm512_stream_si512((__m512i *)(dst + (size_t)h * stride) + g, x);
                 }
                 if (enters) {
-                    const __m512i *from = (const __m512i *)(in->src + (size_t)h * stride) + g;
+                    const __m512i *from = (const __m512i *)(src + (size_t)h * stride) + g;
                     __m512i x = _mm512_load_si512(from);
-                    __builtin_prefetch((const char *)from + AHEAD * stride * sizeof *in->src, 0, 2);
+                    __builtin_prefetch((const char *)from + AHEAD * stride * sizeof *src, 0, 2);
                     held[g] = x;
                     _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
                         p[r][2 * g] = _mm512_fmadd_ps(k[r], even(x), p[r][2 * g]);

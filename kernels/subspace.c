@@ -19,7 +19,7 @@
 #define ANGLE 5e-7         /* bound of the angle that ends it: half of what the op promises */
 #define CLOSE 1e-3        /* angle below which f32 may correct what f64 has found */
 #define THIN 8             /* the first sweeps see one sample in so many */
-#define THIN_SWEEPS 3
+#define THIN_SWEEPS 2
 #define NUMERICAL_RANK 3e-7 /* singular values below this share of the largest are rounding of the f32 samples */
 
 #define V float

@@ -40,6 +40,8 @@ printf 'fine\nbad \xff byte\n' >"$out/bad.txt"
 check "bad UTF-8 names the line" 3 "bad.txt:2" $excise generate $demo --prompts "$out/bad.txt" -o "$out/g.jsonl"
 head -8 $demo/prompts/decline.txt >"$out/t.txt"; head -8 $demo/prompts/comply.txt >"$out/b.txt"
 printf 'fine\nbad \0 byte\n' >"$out/nul.txt"
+printf 'short\n\n' >"$out/long.txt"; printf 'word %.0s' {1..2000} >>"$out/long.txt"
+check "a prompt longer than the context names the line" 3 "long.txt:3: expected at most 512" $excise generate $demo --prompts "$out/long.txt" -o "$out/g.jsonl"
 check "a NUL byte names the line" 3 "nul.txt:2" $excise generate $demo --prompts "$out/nul.txt" -o "$out/g.jsonl"
 check "generate" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" -q
 check "output exists" 2 "--force" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl"

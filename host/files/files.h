@@ -128,6 +128,8 @@ struct exc_prompts {
     char **text;         /* [count] the request as the file has it (NULL for token prompts): for evaluate and reports */
     uint8_t *content;    /* [tokens] 1: text of the user's turn(s); 0: template scaffolding or a special token */
     char hash[33];       /* of the file's bytes */
+    char *path;          /* the file and, [count], the line of each prompt, for messages; NULL for prompts of no file */
+    int64_t *line;
 };
 exc_status exc_prompts_read(exc_ctx *ctx, const exc_tokenizer *t, const exc_chat *chat, const char *path,
                             const exc_prompt_options *opt, exc_prompts **out);

@@ -198,7 +198,7 @@ typedef struct gathering {
     source *s;
     const char *path;
     exc_ids ids;
-    exc_buf content, begins, texts; /* uint8_t, int64_t, char * */
+    exc_buf content, begins, texts, lines; /* uint8_t, int64_t, char *, int64_t */
     int64_t count;
 } gathering;
 
@@ -269,9 +269,10 @@ static exc_status line_name(exc_ctx *ctx, const char *path, size_t number, exc_b
 
 static exc_status put_line(gathering *g, const line *l, const char *what) {
     size_t before = g->ids.len;
-    int64_t begin = (int64_t)before;
+    int64_t begin = (int64_t)before, number = (int64_t)l->number;
     EXC_TRY(check_text(g->s->ctx, g->path, l));
     exc_buf_put(&g->begins, &begin, sizeof begin);
+    exc_buf_put(&g->lines, &number, sizeof number);
     if (is_jsonl(g->path)) {
         json_t *o;
         EXC_TRY(exc_json_parse_text(g->s->ctx, what, l->s, l->n, &o));
@@ -308,15 +309,17 @@ done:
 static exc_status hand_over(gathering *g, exc_prompts *p) {
     int64_t end = (int64_t)g->ids.len;
     exc_buf_put(&g->begins, &end, sizeof end);
-    if (g->begins.failed || g->content.failed)
+    if (g->begins.failed || g->content.failed || g->lines.failed)
         return exc_fail(g->s->ctx, EXC_ERR_MEMORY, "%s: no memory for its prompts", g->path);
+    if (!(p->path = exc_strdup(g->s->ctx, g->path))) return EXC_ERR_MEMORY;
     p->tokens = g->ids.data;
     p->begin = (int64_t *)(void *)g->begins.data;
     p->text = (char **)(void *)g->texts.data;
     p->content = (uint8_t *)g->content.data;
+    p->line = (int64_t *)(void *)g->lines.data;
     p->count = g->count;
     g->ids = (exc_ids){0};
-    g->begins = g->texts = g->content = (exc_buf){0};
+    g->begins = g->texts = g->content = g->lines = (exc_buf){0};
     return EXC_OK;
 }
 
@@ -327,6 +330,7 @@ static void drop(gathering *g) {
     exc_buf_free(&g->content);
     exc_buf_free(&g->begins);
     exc_buf_free(&g->texts);
+    exc_buf_free(&g->lines);
 }
 
 static exc_status read_prompts(source *s, const char *path, exc_prompts **out) {
@@ -398,6 +402,8 @@ void exc_prompts_free(exc_prompts *prompts) {
     exc_release(prompts->begin);
     exc_release(prompts->text);
     exc_release(prompts->content);
+    exc_release(prompts->path);
+    exc_release(prompts->line);
     exc_release(prompts);
 }
 

@@ -5,6 +5,7 @@
  * slot that finishes is given to the next prompt once a quarter of the slots is free, so steps stay wide
  * without a prefill for each single reply. Token i of prompt p draws number i of stream p: replies do not
  * depend on the batching. Prefill and decode stay separate steps because their sums are kept apart. */
+#include <stdio.h>
 #include <string.h>
 
 #include "model.h"
@@ -43,26 +44,29 @@ static int64_t prompt_length(const exc_prompts *p, int64_t i) { return p->begin[
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* "FILE:LINE", or "prompt N" where no file is known */
+static void name_prompt(const exc_prompts *p, int64_t i, char *out, size_t n) {
+    if (p->path && p->line) snprintf(out, n, "%.480s:%lld", p->path, (long long)p->line[i]);
+    else snprintf(out, n, "prompt %lld", (long long)i + 1);
+}
+
 exc_status exc_prompts_check(exc_ctx *ctx, const exc_model *m, const exc_prompts *p, int64_t extra) {
     const exc_shape *s = &m->atlas->shape;
+    char name[512];
     for (int64_t i = 0; i < p->count; i++) {
         int64_t n = prompt_length(p, i);
-        if (n < 1)
-            return exc_fail(ctx, EXC_ERR_INPUT, "prompt %lld: expected at least one token, found none",
-                            (long long)i + 1);
+        name_prompt(p, i, name, sizeof name);
+        if (n < 1) return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected at least one token, found none", name);
         if (n + extra > s->context)
-            return exc_fail(
-                ctx, EXC_ERR_INPUT,
-                "prompt %lld: expected at most %lld tokens%s (max_position_embeddings of %s), found %lld",
-                (long long)i + 1, (long long)s->context, extra ? " with the new ones" : "", m->dir,
-                (long long)(n + extra));
+            return exc_fail(ctx, EXC_ERR_INPUT,
+                            "%s: expected at most %lld tokens%s (max_position_embeddings of %s), found %lld", name,
+                            (long long)s->context, extra ? " with the new ones" : "", m->dir,
+                            (long long)(n + extra));
         for (int64_t t = p->begin[i]; t < p->begin[i + 1]; t++)
             if (p->tokens[t] < 0 || p->tokens[t] >= s->vocab)
-                return exc_fail(
-                    ctx, EXC_ERR_INPUT,
-                    "prompt %lld, token %lld: expected an id in 0..%lld (vocab_size of %s), found %d",
-                    (long long)i + 1, (long long)(t - p->begin[i]), (long long)s->vocab - 1, m->dir,
-                    p->tokens[t]);
+                return exc_fail(ctx, EXC_ERR_INPUT,
+                                "%s, token %lld: expected an id in 0..%lld (vocab_size of %s), found %d", name,
+                                (long long)(t - p->begin[i]), (long long)s->vocab - 1, m->dir, p->tokens[t]);
     }
     return EXC_OK;
 }

@@ -70,12 +70,32 @@ static const char *file_of(const exc_atlas *a, const exc_tensor *t) {
     return a->files->files[t->shard]->path;
 }
 
+/* what config.json says that leaves no place for the role */
+static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, char *out, size_t cap) {
+    const exc_family *f = a->family;
+    bool moe = a->shape.is_moe[layer], dense = role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_DENSE_GATE || role == EXC_ROLE_DENSE_UP;
+    if (role >= EXC_ROLE_ATTN_Q_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
+        snprintf(out, cap, "has no biases (%s)", f->bias_key);
+    else if (role == EXC_ROLE_ATTN_Q_NORM || role == EXC_ROLE_ATTN_K_NORM)
+        snprintf(out, cap, "has no norm of queries and keys (%s)", f->qk_norm_key);
+    else if (moe && !dense)
+        snprintf(out, cap, "has no shared expert (%s)", f->shared_key);
+    else
+        snprintf(out, cap, "%s (%s)", moe ? "has experts" : "is dense", exc_shape_dense_keys(f));
+    return out;
+}
+
 /* one matched tensor: index bounds, role present in this layer, shape, dtype */
 static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *skip) {
     const exc_tensor *t = w->tensor;
     const exc_shape *s = &a->shape;
     const char *file = file_of(a, t), *name = exc_show(t->name, strlen(t->name));
+    char why[128];
     *skip = false;
+    if (w->layer >= s->layers && w->layer < s->layers + s->mtp_layers) {
+        *skip = true;
+        return EXC_OK;
+    }
     if (w->layer >= s->layers)
         return exc_fail(ctx, EXC_ERR_INPUT,
                         "%s: %s: expected layers 0..%lld (num_hidden_layers %lld), found layer %lld", file,
@@ -90,11 +110,8 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *
             *skip = true;
             return EXC_OK;
         }
-        return exc_fail(
-            ctx, EXC_ERR_INPUT,
-            "%s: %s: layer %lld %s (mlp_only_layers, decoder_sparse_step): expected no %s there, found one",
-            file, name, (long long)w->layer, s->is_moe[w->layer] ? "has experts" : "is dense",
-            exc_role_name(w->role));
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: layer %lld %s: expected no %s there, found one", file, name,
+                        (long long)w->layer, why_absent(a, w->role, w->layer, why, sizeof why), exc_role_name(w->role));
     }
     int rank = exc_role_is_vector(w->role) ? 1 : 2;
     bool fits = t->rank == rank && t->shape[0] == w->out && (rank == 1 || t->shape[1] == w->in);

@@ -3,6 +3,7 @@
  * that no name of the family covers. Nothing is read from the data sections, so a 700 GB checkpoint answers
  * as fast as a small one. */
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "model.h"
@@ -21,6 +22,8 @@ static const char *edits_of(exc_role role) {
     case EXC_ROLE_EXPERT_UP:
     case EXC_ROLE_LM_HEAD:
         return "[\"project_input\",\"scale\"]";
+    case EXC_ROLE_ROUTER_BIAS:
+        return "[\"router_bias\"]";
     case EXC_ROLE_ROUTER:
         return "[\"project_input\",\"router_project\",\"router_scale\"]";
     default:
@@ -36,7 +39,8 @@ static void put_string(exc_buf *b, const char *s) {
     json_decref(j);
 }
 
-static void put_gate(exc_buf *b, const exc_shape *s) {
+static void put_gate(exc_buf *b, const exc_atlas *a) {
+    const exc_shape *s = &a->shape;
     static const char *const score[] = {"softmax over all experts", "sigmoid of each expert",
                                         "the logits themselves"};
     exc_buf_printf(b, ",\"gate\":\"%s, the %lld largest, %s", score[s->gate.score], (long long)s->top_k,
@@ -44,6 +48,8 @@ static void put_gate(exc_buf *b, const exc_shape *s) {
                    : s->gate.renorm   ? "renormalised to sum 1"
                                       : "not renormalised");
     if (s->gate.scale != 0 && s->gate.scale != 1) exc_buf_printf(b, ", times %g", (double)s->gate.scale);
+    if (a->family->router_bias_stored) exc_buf_puts(b, "; a bias for each expert is added for the choice");
+    if (s->gate.groups > 1) exc_buf_printf(b, "; of the best %d of %d groups", s->gate.groups_kept, s->gate.groups);
     exc_buf_puts(b, "\"");
 }
 
@@ -72,21 +78,25 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
     if (!strcmp(edits_of(w->role), "[]"))
         exc_buf_printf(b, ",\"why_not\":\"%s\"",
                        exc_role_is_vector(w->role)
-                           ? "a vector of norm weights"
+                           ? (w->role >= EXC_ROLE_ATTN_Q_BIAS && w->role <= EXC_ROLE_ATTN_V_BIAS ? "a vector of biases" : "a vector of norm weights")
                            : "neither a writer of the residual stream nor a role plans know");
     exc_buf_puts(b, "}");
 }
 
-static bool is_passed(const exc_family *f, const char *name) {
-    for (int i = 0; f->passed[i]; i++)
-        if (!strncmp(name, f->passed[i], strlen(f->passed[i]))) return true;
-    return false;
+/* known and not part of the decoder: prefixes of the family, and layers behind the last */
+static bool is_passed(const exc_atlas *a, const char *name) {
+    static const char layer[] = "model.layers.";
+    for (int i = 0; a->family->passed[i]; i++)
+        if (!strncmp(name, a->family->passed[i], strlen(a->family->passed[i]))) return true;
+    if (strncmp(name, layer, sizeof layer - 1) != 0) return false;
+    long number = strtol(name + sizeof layer - 1, NULL, 10);
+    return number >= a->shape.layers && number < a->shape.layers + a->shape.mtp_layers;
 }
 
 static void put_names(exc_buf *b, const exc_atlas *a, bool passed) {
     size_t n = 0;
     for (size_t i = 0; i < a->n_unknown; i++) {
-        if (is_passed(a->family, a->unknown[i]->name) != passed) continue;
+        if (is_passed(a, a->unknown[i]->name) != passed) continue;
         if (n++) exc_buf_puts(b, ",");
         put_string(b, a->unknown[i]->name);
     }
@@ -115,7 +125,8 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
                    ",\"norm_eps\":%.6g,\"tied_embeddings\":%s",
                    (long long)s->inner, (long long)s->experts, (long long)s->top_k, (long long)s->vocab,
                    (long long)s->context, (double)s->rope_theta, (double)s->eps, s->tied ? "true" : "false");
-    put_gate(b, s);
+    exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner, (long long)s->rotary);
+    put_gate(b, a);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
     for (int64_t l = 0; l < s->layers; l++)
         exc_buf_printf(b, "%s%lld", l ? "," : "", s->is_moe[l] ? (long long)s->experts : 0LL);

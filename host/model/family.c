@@ -6,10 +6,13 @@
 
 #include "model.h"
 
-extern const exc_family exc_family_qwen3_moe;
+extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe;
 
 const exc_family *const exc_families[] = {
     &exc_family_qwen3_moe,
+    &exc_family_mixtral,
+    &exc_family_olmoe,
+    &exc_family_glm4_moe,
     NULL,
 };
 
@@ -31,10 +34,14 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_DENSE_GATE] = "dense_gate",
     [EXC_ROLE_DENSE_UP] = "dense_up",
     [EXC_ROLE_ROUTER] = "router",
+    [EXC_ROLE_SHARED_ROUTER] = "shared_router",
     [EXC_ROLE_ROUTER_BIAS] = "router_bias",
     [EXC_ROLE_ATTN_Q] = "attn_q",
     [EXC_ROLE_ATTN_K] = "attn_k",
     [EXC_ROLE_ATTN_V] = "attn_v",
+    [EXC_ROLE_ATTN_Q_BIAS] = "attn_q_bias",
+    [EXC_ROLE_ATTN_K_BIAS] = "attn_k_bias",
+    [EXC_ROLE_ATTN_V_BIAS] = "attn_v_bias",
     [EXC_ROLE_ATTN_Q_NORM] = "attn_q_norm",
     [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",
     [EXC_ROLE_NORM_IN] = "norm_in",
@@ -68,5 +75,5 @@ bool exc_role_by_layer(exc_role role) {
 bool exc_role_writes(exc_role role) { return role <= EXC_ROLE_ATTN_OUT || role == EXC_ROLE_EMBED; }
 
 bool exc_role_is_vector(exc_role role) {
-    return role == EXC_ROLE_ROUTER_BIAS || (role >= EXC_ROLE_ATTN_Q_NORM && role <= EXC_ROLE_NORM_FINAL);
+    return role >= EXC_ROLE_ROUTER_BIAS && role <= EXC_ROLE_NORM_FINAL;
 }

@@ -27,7 +27,7 @@ struct exc_session {
     float *weights;                 /* [T,K] */
     int64_t *offset;                /* [E+1] */
     int32_t *row_of, *pair_of;      /* [T*K] */
-    void *mid;                      /* [T*K,I] or [T,dense] act */
+    void *mid;                      /* [T*K,I], [T,shared] or [T,dense] act */
     float *y;                       /* [T*K,H] */
     float *last;                    /* [max(slots,64),H] rows that get logits */
     void *last_x;                   /* the same, normed, act */
@@ -88,7 +88,7 @@ static size_t lay_out(exc_session *s, uint8_t *slab) {
     s->offset = take(slab, &at, p->experts + 1, 8);
     s->row_of = take(slab, &at, T * K, 4);
     s->pair_of = take(slab, &at, T * K, 4);
-    s->mid = take(slab, &at, most(T * K * p->inner, dense ? T * p->dense_inner : 0), act);
+    s->mid = take(slab, &at, T * most(most(K * p->inner, p->shared_inner), dense ? p->dense_inner : 0), act);
     s->y = take(slab, &at, T * K * H, 4);
     s->last = take(slab, &at, logit_rows(s) * H, 4);
     s->last_x = take(slab, &at, logit_rows(s) * H, act);
@@ -226,6 +226,15 @@ static exc_status write_stream(exc_session *s, const void *x, int64_t width, con
     return EXC_OK;
 }
 
+/* norm over all heads of the queries or keys at once, in place and unrounded: the rotation rounds */
+static exc_status norm_part(exc_session *s, const float *weight, int64_t at, int64_t width, int64_t rows) {
+    const exc_loaded *l = s->m->loaded;
+    RUN(s, norm, .x = s->qkv + at, .x_stride = l->qkv, .weight = weight,
+        .zero_centred = s->m->atlas->family->norm_zero_centred, .eps = s->m->atlas->shape.eps, .rows = rows,
+        .dim = width, .y = s->qkv + at, .y_stride = l->qkv, .act = EXC_F32);
+    return EXC_OK;
+}
+
 static exc_status attention(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t,
                             int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
@@ -235,12 +244,17 @@ static exc_status attention(exc_session *s, const exc_layer *y, int64_t layer, c
     size_t plane = (size_t)(layer * s->cache_tokens * kv) * (act == EXC_BF16 ? 2 : 4);
     void *ck = (uint8_t *)s->cache_k + plane, *cv = (uint8_t *)s->cache_v + plane;
     EXC_TRY(norm(s, s->h, y->norm_in, rows, s->x));
-    RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &y->qkv, .y = s->qkv,
+    RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &y->qkv, .bias = y->qkv_bias, .y = s->qkv,
         .y_stride = l->qkv, .rows = rows);
+    bool whole = p->qk_norm == EXC_QK_WHOLE;
+    if (whole) {
+        EXC_TRY(norm_part(s, y->q_norm, 0, q, rows));
+        EXC_TRY(norm_part(s, y->k_norm, l->k_at, kv, rows));
+    }
     RUN(s, rope, .q = s->qkv, .q_stride = l->qkv, .k = s->qkv + l->k_at, .k_stride = l->qkv,
-        .v = s->qkv + l->v_at, .v_stride = l->qkv, .q_norm = y->q_norm, .k_norm = y->k_norm, .eps = p->eps,
+        .v = s->qkv + l->v_at, .v_stride = l->qkv, .q_norm = whole ? NULL : y->q_norm, .k_norm = whole ? NULL : y->k_norm, .eps = p->eps,
         .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = l->inv_freq,
-        .rotary = p->head_dim, .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row,
+        .rotary = p->rotary, .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row,
         .tokens = rows, .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = s->q,
         .cache_k = ck, .cache_v = cv, .act = act);
     RUN(s, attend, .q = s->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
@@ -260,6 +274,7 @@ static exc_sums sums_of(const exc_session *s, const exc_step *t, int64_t row) {
     if (t->sums->gate_sum) r.gate_sum = t->sums->gate_sum + row * E;
     if (t->sums->mid_sum) r.mid_sum = t->sums->mid_sum + row * E * p->inner;
     if (t->sums->sqnorm_sum) r.sqnorm_sum = t->sums->sqnorm_sum + row * E;
+    if (t->sums->shared_mid_sum) r.shared_mid_sum = t->sums->shared_mid_sum + row * p->shared_inner;
     if (t->sums->prompt_count) r.prompt_count = t->sums->prompt_count + row * E;
     return r;
 }
@@ -274,7 +289,7 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     float *weights = t->router_weights ? t->router_weights + row * rows * K : s->weights;
     RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router, .y = s->router, .y_stride = E,
         .rows = rows);
-    RUN(s, route, .logits = s->router, .gate = &p->gate, .tokens = rows, .experts = E, .top_k = K, .ids = ids,
+    RUN(s, route, .logits = s->router, .bias = y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E, .top_k = K, .ids = ids,
         .weights = weights, .slot = slot, .count = sums.count, .gate_sum = sums.gate_sum,
         .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
     RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
@@ -291,6 +306,32 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
         .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL, .h = s->h);
     if (t->sums && t->sums->tokens && slot)
         for (int64_t i = 0; i < rows; i++) t->sums->tokens[row] += slot[i] >= 0;
+    return EXC_OK;
+}
+
+/* the expert that every token has. Its gate, where there is one, is a router with a single choice: the sigmoid
+ * of one logit is the weight. */
+static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
+    const exc_shape *p = &s->m->atlas->shape;
+    if (!y->shared_down.data) return EXC_OK;
+    int64_t offset[2] = {0, rows}, I = p->shared_inner, H = p->hidden;
+    exc_sums sums = sums_of(s, t, p->moe_row[layer]);
+    RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up, .offset = offset,
+        .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
+        .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum);
+    const exc_virtual *v = &y->shared_lens;
+    if (!y->shared_router.data) return write_stream(s, s->mid, I, &y->shared_down, v, rows);
+    static const exc_gate sigmoid = {.size = sizeof sigmoid, .score = 1};
+    RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->shared_router, .y = s->router,
+        .y_stride = 1, .rows = rows);
+    RUN(s, route, .logits = s->router, .gate = &sigmoid, .tokens = rows, .experts = 1, .top_k = 1,
+        .ids = s->ids, .weights = s->weights);
+    RUN(s, matmul, .x = s->mid, .x_stride = I, .act = s->m->act, .w = &y->shared_down, .y = s->y,
+        .y_stride = H, .rows = rows);
+    RUN(s, combine, .y = s->y, .row_of = s->own_row, .ids = s->zero_ids, .weights = s->weights,
+        .tokens = rows, .top_k = 1, .hidden = H, .basis = v->on ? v->basis : NULL,
+        .rank = v->on ? v->rank : 0, .strength = v->on ? v->strength : NULL,
+        .scale = v->on ? v->scale : NULL, .h = s->h);
     return EXC_OK;
 }
 
@@ -363,6 +404,7 @@ exc_status exc_session_step(exc_session *s, const exc_step *t) {
         EXC_TRY(attention(s, y, i, t, rows));
         EXC_TRY(norm(s, s->h, y->norm_post, rows, s->x));
         EXC_TRY(p->is_moe[i] ? experts(s, y, i, t, rows) : dense(s, y, rows));
+        EXC_TRY(shared(s, y, i, t, rows));
         tap(s, t, i + 1, rows);
     }
     EXC_TRY(check_finite(s, rows));

@@ -73,6 +73,13 @@ static exc_packed take_role(carve *c, const exc_model *m, exc_role role, int64_t
     return take_packed(c, n, k, packed_dtype(m, role, layer));
 }
 
+/* a vector of the role as f32; NULL where this layer has none */
+static float *take_vector(carve *c, const exc_model *m, exc_role role, int64_t layer) {
+    int64_t n, k;
+    if (!exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k)) return NULL;
+    return take(c, (size_t)n, sizeof(float));
+}
+
 static exc_packed *take_group(carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k, count = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
@@ -87,14 +94,14 @@ static exc_packed *take_group(carve *c, const exc_model *m, exc_role role, int64
 
 static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
     const exc_shape *s = &m->atlas->shape;
-    size_t H = (size_t)s->hidden, D = (size_t)s->head_dim;
+    size_t H = (size_t)s->hidden;
     int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
     l->k_at = whole_panels(q);
     l->v_at = l->k_at + whole_panels(kv);
     l->qkv = l->v_at + whole_panels(kv);
     l->layer = take(c, (size_t)s->layers, sizeof *l->layer);
     l->norm_final = take(c, H, sizeof(float));
-    l->inv_freq = take(c, D / 2, sizeof(float));
+    l->inv_freq = take(c, (size_t)s->rotary / 2, sizeof(float));
     for (int64_t i = 0; i < s->layers; i++) {
         exc_layer local = {0}, *y = &local;
         int qkv = EXC_BF16;
@@ -109,9 +116,15 @@ static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
         y->down = take_group(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i);
         y->norm_in = take(c, H, sizeof(float));
         y->norm_post = take(c, H, sizeof(float));
-        if (m->atlas->family->head_norm) {
-            y->q_norm = take(c, D, sizeof(float));
-            y->k_norm = take(c, D, sizeof(float));
+        y->q_norm = take_vector(c, m, EXC_ROLE_ATTN_Q_NORM, i);
+        y->k_norm = take_vector(c, m, EXC_ROLE_ATTN_K_NORM, i);
+        y->router_bias = take_vector(c, m, EXC_ROLE_ROUTER_BIAS, i);
+        if (s->qkv_bias) y->qkv_bias = take(c, (size_t)l->qkv, sizeof(float));
+        if (moe && s->shared_inner) {
+            y->shared_gate = take_role(c, m, EXC_ROLE_SHARED_GATE, i);
+            y->shared_up = take_role(c, m, EXC_ROLE_SHARED_UP, i);
+            y->shared_down = take_role(c, m, EXC_ROLE_SHARED_DOWN, i);
+            if (m->atlas->family->shared_gated) y->shared_router = take_role(c, m, EXC_ROLE_SHARED_ROUTER, i);
         }
         if (l->layer) l->layer[i] = local;
     }
@@ -256,6 +269,22 @@ static exc_status load_vector(loader *r, exc_role role, int64_t layer, float *in
     return copy_weight(r, exc_atlas_find(r->a, role, layer, -1), EXC_F32, into);
 }
 
+/* biases of q, k and v stand where their outputs do; the columns between them are padding */
+static exc_status load_bias(loader *r, int64_t layer, float *into) {
+    memset(into, 0, (size_t)r->l->qkv * sizeof *into);
+    EXC_TRY(load_vector(r, EXC_ROLE_ATTN_Q_BIAS, layer, into));
+    EXC_TRY(load_vector(r, EXC_ROLE_ATTN_K_BIAS, layer, into + r->l->k_at));
+    return load_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, into + r->l->v_at);
+}
+
+static exc_status load_shared(loader *r, int64_t layer, exc_layer *y) {
+    if (!y->shared_down.data) return EXC_OK;
+    EXC_TRY(load_role(r, EXC_ROLE_SHARED_GATE, layer, &y->shared_gate));
+    EXC_TRY(load_role(r, EXC_ROLE_SHARED_UP, layer, &y->shared_up));
+    EXC_TRY(load_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
+    return y->shared_router.data ? load_role(r, EXC_ROLE_SHARED_ROUTER, layer, &y->shared_router) : EXC_OK;
+}
+
 static void ask_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v) {
     if (!m->has_lens || !m->is_virtual || !m->lens.project) return;
     v->on = m->lens.project(m->lens.user, role, layer, &v->basis, &v->rank, &v->strength, &v->scale);
@@ -273,6 +302,9 @@ static exc_status load_layer(loader *r, int64_t i) {
     }
     EXC_TRY(load_role(r, EXC_ROLE_ATTN_OUT, i, &y->out));
     if (moe) EXC_TRY(load_role(r, EXC_ROLE_ROUTER, i, &y->router));
+    if (y->router_bias) EXC_TRY(load_vector(r, EXC_ROLE_ROUTER_BIAS, i, y->router_bias));
+    if (y->qkv_bias) EXC_TRY(load_bias(r, i, y->qkv_bias));
+    EXC_TRY(load_shared(r, i, y));
     EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, i, y->gate));
     EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, i, y->up));
     EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i, y->down));
@@ -281,6 +313,7 @@ static exc_status load_layer(loader *r, int64_t i) {
     if (y->q_norm) EXC_TRY(load_vector(r, EXC_ROLE_ATTN_Q_NORM, i, y->q_norm));
     if (y->k_norm) EXC_TRY(load_vector(r, EXC_ROLE_ATTN_K_NORM, i, y->k_norm));
     ask_lens(r->m, EXC_ROLE_ATTN_OUT, i, &y->attn_lens);
+    ask_lens(r->m, EXC_ROLE_SHARED_DOWN, i, &y->shared_lens);
     ask_lens(r->m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i, &y->mlp_lens);
     return EXC_OK;
 }
@@ -300,8 +333,8 @@ static exc_status load_all(loader *r) {
     }
     EXC_TRY(load_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
     EXC_TRY(load_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
-    double step = -2.0 / (double)s->head_dim;
-    for (int64_t i = 0; i < s->head_dim / 2; i++)
+    double step = -2.0 / (double)s->rotary;
+    for (int64_t i = 0; i < s->rotary / 2; i++)
         r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
 }

@@ -15,8 +15,10 @@
 typedef enum exc_role {
     EXC_ROLE_EXPERT_DOWN, EXC_ROLE_SHARED_DOWN, EXC_ROLE_DENSE_DOWN, EXC_ROLE_ATTN_OUT,
     EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP, EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP, EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP,
-    EXC_ROLE_ROUTER, EXC_ROLE_ROUTER_BIAS, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V, EXC_ROLE_ATTN_Q_NORM,
-    EXC_ROLE_ATTN_K_NORM, EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
+    EXC_ROLE_ROUTER, EXC_ROLE_SHARED_ROUTER, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V,
+    /* vectors */
+    EXC_ROLE_ROUTER_BIAS, EXC_ROLE_ATTN_Q_BIAS, EXC_ROLE_ATTN_K_BIAS, EXC_ROLE_ATTN_V_BIAS, EXC_ROLE_ATTN_Q_NORM, EXC_ROLE_ATTN_K_NORM,
+    EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
     EXC_ROLES
 } exc_role;
 const char *exc_role_name(exc_role role);          /* "expert_down", as plans spell it */
@@ -25,15 +27,38 @@ bool exc_role_find(const char *name, exc_role *out);
 /* Name pattern of a role in the published layout: %L layer, %E expert. */
 typedef struct exc_name { exc_role role; const char *pattern; } exc_name;
 
+typedef enum exc_qk_norm { EXC_QK_NONE, EXC_QK_HEAD, EXC_QK_WHOLE } exc_qk_norm; /* each head, or all heads as one vector */
+typedef enum exc_dense {
+    EXC_DENSE_NEVER,
+    EXC_DENSE_LISTED, /* mlp_only_layers and decoder_sparse_step */
+    EXC_DENSE_FIRST   /* first_k_dense_replace */
+} exc_dense;
+
 typedef struct exc_family {
     const char *model_type;
     const exc_name *names;      /* ends with pattern NULL */
     const char *const *passed;  /* prefixes of tensors that are present but not part of the text decoder; NULL-terminated */
     int norm_zero_centred;
+    double norm_eps, rope_theta, rotary; /* what loaders take where config.json is silent: rms_norm_eps, rope_theta, partial_rotary_factor */
+    exc_qk_norm qk_norm;
+    const char *qk_norm_key;    /* switches it on; NULL: always on */
+    const char *bias_key;       /* config switch of q, k and v biases; NULL: none */
+    bool bias;                  /* its default */
     int gate_score;             /* exc_gate.score */
-    int gate_renorm;            /* -1: read config norm_topk_prob */
-    int head_norm;              /* q/k norm per head */
+    const char *renorm_key;     /* config switch of renormalisation; NULL: gate_renorm always */
+    bool gate_renorm;           /* its default */
+    float renorm_eps;
+    const char *scale_key;      /* factor of the routing weights; NULL: 1 */
+    bool grouped;               /* n_group, topk_group limit the selection */
     const char *experts_key, *top_k_key, *inner_key; /* config names */
+    const char *shared_key;     /* width of the shared expert; NULL: the family has none */
+    bool shared_counts;         /* it is a number of experts of the routed width, merged into one */
+    int64_t shared;             /* its default */
+    bool shared_gated;          /* its output is multiplied by a sigmoid of its own */
+    exc_dense dense;            /* which layers have no experts */
+    const char *mtp_key;        /* number of layers behind the last that predict further tokens and are passed through */
+    bool windowed;              /* sliding_window limits what a token sees */
+    const char *const *refused; /* config switches that loaders honour and this arithmetic does not have; NULL-terminated */
     const char *router_bias;    /* where a router bias is stored, or why it cannot be: for inspect and plan refusals */
     int router_bias_stored;
 } exc_family;
@@ -43,6 +68,11 @@ extern const exc_family *const exc_families[]; /* NULL-terminated (family.c); on
 /* Everything config.json decides, checked. */
 typedef struct exc_shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, context, experts, top_k, inner, dense_inner, moe_layers;
+    int64_t shared_inner;       /* width of the shared expert, 0: none */
+    int64_t rotary;             /* channels of a head that rotate */
+    int64_t mtp_layers;         /* behind the last layer, passed through */
+    exc_qk_norm qk_norm;
+    bool qkv_bias;
     float eps, rope_theta;
     int tied;                   /* lm_head = embed */
     exc_gate gate;
@@ -51,6 +81,7 @@ typedef struct exc_shape {
     int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
 } exc_shape;
 /* shape.c: every key checked; errors name key, expected, found */
+const char *exc_shape_dense_keys(const exc_family *family); /* config keys that say which layers are dense */
 exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_family *family, exc_shape *out);
 void exc_shape_free(exc_shape *s);
 /* logical sizes [out,in] of a role (in = 1: a vector); false: this model has no such weight in that layer */
@@ -101,16 +132,20 @@ typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank
 typedef struct exc_layer {
     exc_packed qkv, out, router;
     exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
+    exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
+    exc_packed shared_router;      /* [1,H]; data NULL: not gated */
+    float *qkv_bias;               /* [qkv] or NULL */
+    float *router_bias;            /* [E], for selection only, or NULL */
     float *norm_in, *norm_post;    /* [H] */
-    float *q_norm, *k_norm;        /* [head_dim] or NULL */
-    exc_virtual attn_lens, mlp_lens;
+    float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
+    exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
 typedef struct exc_loaded {
     exc_layer *layer;              /* [L] */
     exc_packed lm_head;
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
-    float *inv_freq;               /* [head_dim/2] */
+    float *inv_freq;               /* [rotary/2] */
     int64_t k_at, v_at, qkv;       /* column offsets and width of a q|k|v row */
     void *slab;                    /* one allocation holds all of the above */
 } exc_loaded;

@@ -7,8 +7,9 @@
 exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert,
                           const double *x, int64_t n, double *y) {
     const exc_shape *s = &m->atlas->shape;
-    bool known = role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_DENSE_DOWN;
-    if (!known || layer < 0 || layer >= s->layers || (bool)s->is_moe[layer] != (role == EXC_ROLE_EXPERT_DOWN))
+    bool known = role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_SHARED_DOWN;
+    int64_t out, in;
+    if (!known || layer < 0 || !exc_shape_role(s, m->atlas->family, role, layer, &out, &in))
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld has no %s", m->dir, (long long)layer,
                         exc_role_name(role));
     int64_t experts = role == EXC_ROLE_EXPERT_DOWN ? s->experts : 1;
@@ -16,7 +17,7 @@ exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t lay
     if (expert < 0 || expert >= experts)
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld: expected experts 0..%lld, found %lld", m->dir,
                         (long long)layer, (long long)experts - 1, (long long)expert);
-    return ctx->ops->matvec(
-        &ctx->queue,
-        &(struct exc_matvec_args){.x = x, .w = &m->loaded->layer[layer].down[expert], .rows = n, .y = y});
+    const exc_layer *l = &m->loaded->layer[layer];
+    const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down[expert];
+    return ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = w, .rows = n, .y = y});
 }

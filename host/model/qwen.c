@@ -29,18 +29,24 @@ static const exc_name names[] = {
 };
 
 static const char *const passed[] = {"mtp.", NULL};
+static const char *const refused[] = {"attention_bias", "use_sliding_window", NULL};
 
 const exc_family exc_family_qwen3_moe = {
     .model_type = "qwen3_moe",
     .names = names,
     .passed = passed,
     .norm_zero_centred = 0,
-    .gate_score = 0,   /* softmax over all experts */
-    .gate_renorm = -1, /* norm_topk_prob */
-    .head_norm = 1,
+    .norm_eps = 1e-6,
+    .rope_theta = 1e4,
+    .rotary = 1,
+    .qk_norm = EXC_QK_HEAD,
+    .gate_score = 0, /* softmax over all experts */
+    .renorm_key = "norm_topk_prob",
     .experts_key = "num_experts",
     .top_k_key = "num_experts_per_tok",
     .inner_key = "moe_intermediate_size",
+    .dense = EXC_DENSE_LISTED,
+    .refused = refused,
     .router_bias =
         "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",
     .router_bias_stored = 0,

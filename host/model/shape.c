@@ -37,7 +37,22 @@ static exc_status refuse_switch(const reader *r, const char *key) {
     return wrong(r, key, "false (this mechanism is not part of the supported family)", v);
 }
 
-static exc_status read_rope(const reader *r, exc_shape *s) {
+/* how many channels of a head rotate: rounded down, as loaders do it */
+static exc_status read_rotary(const reader *r, const json_t *rope, const exc_family *f, exc_shape *s) {
+    static const char key[] = "partial_rotary_factor";
+    const json_t *o = json_object_get(rope, key) ? rope : r->o;
+    double factor;
+    EXC_TRY(exc_json_number_or(r->ctx, o, r->what, key, f->rotary, &factor));
+    /* a factor that loaders of the family ignore must not change the answer here */
+    if (f->rotary == 1 && factor != 1) return wrong(r, key, "1 (the family rotates whole heads)", json_object_get(o, key));
+    s->rotary = factor > 0 && factor <= 1 ? (int64_t)((double)s->head_dim * factor) : 0;
+    if (s->rotary < 2 || s->rotary % 2)
+        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: %s: expected an even number of the %lld channels of a head, found %g of them",
+                        r->what, key, (long long)s->head_dim, factor);
+    return EXC_OK;
+}
+
+static exc_status read_rope(const reader *r, const exc_family *f, exc_shape *s) {
     const json_t *scaling = json_object_get(r->o, "rope_scaling"),
                  *nested = json_object_get(r->o, "rope_parameters");
     reader in = *r;
@@ -54,42 +69,70 @@ static exc_status read_rope(const reader *r, exc_shape *s) {
                          "null or rope_type \"default\"", scaling);
     }
     double theta;
-    EXC_TRY(exc_json_number_or(r->ctx, in.o, r->what, "rope_theta", 10000.0, &theta));
+    EXC_TRY(exc_json_number_or(r->ctx, in.o, r->what, "rope_theta", f->rope_theta, &theta));
     if (in.o != r->o && !json_object_get(in.o, "rope_theta"))
-        EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "rope_theta", 10000.0, &theta));
+        EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "rope_theta", f->rope_theta, &theta));
     if (!(theta > 1.0) || theta > 1e12)
         return wrong(r, "rope_theta", "a number in (1, 1e12]", json_object_get(in.o, "rope_theta"));
     s->rope_theta = (float)theta;
+    return read_rotary(r, in.o, f, s);
+}
+
+/* the family's own rule: layers that are listed or skipped, or the first ones */
+static exc_status read_dense(const reader *r, const exc_family *f, exc_shape *s) {
+    int64_t step = 1, first = 0;
+    if (f->dense == EXC_DENSE_LISTED)
+        EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "decoder_sparse_step", 1, MAX_LAYERS, 1, &step));
+    if (f->dense == EXC_DENSE_FIRST)
+        EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "first_k_dense_replace", 0, MAX_LAYERS, 1, &first));
+    for (int64_t l = 0; l < s->layers; l++) s->is_moe[l] = l >= first && (l + 1) % step == 0;
+    const json_t *only = f->dense == EXC_DENSE_LISTED ? json_object_get(r->o, "mlp_only_layers") : NULL;
+    if (!only || json_is_null(only)) return EXC_OK;
+    if (!json_is_array(only)) return wrong(r, "mlp_only_layers", "a list of layer numbers", only);
+    size_t i;
+    json_t *v;
+    json_array_foreach(only, i, v) {
+        if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) >= s->layers)
+            return wrong(r, "mlp_only_layers", "layer numbers below num_hidden_layers", v);
+        s->is_moe[json_integer_value(v)] = 0;
+    }
     return EXC_OK;
 }
 
-/* which layers are dense: mlp_only_layers and decoder_sparse_step, as the family's published rule has it */
-static exc_status read_layers(const reader *r, exc_shape *s) {
+/* mlp_layer_types ["dense","sparse",..], as newer configs say it */
+static exc_status read_layer_types(const reader *r, const json_t *types, exc_shape *s) {
+    if (!json_is_array(types) || json_array_size(types) != (size_t)s->layers)
+        return wrong(r, "mlp_layer_types", "\"dense\" or \"sparse\" for each of num_hidden_layers", types);
+    for (int64_t l = 0; l < s->layers; l++) {
+        const char *type = json_string_value(json_array_get(types, (size_t)l));
+        s->is_moe[l] = type && !strcmp(type, "sparse");
+        if (!type || (!s->is_moe[l] && strcmp(type, "dense") != 0))
+            return wrong(r, "mlp_layer_types", "\"dense\" or \"sparse\"", json_array_get(types, (size_t)l));
+    }
+    return EXC_OK;
+}
+
+const char *exc_shape_dense_keys(const exc_family *f) {
+    return f->dense == EXC_DENSE_FIRST    ? "first_k_dense_replace"
+           : f->dense == EXC_DENSE_LISTED ? "mlp_only_layers, decoder_sparse_step"
+                                          : "num_hidden_layers";
+}
+
+static exc_status read_layers(const reader *r, const exc_family *f, exc_shape *s) {
     exc_ctx *ctx = r->ctx;
-    int64_t step;
-    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "decoder_sparse_step", 1, MAX_LAYERS, 1, &step));
     s->is_moe = exc_zalloc(ctx, (size_t)s->layers, 1, "layer kinds");
     s->moe_row = exc_alloc(ctx, (size_t)s->layers, sizeof *s->moe_row, "layer rows");
     if (!s->is_moe || !s->moe_row) return EXC_ERR_MEMORY;
-    for (int64_t l = 0; l < s->layers; l++) s->is_moe[l] = (l + 1) % step == 0;
-    const json_t *only = json_object_get(r->o, "mlp_only_layers");
-    if (only && !json_is_null(only)) {
-        if (!json_is_array(only)) return wrong(r, "mlp_only_layers", "a list of layer numbers", only);
-        size_t i;
-        json_t *v;
-        json_array_foreach(only, i, v) {
-            if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) >= s->layers)
-                return wrong(r, "mlp_only_layers", "layer numbers below num_hidden_layers", v);
-            s->is_moe[json_integer_value(v)] = 0;
-        }
-    }
+    const json_t *types = f->dense == EXC_DENSE_NEVER ? NULL : json_object_get(r->o, "mlp_layer_types");
+    EXC_TRY(types && !json_is_null(types) ? read_layer_types(r, types, s) : read_dense(r, f, s));
     s->moe_layers = 0;
     for (int64_t l = 0; l < s->layers; l++) s->moe_row[l] = s->is_moe[l] ? s->moe_layers++ : -1;
     if (!s->moe_layers)
-        return exc_fail(
-            ctx, EXC_ERR_INPUT,
-            "%s: mlp_only_layers, decoder_sparse_step: expected at least one layer of experts, found none",
-            r->what);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at least one layer of experts, found none", r->what,
+                        exc_shape_dense_keys(f));
+    if (s->moe_layers < s->layers && !s->dense_inner)
+        return wrong(r, "intermediate_size", "the width of the dense layers",
+                     json_object_get(r->o, "intermediate_size"));
     return EXC_OK;
 }
 
@@ -129,6 +172,15 @@ static exc_status read_generation(exc_ctx *ctx, const char *dir, exc_shape *s) {
     return st;
 }
 
+/* the family's key for the number of experts, or the name that another version of loaders gives it */
+static const char *experts_key(const reader *r, const exc_family *f) {
+    static const char *const names[] = {"num_experts", "num_local_experts", "n_routed_experts"};
+    if (json_object_get(r->o, f->experts_key)) return f->experts_key;
+    for (size_t i = 0; i < EXC_COUNT(names); i++)
+        if (json_object_get(r->o, names[i])) return names[i];
+    return f->experts_key;
+}
+
 static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const exc_family *f,
                              exc_shape *s) {
     exc_ctx *ctx = r->ctx;
@@ -139,10 +191,12 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "head_dim", 1, 1024, s->hidden / s->heads, &s->head_dim));
     EXC_TRY(integer(r, "vocab_size", 1, INT32_MAX, &s->vocab));
     EXC_TRY(integer(r, "max_position_embeddings", 1, (int64_t)1 << 24, &s->context));
-    EXC_TRY(integer(r, f->experts_key, 1, 1024, &s->experts));
+    EXC_TRY(integer(r, experts_key(r, f), 1, 1024, &s->experts));
     EXC_TRY(integer(r, f->top_k_key, 1, 64, &s->top_k));
     EXC_TRY(integer(r, f->inner_key, 1, MAX_WIDTH, &s->inner));
-    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "intermediate_size", 1, MAX_WIDTH, 0, &s->dense_inner));
+    if (f->dense != EXC_DENSE_NEVER)
+        EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "intermediate_size", 1, MAX_WIDTH, 0, &s->dense_inner));
+    if (f->mtp_key) EXC_TRY(exc_json_int_or(ctx, r->o, r->what, f->mtp_key, 0, MAX_LAYERS, 0, &s->mtp_layers));
     if (s->top_k > s->experts)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %s (%lld), found %lld", r->what,
                         f->top_k_key, f->experts_key, (long long)s->experts, (long long)s->top_k);
@@ -155,7 +209,7 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what,
                         (long long)s->head_dim);
     double eps;
-    EXC_TRY(exc_json_number_or(ctx, r->o, r->what, "rms_norm_eps", 1e-6, &eps));
+    EXC_TRY(exc_json_number_or(ctx, r->o, r->what, "rms_norm_eps", f->norm_eps, &eps));
     if (!(eps > 0) || eps > 1)
         return wrong(r, "rms_norm_eps", "a number in (0, 1]", json_object_get(r->o, "rms_norm_eps"));
     s->eps = (float)eps;
@@ -166,6 +220,67 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
         tied = true;
     s->tied = tied;
     return EXC_OK;
+}
+
+/* a window as wide as the context hides nothing */
+static exc_status read_window(const reader *r, const exc_shape *s) {
+    const json_t *v = json_object_get(r->o, "sliding_window");
+    if (!v || json_is_null(v)) return EXC_OK;
+    if (json_is_integer(v) && json_integer_value(v) >= s->context) return EXC_OK;
+    return wrong(r, "sliding_window", "null, or a window of at least max_position_embeddings", v);
+}
+
+static exc_status read_switches(const reader *r, const exc_family *f, exc_shape *s) {
+    bool on = true;
+    if (f->qk_norm_key) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->qk_norm_key, false, &on));
+    s->qk_norm = on ? f->qk_norm : EXC_QK_NONE;
+    if (f->bias_key) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->bias_key, f->bias, &s->qkv_bias));
+    return EXC_OK;
+}
+
+static exc_status read_shared(const reader *r, const exc_family *f, exc_shape *s) {
+    if (!f->shared_key) return EXC_OK;
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->shared_key, 0, f->shared_counts ? 64 : MAX_WIDTH, f->shared,
+                            &s->shared_inner));
+    if (f->shared_counts) s->shared_inner *= s->inner;
+    return EXC_OK;
+}
+
+static exc_status read_groups(const reader *r, exc_shape *s) {
+    exc_ctx *ctx = r->ctx;
+    int64_t groups, kept;
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "n_group", 1, s->experts, 1, &groups));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "topk_group", 1, groups, 1, &kept));
+    if (s->experts % groups)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: n_group: expected a divisor of the number of experts (%lld), found %lld",
+                        r->what, (long long)s->experts, (long long)groups);
+    if (s->experts / groups * kept < s->top_k)
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: topk_group: expected groups with at least num_experts_per_tok (%lld) experts, found %lld of %lld "
+                        "groups with %lld",
+                        r->what, (long long)s->top_k, (long long)kept, (long long)groups, (long long)(s->experts / groups * kept));
+    s->gate.groups = groups > 1 ? (int)groups : 0;
+    s->gate.groups_kept = groups > 1 ? (int)kept : 0;
+    return EXC_OK;
+}
+
+static exc_status read_gate(const reader *r, const exc_family *f, exc_shape *s) {
+    bool renorm = f->gate_renorm;
+    double scale = 1;
+    const char *scoring, *own = f->gate_score == 1 ? "sigmoid" : "softmax";
+    s->gate = (exc_gate){.size = sizeof s->gate, .score = f->gate_score};
+    if (f->renorm_key) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->renorm_key, renorm, &renorm));
+    s->gate.renorm = renorm;
+    s->gate.renorm_eps = renorm ? f->renorm_eps : 0;
+    EXC_TRY(exc_json_string_or(r->ctx, r->o, r->what, "scoring_func", own, &scoring));
+    if (strcmp(scoring, own) != 0)
+        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: scoring_func: expected \"%s\", found \"%s\"", r->what, own,
+                        exc_show(scoring, strlen(scoring)));
+    if (f->scale_key) EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, f->scale_key, 1.0, &scale));
+    if (!(scale > 0) || scale > 1e6)
+        return wrong(r, f->scale_key, "a number in (0, 1e6]", json_object_get(r->o, f->scale_key));
+    s->gate.scale = (float)scale;
+    return f->grouped ? read_groups(r, s) : EXC_OK;
 }
 
 static exc_status read_all(const reader *r, const exc_checkpoint *files, const exc_family *f, exc_shape *s) {
@@ -181,19 +296,13 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     const char *act;
     EXC_TRY(exc_json_string_or(ctx, r->o, r->what, "hidden_act", "silu", &act));
     if (strcmp(act, "silu")) return wrong(r, "hidden_act", "\"silu\"", json_object_get(r->o, "hidden_act"));
-    EXC_TRY(refuse_switch(r, "attention_bias"));
-    EXC_TRY(refuse_switch(r, "use_sliding_window"));
-    EXC_TRY(read_rope(r, s));
-    EXC_TRY(read_layers(r, s));
-    if (s->moe_layers < s->layers && !s->dense_inner)
-        return wrong(r, "intermediate_size", "the width of the dense layers",
-                     json_object_get(r->o, "intermediate_size"));
-    s->gate = (exc_gate){.size = sizeof s->gate};
-    s->gate.score = f->gate_score;
-    bool renorm = f->gate_renorm > 0;
-    if (f->gate_renorm < 0) EXC_TRY(exc_json_bool_or(ctx, r->o, r->what, "norm_topk_prob", false, &renorm));
-    s->gate.renorm = renorm;
-    s->gate.scale = 1.0f;
+    for (const char *const *key = f->refused; *key; key++) EXC_TRY(refuse_switch(r, *key));
+    if (f->windowed) EXC_TRY(read_window(r, s));
+    EXC_TRY(read_rope(r, f, s));
+    EXC_TRY(read_switches(r, f, s));
+    EXC_TRY(read_layers(r, f, s));
+    EXC_TRY(read_shared(r, f, s));
+    EXC_TRY(read_gate(r, f, s));
     EXC_TRY(read_eos(r, s));
     return read_generation(ctx, files->dir, s);
 }
@@ -217,83 +326,48 @@ void exc_shape_free(exc_shape *s) {
     s->moe_row = NULL;
 }
 
+/* norms of queries and keys: one head wide, or all heads */
+static int64_t qk_norm_width(const exc_shape *s, exc_role role) {
+    if (s->qk_norm == EXC_QK_HEAD) return s->head_dim;
+    return s->head_dim * (role == EXC_ROLE_ATTN_Q_NORM ? s->heads : s->kv_heads);
+}
+
 bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out,
                     int64_t *in) {
-    bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer];
-    int64_t o = 0, i = 0;
+    bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer], shared = moe && s->shared_inner, here = true;
+    int64_t H = s->hidden, o = 0, i = 1;
+#define IS(condition, rows, cols) (here = (condition), o = (rows), i = (cols))
     switch (role) {
-    case EXC_ROLE_EXPERT_DOWN:
-        if (moe) {
-            o = s->hidden;
-            i = s->inner;
-        }
-        break;
+    case EXC_ROLE_EXPERT_DOWN: IS(moe, H, s->inner); break;
     case EXC_ROLE_EXPERT_GATE:
-    case EXC_ROLE_EXPERT_UP:
-        if (moe) {
-            o = s->inner;
-            i = s->hidden;
-        }
-        break;
-    case EXC_ROLE_ROUTER:
-        if (moe) {
-            o = s->experts;
-            i = s->hidden;
-        }
-        break;
-    case EXC_ROLE_DENSE_DOWN:
-        if (!moe) {
-            o = s->hidden;
-            i = s->dense_inner;
-        }
-        break;
+    case EXC_ROLE_EXPERT_UP: IS(moe, s->inner, H); break;
+    case EXC_ROLE_SHARED_DOWN: IS(shared, H, s->shared_inner); break;
+    case EXC_ROLE_SHARED_GATE:
+    case EXC_ROLE_SHARED_UP: IS(shared, s->shared_inner, H); break;
+    case EXC_ROLE_SHARED_ROUTER: IS(shared && family->shared_gated, 1, H); break;
+    case EXC_ROLE_ROUTER: IS(moe, s->experts, H); break;
+    case EXC_ROLE_ROUTER_BIAS: IS(moe && family->router_bias_stored, s->experts, 1); break;
+    case EXC_ROLE_DENSE_DOWN: IS(!moe, H, s->dense_inner); break;
     case EXC_ROLE_DENSE_GATE:
-    case EXC_ROLE_DENSE_UP:
-        if (!moe) {
-            o = s->dense_inner;
-            i = s->hidden;
-        }
-        break;
-    case EXC_ROLE_ATTN_OUT:
-        o = s->hidden;
-        i = s->heads * s->head_dim;
-        break;
-    case EXC_ROLE_ATTN_Q:
-        o = s->heads * s->head_dim;
-        i = s->hidden;
-        break;
+    case EXC_ROLE_DENSE_UP: IS(!moe, s->dense_inner, H); break;
+    case EXC_ROLE_ATTN_OUT: IS(true, H, s->heads * s->head_dim); break;
+    case EXC_ROLE_ATTN_Q: IS(true, s->heads * s->head_dim, H); break;
     case EXC_ROLE_ATTN_K:
-    case EXC_ROLE_ATTN_V:
-        o = s->kv_heads * s->head_dim;
-        i = s->hidden;
-        break;
+    case EXC_ROLE_ATTN_V: IS(true, s->kv_heads * s->head_dim, H); break;
+    case EXC_ROLE_ATTN_Q_BIAS: IS(s->qkv_bias, s->heads * s->head_dim, 1); break;
+    case EXC_ROLE_ATTN_K_BIAS:
+    case EXC_ROLE_ATTN_V_BIAS: IS(s->qkv_bias, s->kv_heads * s->head_dim, 1); break;
     case EXC_ROLE_ATTN_Q_NORM:
-    case EXC_ROLE_ATTN_K_NORM:
-        if (family->head_norm) {
-            o = s->head_dim;
-            i = 1;
-        }
-        break;
+    case EXC_ROLE_ATTN_K_NORM: IS(s->qk_norm != EXC_QK_NONE, qk_norm_width(s, role), 1); break;
     case EXC_ROLE_NORM_IN:
     case EXC_ROLE_NORM_POST:
-    case EXC_ROLE_NORM_FINAL:
-        o = s->hidden;
-        i = 1;
-        break;
-    case EXC_ROLE_EMBED:
-        o = s->vocab;
-        i = s->hidden;
-        break;
-    case EXC_ROLE_LM_HEAD:
-        if (!s->tied) {
-            o = s->vocab;
-            i = s->hidden;
-        }
-        break;
-    default:
-        break;
+    case EXC_ROLE_NORM_FINAL: IS(true, H, 1); break;
+    case EXC_ROLE_EMBED: IS(true, s->vocab, H); break;
+    case EXC_ROLE_LM_HEAD: IS(!s->tied, s->vocab, H); break;
+    default: break;
     }
-    *out = o;
-    *in = i;
-    return o > 0;
+#undef IS
+    *out = here ? o : 0;
+    *in = here ? i : 0;
+    return *out > 0;
 }

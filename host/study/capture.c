@@ -28,6 +28,7 @@ typedef struct capture {
     const int32_t **observe_of[2]; /* [P] into observe */
     int64_t observed[2], ended[2];
     double *x, *y; /* [4,I], [4,H]: one expert's sums of all groups */
+    double *shared_mid[2][2]; /* [M,Ishared] sums before the shared experts' down_proj, or NULL */
 } capture;
 
 static const char *const label_name[2] = {"target", "baseline"};
@@ -156,19 +157,34 @@ static exc_status make_stats(capture *c) {
     return c->x && c->y ? EXC_OK : EXC_ERR_MEMORY;
 }
 
-static exc_sums sums_of(const exc_stats *s, int label, int phase) {
+/* the file keeps what the shared experts put out, not what went in, so both are here until the end */
+static exc_status make_shared(capture *c) {
+    const exc_shape *p = &c->m->atlas->shape;
+    if (!p->shared_inner) return EXC_OK;
+    for (int i = 0; i < 4; i++) {
+        double **in = &c->shared_mid[i / 2][i % 2], **out = &c->s->group[i / 2][i % 2].shared_out_sum;
+        *in = exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->shared_inner), sizeof **in, "sums of shared experts");
+        *out = exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->hidden), sizeof **out, "sums of shared experts");
+        if (!*in || !*out) return EXC_ERR_MEMORY;
+    }
+    return EXC_OK;
+}
+
+static exc_sums sums_of(const capture *c, int label, int phase) {
+    const exc_stats *s = c->s;
     const exc_group *g = &s->group[label][phase];
     return (exc_sums){.count = g->count,
                       .gate_sum = g->gate_sum,
                       .mid_sum = g->mid_sum,
                       .sqnorm_sum = g->sqnorm_sum,
+                      .shared_mid_sum = c->shared_mid[label][phase],
                       .tokens = g->tokens,
                       .prompt_count = phase == EXC_PREFILL ? s->prompt_count[label] : NULL};
 }
 
 static exc_status run_set(capture *c, int label) {
     const exc_prompts *p = c->set[label];
-    exc_sums prefill = sums_of(c->s, label, EXC_PREFILL), decode = sums_of(c->s, label, EXC_DECODE);
+    exc_sums prefill = sums_of(c, label, EXC_PREFILL), decode = sums_of(c, label, EXC_DECODE);
     exc_decode d = {.max_new =
                         c->opt.decode ? c->opt.decode + 1 : 0, /* the last new token is never fed back */
                     .observe = true,
@@ -207,6 +223,17 @@ static exc_status sum_outputs(capture *c) {
     return EXC_OK;
 }
 
+static exc_status sum_shared(capture *c) {
+    exc_stats *s = c->s;
+    int64_t I = c->m->atlas->shape.shared_inner, H = s->hidden;
+    for (int64_t m = 0; m < s->moe_layers && I; m++)
+        for (int g = 0; g < 4; g++)
+            EXC_TRY(exc_model_down(c->ctx, c->m, EXC_ROLE_SHARED_DOWN, s->layer_of[m], -1,
+                                   c->shared_mid[g / 2][g % 2] + m * I, 1,
+                                   s->group[g / 2][g % 2].shared_out_sum + m * H));
+    return EXC_OK;
+}
+
 /* ---------------------------------------------------------------------------------------------------- result
  */
 
@@ -239,12 +266,14 @@ static exc_status perform(capture *c, char **json) {
     EXC_TRY(check_sets(c));
     for (int i = 0; i < 2; i++) EXC_TRY(choose_observed(c, i));
     EXC_TRY(make_stats(c));
+    EXC_TRY(make_shared(c));
     exc_info(c->ctx, "observed: " RULE);
     exc_info(c->ctx, "observed in prefill: %lld of %lld target tokens, %lld of %lld baseline tokens",
              (long long)c->observed[0], (long long)c->set[0]->begin[c->set[0]->count],
              (long long)c->observed[1], (long long)c->set[1]->begin[c->set[1]->count]);
     for (int i = 0; i < 2; i++) EXC_TRY(run_set(c, i));
     if (!c->opt.no_out) EXC_TRY(sum_outputs(c));
+    EXC_TRY(sum_shared(c));
     EXC_TRY(exc_stats_check(c->ctx, c->s, "capture"));
     return facts(c, json);
 }
@@ -268,6 +297,7 @@ exc_status exc_capture(exc_ctx *ctx, exc_model *model, const exc_prompts *target
         exc_release(c.observe[i]);
         exc_release((void *)(uintptr_t)c.observe_of[i]);
     }
+    for (int i = 0; i < 4; i++) exc_release(c.shared_mid[i / 2][i % 2]);
     exc_release(c.x);
     exc_release(c.y);
     if (st == EXC_OK)

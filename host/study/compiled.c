@@ -39,7 +39,7 @@ const exc_edit_step *exc_next_step(const exc_compiled *c, const exc_edit_step *s
 static bool changes(const exc_edit_step *s, int64_t i) { return s->amount[i] != (s->scales ? 1 : 0); }
 
 int64_t exc_step_changes(const exc_edit_step *s, const exc_weight *w) {
-    if (!s->rows) return changes(s, s->n_amount > 1 ? w->expert : 0);
+    if (!s->rows && !s->adds) return changes(s, s->n_amount > 1 ? w->expert : 0);
     int64_t n = 0;
     for (int64_t i = 0; i < s->n_amount; i++) n += changes(s, i);
     return n;
@@ -200,31 +200,44 @@ static exc_status grow(compiler *k) {
     return EXC_OK;
 }
 
-static exc_status add_step(compiler *k, const exc_edit *e, int64_t layer, double amount) {
+/* the next step of a role and layer, last in line */
+static exc_status append(compiler *k, exc_edit_step step, exc_edit_step **out) {
     exc_compiled *c = k->c;
     EXC_TRY(grow(k));
-    exc_edit_step *s = &c->steps[c->n_steps++];
-    *s = (exc_edit_step){.role = e->role, .layer = layer, .edit = k->index, .norm = e->norm, .next = -1};
+    int64_t *at = &c->head[head_of(c, step.role, step.layer)];
+    while (*at >= 0) at = &c->steps[*at].next;
+    *at = c->n_steps;
+    *out = &c->steps[c->n_steps++];
+    **out = step;
+    return EXC_OK;
+}
+
+static exc_status add_step(compiler *k, const exc_edit *e, int64_t layer, double amount) {
+    exc_edit_step *s;
+    EXC_TRY(append(k, (exc_edit_step){.role = e->role, .layer = layer, .edit = k->index, .norm = e->norm, .next = -1}, &s));
     s->scales = e->op == EXC_EDIT_SCALE || e->op == EXC_EDIT_MASK || e->op == EXC_EDIT_ROUTER_SCALE;
     /* a row of the embedding is what a token writes: its stream side is the columns of the stored matrix */
     s->side = e->op == EXC_EDIT_PROJECT && e->role != EXC_ROLE_EMBED ? EXC_SIDE_OUT : EXC_SIDE_IN;
     if (!s->scales) EXC_TRY(make_basis(k, e, s));
     if (!s->scales && !s->rank) amount = 0;
     if (e->op == EXC_EDIT_MASK) amount = 0;
-    EXC_TRY(fill_amount(k, e, s, amount));
-    int64_t *at = &c->head[head_of(c, e->role, layer)];
-    while (*at >= 0) at = &c->steps[*at].next;
-    *at = c->n_steps - 1;
-    return EXC_OK;
+    return fill_amount(k, e, s, amount);
 }
 
-/* a router bias that no tensor can take is collected for the sidecar */
+/* a router bias goes into the family's tensor, or is collected for the sidecar where there is none */
 static exc_status add_bias(compiler *k, const exc_edit *e, int64_t layer) {
     exc_compiled *c = k->c;
     int64_t E = k->s->experts, n = e->experts ? e->n_experts : E;
     if (e->n_values != n)
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: values: expected as many numbers as experts (%lld), found %lld", k->where, (long long)n,
                         (long long)e->n_values);
+    if (k->c->a->family->router_bias_stored) {
+        exc_edit_step *s;
+        EXC_TRY(append(k, (exc_edit_step){.role = EXC_ROLE_ROUTER_BIAS, .layer = layer, .edit = k->index, .adds = true, .n_amount = E, .next = -1}, &s));
+        if (!(s->amount = exc_zalloc(k->ctx, (size_t)E, sizeof *s->amount, "router biases"))) return EXC_ERR_MEMORY;
+        for (int64_t i = 0; i < n; i++) s->amount[e->experts ? e->experts[i] : i] += e->values[i];
+        return EXC_OK;
+    }
     if (!c->sidecar && !(c->sidecar = exc_zalloc(k->ctx, (size_t)(k->s->moe_layers * E), sizeof *c->sidecar, "router biases"))) return EXC_ERR_MEMORY;
     float *row = c->sidecar + k->s->moe_row[layer] * E;
     for (int64_t i = 0; i < n; i++) row[e->experts ? e->experts[i] : i] += (float)e->values[i];
@@ -386,6 +399,47 @@ static void add_effects(const call *k, exc_effect *effects) {
     }
 }
 
+/* adds to vectors: sums in f64, rounded once to the stored dtype */
+static exc_status add_to(const call *k, const exc_weight *w, const void *src, void *dst, exc_effect *e) {
+    const struct exc_ops *ops = k->ctx->ops;
+    int64_t n = w->out, before = 0, after = 0;
+    int dtype = w->tensor->dtype;
+    size_t unit = exc_dtype_bits(w->tensor->dtype) / 8;
+    double *sum = exc_alloc(k->ctx, (size_t)n, sizeof *sum, "router bias");
+    uint8_t *result = exc_alloc(k->ctx, (size_t)n, unit, "router bias");
+    exc_status st = sum && result ? EXC_OK : EXC_ERR_MEMORY;
+    if (st == EXC_OK)
+        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = src, .src_dtype = dtype, .dst = sum, .dst_dtype = EXC_F64, .n = n,
+                                                                     .nonfinite = &before});
+    for (int64_t i = 0; i < n && st == EXC_OK; i++) sum[i] += k->s->amount[i];
+    if (st == EXC_OK)
+        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = sum, .src_dtype = EXC_F64, .dst = result, .dst_dtype = dtype, .n = n});
+    if (st == EXC_OK)
+        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = result, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = &after});
+    for (int64_t i = 0; i < n && st == EXC_OK; i++)
+        e->changed += memcmp(result + (size_t)i * unit, (const uint8_t *)src + (size_t)i * unit, unit) != 0;
+    if (st == EXC_OK) {
+        if (!e->nonfinite && !e->overflow) e->nonfinite += before;
+        e->overflow += after - before;
+        memcpy(dst, result, (size_t)n * unit);
+    }
+    exc_release(sum);
+    exc_release(result);
+    return st;
+}
+
+static exc_status run_step(call *k, const void *const *src, void *const *dst, exc_effect *effects) {
+    exc_status st = EXC_OK;
+    if (k->s->adds) {
+        for (size_t i = 0; i < k->count && st == EXC_OK; i++) st = add_to(k, k->w[i], src[i], dst[i], &effects[i]);
+        return st;
+    }
+    list_matrices(k, src, dst);
+    st = run_op(k);
+    if (st == EXC_OK) add_effects(k, effects);
+    return st;
+}
+
 static size_t matrices(const exc_compiled *c, const exc_weight *w, size_t count) {
     size_t most = count;
     for (const exc_edit_step *s = exc_first_step(c, w->role, w->layer); s; s = exc_next_step(c, s))
@@ -406,10 +460,9 @@ exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_wei
         for (size_t i = 0; i < count; i++) busy += exc_step_changes(s, w[i]);
         if (!busy) continue;
         k.s = s;
-        list_matrices(&k, first ? src : (const void *const *)dst, dst);
-        st = run_op(&k);
-        if (st != EXC_OK) st = exc_fail(ctx, st, "%s: op %s refused its arguments", w[0]->tensor->name, s->scales ? "scale" : "project");
-        else add_effects(&k, effects);
+        st = run_step(&k, first ? src : (const void *const *)dst, dst, effects);
+        if (st == EXC_ERR_USAGE)
+            st = exc_fail(ctx, st, "%s: op %s refused its arguments", w[0]->tensor->name, s->adds ? "convert" : s->scales ? "scale" : "project");
         first = false;
     }
     for (size_t i = 0; i < count && first && st == EXC_OK; i++)

@@ -11,6 +11,7 @@ typedef struct exc_edit_step {
     exc_role role;
     int64_t layer, edit;   /* edit: its number in the plan */
     bool scales;           /* amount is a factor, else the strength of a projection */
+    bool adds;             /* amount is added to a vector, one number an element; nothing else here matters then */
     bool rows;             /* the matrices are the rows of one weight */
     int side;              /* EXC_SIDE_OUT, EXC_SIDE_IN */
     exc_norm_restore norm;

@@ -19,15 +19,16 @@ typedef struct writer {
 typedef struct lens {
     exc_compiled *c;
     int64_t layers;
-    writer *writers; /* [3, L]: attn_out, expert_down, dense_down; NULL when baked */
+    writer *writers; /* [WRITERS, L], roles as in writer_roles; NULL when baked */
 } lens;
 
-static const exc_role writer_roles[3] = {EXC_ROLE_ATTN_OUT, EXC_ROLE_EXPERT_DOWN, EXC_ROLE_DENSE_DOWN};
+#define WRITERS 4
+static const exc_role writer_roles[WRITERS] = {EXC_ROLE_ATTN_OUT, EXC_ROLE_EXPERT_DOWN, EXC_ROLE_SHARED_DOWN, EXC_ROLE_DENSE_DOWN};
 
 static void release(void *user) {
     lens *l = user;
     if (!l) return;
-    for (int64_t i = 0; l->writers && i < 3 * l->layers; i++) exc_release(l->writers[i].slab);
+    for (int64_t i = 0; l->writers && i < WRITERS * l->layers; i++) exc_release(l->writers[i].slab);
     exc_release(l->writers);
     exc_compiled_free(l->c);
     exc_release(l);
@@ -56,7 +57,7 @@ static bool touches(void *user, const exc_weight *w) {
 static bool project(void *user, exc_role role, int64_t layer, const float **basis, int64_t *rank, const float **strength,
                     const float **scale) {
     const lens *l = user;
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < WRITERS; i++) {
         const writer *w = &l->writers[i * l->layers + layer];
         if (writer_roles[i] != role || !w->on) continue;
         *basis = w->basis;
@@ -103,7 +104,7 @@ static exc_status compose(exc_ctx *ctx, const lens *l, const exc_edit_step *s, w
 
 static exc_status virtual_step(exc_ctx *ctx, const lens *l, const exc_edit_step *s) {
     int kind = -1;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < WRITERS; i++)
         if (writer_roles[i] == s->role) kind = i;
     if (kind < 0) return refuse(ctx, l->c, s, "a weight that does not write the stream of a layer");
     if (!s->scales && s->side != EXC_SIDE_OUT) return refuse(ctx, l->c, s, "a projection of its input");
@@ -113,7 +114,7 @@ static exc_status virtual_step(exc_ctx *ctx, const lens *l, const exc_edit_step 
 
 static exc_status make_virtual(exc_ctx *ctx, lens *l) {
     l->layers = l->c->a->shape.layers;
-    l->writers = exc_zalloc(ctx, (size_t)(3 * l->layers), sizeof *l->writers, "virtual edits");
+    l->writers = exc_zalloc(ctx, (size_t)(WRITERS * l->layers), sizeof *l->writers, "virtual edits");
     if (!l->writers) return EXC_ERR_MEMORY;
     for (int64_t i = 0; i < l->c->n_steps; i++) EXC_TRY(virtual_step(ctx, l, &l->c->steps[i]));
     return EXC_OK;

@@ -1,0 +1,369 @@
+/* families.c - what each family has that the others lack: config keys that disagree with the tensors, what inspect says, shared
+ * experts in captures, and edits of shared and dense layers and of a stored router bias in all their forms. */
+#include "collect.h"
+
+#include "study.h"
+
+static exc_ctx *ctx;
+
+/* a copy of a golden model whose config.json has `from` replaced by `to` */
+static char *changed(const char *model, const char *from, const char *to)
+{
+    char path[64], *dir = test_tmpdir(), *copy;
+    size_t n;
+    snprintf(path, sizeof path, "models/%s", model);
+    assert_true(asprintf(&copy, "%s/model", dir) > 0);
+    test_copy_tree(test_data(path), copy);
+    if (!from) return copy;
+    char *text = test_read(test_path(copy, "config.json"), &n), *at = strstr(text, from), *out;
+    if (!at) fail_msg("%s: config has no %s", model, from);
+    assert_true(asprintf(&out, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from)) > 0);
+    test_write(test_path(copy, "config.json"), out, strlen(out));
+    free(text);
+    free(out);
+    return copy;
+}
+
+/* ------------------------------------------------------------------------------------------------------- configs */
+
+static const struct change {
+    const char *model, *from, *to; /* text of config.json */
+    const char *said[3];           /* fragments of the error; none: accepted */
+} changes[] = {
+    {"glm4_moe", "\"attention_bias\": true", "\"attention_bias\": false", {"attention_bias", "k_proj.bias"}},
+    {"glm4_moe", "\"use_qk_norm\": true", "\"use_qk_norm\": false", {"use_qk_norm", "k_norm"}},
+    {"glm4_moe", "\"use_qk_norm\": true", "\"use_qk_norm\": 1", {"use_qk_norm"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"first_k_dense_replace\": 0", {"first_k_dense_replace", "has experts", "mlp.down_proj"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"first_k_dense_replace\": 2", {"first_k_dense_replace", "layer 1 is dense"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"first_k_dense_replace\": 4", {"first_k_dense_replace", "at least one layer"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"first_k_dense_replace\": -1", {"first_k_dense_replace"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"mlp_layer_types\": [\"dense\",\"sparse\",\"sparse\",\"sparse\"]", {0}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"mlp_layer_types\": [\"dense\",\"sparse\"]", {"mlp_layer_types"}},
+    {"glm4_moe", "\"first_k_dense_replace\": 1", "\"mlp_layer_types\": [\"dense\",\"sparse\",\"wide\",\"sparse\"]", {"mlp_layer_types", "wide"}},
+    {"glm4_moe", "\"intermediate_size\": 112", "\"intermediate_size\": null", {"intermediate_size"}},
+    {"glm4_moe", "\"intermediate_size\": 112", "\"intermediate_size\": 113", {"mlp.down_proj", "[64,113]", "[64,112]"}},
+    {"glm4_moe", "\"n_shared_experts\": 1", "\"n_shared_experts\": 2", {"shared_experts", "shape"}},
+    {"glm4_moe", "\"n_shared_experts\": 1", "\"n_shared_experts\": 0", {"n_shared_experts", "no shared expert"}},
+    {"glm4_moe", "\"n_shared_experts\": 1", "\"n_shared_experts\": 65", {"n_shared_experts"}},
+    {"glm4_moe", "\"n_group\": 1", "\"n_group\": 3", {"n_group", "divisor", "16"}},
+    {"glm4_moe", "\"n_group\": 1", "\"n_group\": 4", {0}},
+    {"glm4_moe", "\"n_group\": 1", "\"n_group\": 8", {"topk_group", "at least", "num_experts_per_tok (4)"}},
+    {"glm4_moe", "\"topk_group\": 1", "\"topk_group\": 2", {"topk_group"}},
+    {"glm4_moe", "\"routed_scaling_factor\": 1.0", "\"routed_scaling_factor\": 0", {"routed_scaling_factor"}},
+    {"glm4_moe", "\"routed_scaling_factor\": 1.0", "\"routed_scaling_factor\": \"2\"", {"routed_scaling_factor"}},
+    {"glm4_moe", "\"partial_rotary_factor\": 0.5", "\"partial_rotary_factor\": 0", {"partial_rotary_factor", "24"}},
+    {"glm4_moe", "\"partial_rotary_factor\": 0.5", "\"partial_rotary_factor\": 1.5", {"partial_rotary_factor"}},
+    {"glm4_moe", "\"partial_rotary_factor\": 0.5", "\"partial_rotary_factor\": 0.3", {"partial_rotary_factor", "even"}},
+    {"glm4_moe", "\"num_nextn_predict_layers\": 1", "\"num_nextn_predict_layers\": 0", {"model.layers.4.", "num_hidden_layers 4"}},
+    {"glm4_moe", "\"n_routed_experts\": 16", "\"num_local_experts\": 16", {0}},
+    {"glm4_moe", "\"n_routed_experts\": 16", "\"n_routed_experts\": 17", {"shape"}},
+    {"glm4_moe", "\"num_experts_per_tok\": 4", "\"num_experts_per_tok\": 17", {"num_experts_per_tok"}},
+    {"glm4_moe", "\"hidden_act\"", "\"scoring_func\": \"softmax\", \"hidden_act\"", {"scoring_func", "sigmoid", "softmax"}},
+    {"glm4_moe", "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}", {"rope_scaling", "yarn"}},
+    {"mixtral", "\"sliding_window\": null", "\"sliding_window\": 4096", {0}}, /* as wide as the context */
+    {"mixtral", "\"sliding_window\": null", "\"sliding_window\": 4095", {"sliding_window", "max_position_embeddings", "4095"}},
+    {"mixtral", "\"sliding_window\": null", "\"sliding_window\": \"wide\"", {"sliding_window"}},
+    {"mixtral", "\"hidden_act\"", "\"attention_bias\": true, \"hidden_act\"", {"attention_bias"}},
+    {"mixtral", "\"num_local_experts\": 8", "\"num_local_experts\": 7", {"experts.7", "0..6", "num_local_experts 7"}},
+    {"mixtral", "\"num_local_experts\": 8", "\"num_experts\": 8", {0}},
+    {"mixtral", "\"intermediate_size\": 80", "\"intermediate_size\": 72", {"block_sparse_moe", "shape"}},
+    {"mixtral", "\"intermediate_size\": 80,", "", {"intermediate_size"}},
+    {"mixtral", "\"hidden_act\"", "\"partial_rotary_factor\": 0.5, \"hidden_act\"", {"partial_rotary_factor", "whole heads"}},
+    {"olmoe", "\"clip_qkv\": null", "\"clip_qkv\": 8.0", {"clip_qkv", "8.0"}},
+    {"olmoe", "\"norm_topk_prob\": false", "\"norm_topk_prob\": true", {0}},
+    {"olmoe", "\"num_key_value_heads\": 4", "\"num_key_value_heads\": 2", {"self_attn.k", "shape"}},
+    {"olmoe", "\"attention_bias\": false", "\"attention_bias\": true", {"attention_bias"}},
+    {"olmoe", "\"rope_theta\": 10000.0", "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 10000.0}", {0}},
+};
+
+static void test_configs(void **state)
+{
+    for (size_t i = 0; i < EXC_COUNT(changes); i++) {
+        const struct change *c = &changes[i];
+        char *dir = changed(c->model, c->from, c->to), *json = NULL;
+        exc_status st = exc_inspect(ctx, dir, &json);
+        const char *text = exc_ctx_error(ctx);
+        if (st != (c->said[0] ? EXC_ERR_INPUT : EXC_OK)) fail_msg("%s, %s: %s %s", c->model, c->to, exc_status_name(st), text);
+        for (int j = 0; j < 3 && c->said[j]; j++)
+            if (!strstr(text, c->said[j])) fail_msg("%s, %s: \"%s\" does not name %s", c->model, c->to, text, c->said[j]);
+        exc_free(json);
+        free(dir);
+    }
+}
+
+/* tensors that the config promises, under another name of the same length in the header */
+static void test_missing(void **state)
+{
+    static const struct {
+        const char *model, *name, *other;
+    } rows[] = {
+        {"glm4_moe", "model.layers.2.mlp.shared_experts.up_proj.weight", "model.layers.2.mlp.shared_experts.up_pro_.weight"},
+        {"glm4_moe", "model.layers.3.mlp.gate.e_score_correction_bias", "model.layers.3.mlp.gate.e_score_correction_bia_"},
+        {"glm4_moe", "model.layers.0.self_attn.v_proj.bias", "model.layers.0.self_attn.v_proj.bia_"},
+        {"glm4_moe", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weigh_"},
+        {"mixtral", "model.layers.1.block_sparse_moe.experts.3.w3.weight", "model.layers.1.block_sparse_moe.experts.3.w4.weight"},
+        {"olmoe", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_norm.weigh_"},
+    };
+    for (size_t i = 0; i < EXC_COUNT(rows); i++) {
+        char *dir = changed(rows[i].model, NULL, NULL);
+        size_t n;
+        char *data = test_read(test_path(dir, "model.safetensors"), &n), *at = memmem(data, n, rows[i].name, strlen(rows[i].name));
+        assert_non_null(at);
+        memcpy(at, rows[i].other, strlen(rows[i].other));
+        test_write(test_path(dir, "model.safetensors"), data, n);
+        test_refused(ctx, exc_inspect(ctx, dir, NULL), EXC_ERR_INPUT, rows[i].name, "found", NULL);
+        free(data);
+        free(dir);
+    }
+}
+
+static void test_inspect(void **state)
+{
+    static const struct {
+        const char *model, *gate;
+        int stored, passed, roles, shared;
+    } rows[] = {
+        {"glm4_moe", "sigmoid of each expert", 1, 70, 25, 32},
+        {"mixtral", "softmax over all experts, the 2 largest, renormalised", 0, 0, 13, 0},
+        {"olmoe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 15, 0},
+    };
+    for (size_t i = 0; i < EXC_COUNT(rows); i++) {
+        char path[64], *text = NULL;
+        snprintf(path, sizeof path, "models/%s", rows[i].model);
+        if (exc_inspect(ctx, test_data(path), &text)) fail_msg("%s", exc_ctx_error(ctx));
+        json_t *o = json_loads(text, JSON_REJECT_DUPLICATES, NULL), *bias = json_object_get(o, "router_bias"), *role;
+        int64_t tensors = 0;
+        size_t j;
+        assert_string_equal(json_string_value(json_object_get(o, "family")), rows[i].model);
+        assert_non_null(strstr(json_string_value(json_object_get(o, "gate")), rows[i].gate));
+        assert_int_equal(json_is_true(json_object_get(bias, "storable")), rows[i].stored);
+        assert_int_equal(json_array_size(json_object_get(o, "passed_through")), (size_t)rows[i].passed);
+        assert_int_equal(json_array_size(json_object_get(o, "unknown")), 0);
+        assert_int_equal(json_array_size(json_object_get(o, "roles")), (size_t)rows[i].roles);
+        assert_int_equal(json_integer_value(json_object_get(o, "shared_intermediate")), rows[i].shared);
+        json_array_foreach(json_object_get(o, "roles"), j, role) tensors += json_integer_value(json_object_get(role, "tensors"));
+        assert_int_equal(tensors + rows[i].passed, json_integer_value(json_object_get(o, "tensors")));
+        json_decref(o);
+        exc_free(text);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------- edits */
+
+/* a plan of these edits, along random directions (rank 1) */
+static exc_plan *plan_of(const exc_shape *s, const char *edits)
+{
+    const char *dir = test_tmpdir();
+    int64_t rows = s->layers + 1, H = s->hidden;
+    exc_dirs d = {.rows = rows, .rank = 1, .hidden = H};
+    d.basis = calloc((size_t)(rows * H), 4);
+    d.singular = calloc((size_t)rows, 4);
+    d.mean_difference = calloc((size_t)(rows * H), 4);
+    for (int64_t r = 0; r < rows; r++) {
+        double norm = 0;
+        for (int64_t h = 0; h < H; h++) norm += pow((double)(d.basis[r * H + h] = test_normal(77, (uint64_t)(r * H + h))), 2);
+        for (int64_t h = 0; h < H; h++) d.basis[r * H + h] = (float)((double)d.basis[r * H + h] / sqrt(norm));
+    }
+    if (exc_dirs_save(ctx, &d, test_path(dir, "directions.safetensors"), 0)) fail_msg("%s", exc_ctx_error(ctx));
+    free(d.basis);
+    free(d.singular);
+    free(d.mean_difference);
+    char *text;
+    assert_true(asprintf(&text, "{\"excise_plan\":1,\"directions\":\"directions.safetensors\",\"edits\":[%s]}", edits) > 0);
+    test_write(test_path(dir, "plan.json"), text, strlen(text));
+    free(text);
+    exc_plan *p = NULL;
+    if (exc_plan_load(ctx, test_path(dir, "plan.json"), &p)) fail_msg("%s", exc_ctx_error(ctx));
+    return p;
+}
+
+static exc_model *open_as(const char *dir, const exc_plan *plan, exc_lens lens)
+{
+    exc_model_options opt = {.size = sizeof opt, .compute = EXC_COMPUTE_F32, .plan = plan, .lens = lens};
+    exc_model *m = NULL;
+    if (exc_model_open(ctx, dir, &opt, &m)) fail_msg("%s", exc_ctx_error(ctx));
+    return m;
+}
+
+/* residual stream of the last layer, of all prompts */
+static float *stream_of(const char *dir, const exc_plan *plan, exc_lens lens, const exc_prompts *p, size_t *count)
+{
+    exc_model *m = open_as(dir, plan, lens);
+    const exc_shape *s = &m->atlas->shape;
+    result r = run(ctx, m, p, 0, 0, 0);
+    float *all = calloc((size_t)(p->begin[p->count] * s->hidden), 4);
+    for (int64_t i = 0; i < p->count; i++) {
+        int64_t n = p->begin[i + 1] - p->begin[i];
+        memcpy(all + p->begin[i] * s->hidden, r.hidden[i] + s->layers * n * s->hidden, (size_t)(n * s->hidden) * 4);
+    }
+    *count = (size_t)(p->begin[p->count] * s->hidden);
+    free_result(&r);
+    exc_model_free(m);
+    return all;
+}
+
+static char *applied(const char *dir, const exc_plan *p, json_t **facts)
+{
+    char *out = strdup(test_path(test_tmpdir(), "out")), *json = NULL;
+    if (exc_apply(ctx, dir, p, out, NULL, &json)) fail_msg("%s", exc_ctx_error(ctx));
+    if (exc_verify(ctx, dir, out, NULL, NULL)) fail_msg("%s", exc_ctx_error(ctx));
+    *facts = json_loads(json, 0, NULL);
+    exc_free(json);
+    return out;
+}
+
+/* every writer of a family with all of them: written = baked bit for bit, virtual as close as the rounding of bf16 weights allows */
+static void test_three_forms(void **state)
+{
+    static const char *const models[] = {"glm4_moe", "mixtral", "olmoe"};
+    for (size_t i = 0; i < EXC_COUNT(models); i++) {
+        char *dir = changed(models[i], NULL, NULL);
+        exc_prompts p = golden_prompts(models[i]);
+        exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
+        bool glm = m->atlas->shape.shared_inner > 0;
+        exc_plan *plan = plan_of(&m->atlas->shape, glm ? "{\"op\":\"project\",\"role\":\"expert_down\"},{\"op\":\"project\",\"role\":\"shared_down\"},"
+                                                          "{\"op\":\"project\",\"role\":\"dense_down\"},{\"op\":\"project\",\"role\":\"attn_out\"},"
+                                                          "{\"op\":\"scale\",\"role\":\"shared_down\",\"strength\":0.5}"
+                                                        : "{\"op\":\"project\",\"role\":\"expert_down\"},{\"op\":\"project\",\"role\":\"attn_out\"}");
+        exc_model_free(m);
+        json_t *facts = NULL;
+        char *out = applied(dir, plan, &facts);
+        size_t n;
+        float *plain = stream_of(dir, NULL, EXC_LENS_BAKED, &p, &n), *written = stream_of(out, NULL, EXC_LENS_BAKED, &p, &n),
+              *baked = stream_of(dir, plan, EXC_LENS_BAKED, &p, &n), *virtual_ = stream_of(dir, plan, EXC_LENS_VIRTUAL, &p, &n);
+        assert_memory_equal(written, baked, n * 4);
+        assert_true(test_relative(baked, plain, n) > 0.02);
+        /* bf16 keeps 8 bits of a weight, f16 11, f32 24; a flipped expert costs more than any of that */
+        double far = test_relative(virtual_, baked, n);
+        print_message("  %s: virtual and baked differ by %.1e, edited and plain by %.1e\n", models[i], far, test_relative(baked, plain, n));
+        assert_true(far < (i == 2 ? 1e-5 : 0.1));
+        free(plain);
+        free(written);
+        free(baked);
+        free(virtual_);
+        json_decref(facts);
+        free(out);
+        free(dir);
+        exc_plan_free(plan);
+        free_prompts(&p);
+    }
+}
+
+/* the stored bias of glm4_moe: an expert pushed out is never chosen, the others keep their scores, and the file says so */
+static void test_router_bias(void **state)
+{
+    char *dir = changed("glm4_moe", NULL, NULL);
+    exc_prompts p = golden_prompts("glm4_moe");
+    exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
+    exc_plan *plan = plan_of(&m->atlas->shape, "{\"op\":\"router_bias\",\"layers\":[2],\"experts\":[3,7],\"values\":[-10,10]},"
+                                               "{\"op\":\"router_bias\",\"layers\":[2],\"experts\":[3],\"values\":[0.5]}");
+    exc_model_free(m);
+    json_t *facts = NULL;
+    char *out = applied(dir, plan, &facts);
+    json_t *roles = json_object_get(facts, "roles");
+    assert_int_equal(json_array_size(roles), 1);
+    assert_string_equal(json_string_value(json_object_get(json_array_get(roles, 0), "role")), "router_bias");
+    exc_tensors *a, *b;
+    assert_int_equal(exc_tensors_open(ctx, test_path(dir, "model.safetensors"), &a), EXC_OK);
+    assert_int_equal(exc_tensors_open(ctx, test_path(out, "model.safetensors"), &b), EXC_OK);
+    float old[16], new[16];
+    memcpy(old, exc_tensors_data(a, exc_tensors_find(a, "model.layers.2.mlp.gate.e_score_correction_bias")), sizeof old);
+    memcpy(new, exc_tensors_data(b, exc_tensors_find(b, "model.layers.2.mlp.gate.e_score_correction_bias")), sizeof new);
+    for (int e = 0; e < 16; e++)
+        assert_true(new[e] == (e == 3 ? (float)((double)(float)((double)old[e] - 10) + 0.5) : e == 7 ? (float)((double)old[e] + 10) : old[e]));
+    exc_tensors_close(a);
+    exc_tensors_close(b);
+    for (int baked = 0; baked < 2; baked++) {
+        m = baked ? open_as(dir, plan, EXC_LENS_BAKED) : open_as(out, NULL, EXC_LENS_BAKED);
+        result r = run(ctx, m, &p, 0, 0, 0);
+        for (int64_t i = 0; i < p.count; i++) {
+            int64_t n = p.begin[i + 1] - p.begin[i];
+            for (int64_t t = 0; t < n; t++) {
+                int chosen[16] = {0};
+                for (int k = 0; k < 4; k++) chosen[r.ids[i][((1 * n) + t) * 4 + k]] = 1; /* layer 2 is the second with experts */
+                assert_true(!chosen[3] && chosen[7]);
+            }
+        }
+        free_result(&r);
+        exc_model_free(m);
+    }
+    exc_model_options opt = {.size = sizeof opt, .plan = plan, .lens = EXC_LENS_VIRTUAL};
+    test_refused(ctx, exc_model_open(ctx, dir, &opt, &m), EXC_ERR_INPUT, "router_bias", "baked", NULL);
+    json_decref(facts);
+    exc_plan_free(plan);
+    free_prompts(&p);
+    free(out);
+    free(dir);
+}
+
+/* ------------------------------------------------------------------------------------------------------- captures */
+
+/* in the last layer the shared expert's output is what the stream loses when the expert is scaled to nothing */
+static void test_shared_sums(void **state)
+{
+    char *dir = changed("glm4_moe", NULL, NULL);
+    exc_prompts p = golden_prompts("glm4_moe"), other = make_prompts(2, (int64_t[]){5, 9}, 352, 3);
+    exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
+    exc_plan *plan = plan_of(&m->atlas->shape, "{\"op\":\"scale\",\"role\":\"shared_down\",\"layers\":[3],\"strength\":0}");
+    exc_capture_options opt = EXC_CAPTURE_OPTIONS;
+    opt.decode = 3;
+    opt.no_out = 1;
+    exc_stats *s = NULL, *back = NULL;
+    if (exc_capture(ctx, m, &p, &other, &opt, &s, NULL)) fail_msg("%s", exc_ctx_error(ctx));
+    exc_model_free(m);
+    size_t n;
+    float *with = stream_of(dir, NULL, EXC_LENS_BAKED, &p, &n), *without = stream_of(dir, plan, EXC_LENS_VIRTUAL, &p, &n);
+    int64_t shape[4];
+    int rank;
+    const double *sum = exc_stats_array(s, "target.prefill.shared_out_sum", NULL, &rank, shape);
+    assert_non_null(sum);
+    assert_true(rank == 2 && shape[0] == 3 && shape[1] == 64);
+    double diff = 0, size = 0;
+    for (size_t h = 0; h < 64; h++) {
+        double want = 0;
+        for (size_t t = 0; t < n / 64; t++) want += (double)with[t * 64 + h] - (double)without[t * 64 + h];
+        diff += pow(sum[2 * 64 + h] - want, 2);
+        size += want * want;
+    }
+    assert_true(sqrt(diff / size) < 1e-5);
+    const char *path = test_path(test_tmpdir(), "s.safetensors"); /* kept by the file, added like every other sum */
+    assert_int_equal(exc_stats_save(ctx, s, path, 0), EXC_OK);
+    assert_int_equal(exc_stats_load(ctx, path, &back), EXC_OK);
+    double was = sum[5];
+    const double *decode = exc_stats_array(back, "baseline.decode.shared_out_sum", NULL, NULL, NULL);
+    assert_true(decode && decode[0] != 0);
+    assert_int_equal(exc_stats_add(ctx, s, back), EXC_OK);
+    assert_true(sum[5] == 2 * was);
+    exc_release(back->group[0][0].shared_out_sum);
+    back->group[0][0].shared_out_sum = NULL;
+    test_refused(ctx, exc_stats_add(ctx, s, back), EXC_ERR_INPUT, "target.prefill.shared_out_sum", NULL);
+    free(with);
+    free(without);
+    exc_stats_free(s);
+    exc_stats_free(back);
+    exc_plan_free(plan);
+    free_prompts(&p);
+    free_prompts(&other);
+    free(dir);
+}
+
+static int setup(void **state)
+{
+    ctx = test_ctx(2);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    exc_ctx_free(ctx);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_configs),     cmocka_unit_test(test_missing),     cmocka_unit_test(test_inspect),
+        cmocka_unit_test(test_three_forms), cmocka_unit_test(test_router_bias), cmocka_unit_test(test_shared_sums),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}

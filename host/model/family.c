@@ -6,13 +6,15 @@
 
 #include "model.h"
 
-extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe;
+extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe,
+    exc_family_qwen2_moe;
 
 const exc_family *const exc_families[] = {
     &exc_family_qwen3_moe,
     &exc_family_mixtral,
     &exc_family_olmoe,
     &exc_family_glm4_moe,
+    &exc_family_qwen2_moe,
     NULL,
 };
 

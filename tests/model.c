@@ -84,6 +84,23 @@ static void test_odd_shapes(void **state)
     t = (tiny){.layers = 1, .hidden = 64, .heads = 6, .kv = 3, .dim = 32, .vocab = 257, .experts = 130, .top_k = 1, .inner = 48,
                .context = 64, .dense = 1, .sparse_step = 1, .renorm = 0, .files = 1, .dtype = "BF16", .seed = 6};
     check_against_f64(t); /* more experts than tokens, one chosen, its weight not renormalised to 1 */
+    t = tiny_default();
+    t.kind = TINY_OLMOE; /* q and k of 54 and 18 channels: neither fills its panels */
+    t.renorm = 0;
+    check_against_f64(t);
+    t = tiny_default();
+    t.kind = TINY_GLM;
+    t.dim = 20; /* 10 rotate */
+    t.experts = 12;
+    t.groups = 4;
+    t.kept = 2; /* some keys are negative */
+    t.scale = 2.5;
+    check_against_f64(t);
+    t.groups = t.kept = 1;
+    t.renorm = 0;
+    t.dtype = "F32";
+    t.seed = 9;
+    check_against_f64(t);
 }
 
 /* ----------------------------------------------------------------------------------------------- same bits */

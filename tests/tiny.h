@@ -1,4 +1,4 @@
-/* tiny.h - random qwen3_moe checkpoints of any shape, made by the tests themselves, and the model computed a second time in
+/* tiny.h - random checkpoints of qwen3_moe, glm4_moe and olmoe, of any shape, made by the tests themselves, and the model computed a second time in
  * plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
  * the refusals are tested. Weights are counter-based, so a spec names its checkpoint. */
 #ifndef EXC_TEST_TINY_H
@@ -22,6 +22,10 @@ typedef struct tiny_tensor {
 
 typedef struct tiny {
     int layers, hidden, heads, kv, dim, vocab, experts, top_k, inner, dense, context;
+    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
+                                                      groups, shared expert, layer 0 dense; olmoe: norm over all heads */
+    int groups, kept;    /* glm: of the experts */
+    double scale;        /* glm: of the routing weights */
     const char *only;    /* mlp_only_layers as JSON, or NULL */
     int sparse_step, tied, renorm, files;
     const char *dtype;   /* "BF16", "F16", "F32" */
@@ -42,6 +46,7 @@ static inline tiny tiny_default(void)
 static inline int tiny_is_moe(const tiny *t, int layer)
 {
     char key[16];
+    if (t->kind == TINY_GLM) return layer > 0;
     if ((layer + 1) % t->sparse_step) return 0;
     if (!t->only) return 1;
     snprintf(key, sizeof key, "%d", layer); /* the lists of the tests hold single digits */
@@ -86,8 +91,10 @@ static inline void tiny_make(tiny *t)
         tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
         tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
         tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, q, 1 / sqrt(q), 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->dim, 0, 0.2, 1);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->dim, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, 1);
+        for (int i = 0; i < 3 && t->kind == TINY_GLM; i++)
+            tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
         if (!tiny_is_moe(t, l)) {
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
@@ -95,6 +102,12 @@ static inline void tiny_make(tiny *t)
             continue;
         }
         tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
+        if (t->kind == TINY_GLM) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.e_score_correction_bias", l), t->experts, 0, 0.5, -0.3);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.gate_proj.weight", l), 2 * t->inner, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.up_proj.weight", l), 2 * t->inner, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.down_proj.weight", l), t->hidden, 2 * t->inner, 1 / sqrt(t->inner), 0);
+        }
         for (int e = 0; e < t->experts; e++) {
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e), t->inner, t->hidden, 2 * h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e), t->inner, t->hidden, h, 0);
@@ -156,14 +169,20 @@ static inline void tiny_file(const tiny *t, const char *path, int from, int to)
 static inline void tiny_config(const tiny *t, const char *dir)
 {
     exc_buf b = {0};
-    exc_buf_printf(&b, "{%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"qwen3_moe\",\"hidden_size\":%d,"
+    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe"};
+    exc_buf_puts(&b, "{");
+    if (t->kind == TINY_GLM)
+        exc_buf_printf(&b, "\"n_routed_experts\":%d,\"n_shared_experts\":2,\"first_k_dense_replace\":1,\"n_group\":%d,\"topk_group\":%d,"
+                           "\"routed_scaling_factor\":%.17g,\"attention_bias\":true,\"use_qk_norm\":true,\"partial_rotary_factor\":0.5,",
+                       t->experts, t->groups, t->kept, t->scale);
+    exc_buf_printf(&b, "%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"%s\",\"hidden_size\":%d,"
                        "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
                        "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
                        "\"max_position_embeddings\":%d,\"rms_norm_eps\":1e-06,\"rope_theta\":10000.0,\"hidden_act\":\"silu\","
                        "\"norm_topk_prob\":%s,\"decoder_sparse_step\":%d,\"mlp_only_layers\":%s,\"tie_word_embeddings\":%s,"
                        "\"eos_token_id\":2}",
-                   t->extra ? t->extra : "", t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
-                   t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
+                   t->extra ? t->extra : "", type[t->kind], t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
+                   t->kind == TINY_OLMOE ? t->inner : t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
                    t->tied ? "true" : "false");
     test_write(test_path(dir, "config.json"), b.data, b.len);
     exc_buf_free(&b);
@@ -245,6 +264,57 @@ static inline void tiny_mlp(const double *x, const double *g, const double *u, c
     free(b);
 }
 
+static inline void tiny_biased(double *y, const double *bias, int64_t rows, int64_t n)
+{
+    for (int64_t i = 0; i < rows * n; i++) y[i] += bias[i % n];
+}
+
+/* sigmoid router: keys = scores + bias, groups by the sum of their two largest keys; the weights have no bias. margin: how near
+ * another choice was. chosen[K] by descending weight. */
+static inline void tiny_choose(const tiny *t, const double *z, const double *bias, int32_t *chosen, double *weight, double *margin)
+{
+    int64_t E = t->experts, K = t->top_k, size = E / t->groups;
+    double *key = malloc((size_t)E * 8), group[64], sum = 0, last = INFINITY;
+    for (int64_t e = 0; e < E; e++) key[e] = 1 / (1 + exp(-z[e])) + bias[e];
+    for (int64_t g = 0; g < t->groups; g++) {
+        double best = -INFINITY, second = -INFINITY;
+        for (int64_t e = g * size; e < (g + 1) * size; e++) {
+            if (key[e] > best) second = best, best = key[e];
+            else second = fmax(second, key[e]);
+        }
+        group[g] = best + second;
+    }
+    for (int64_t g = 0; g < t->groups && t->groups > 1; g++) {
+        int before = 0;
+        for (int64_t o = 0; o < t->groups; o++) before += group[o] > group[g];
+        for (int64_t o = 0; o < t->groups; o++)
+            if (o != g) *margin = fmin(*margin, fabs(group[o] - group[g]));
+        for (int64_t e = g * size; e < (g + 1) * size && before >= t->kept; e++) key[e] = -INFINITY;
+    }
+    for (int64_t j = 0; j <= K && j < E; j++) {
+        int64_t at = 0;
+        for (int64_t e = 1; e < E; e++)
+            if (key[e] > key[at]) at = e;
+        if (j == K) {
+            *margin = fmin(*margin, last - key[at]);
+            break;
+        }
+        chosen[j] = (int32_t)at;
+        last = key[at];
+        key[at] = -INFINITY;
+        sum += weight[j] = 1 / (1 + exp(-z[at]));
+    }
+    for (int64_t j = 1; j < K; j++)
+        for (int64_t i = j; i > 0 && weight[i] > weight[i - 1]; i--) {
+            double w = weight[i];
+            int32_t e = chosen[i];
+            weight[i] = weight[i - 1], chosen[i] = chosen[i - 1];
+            weight[i - 1] = w, chosen[i - 1] = e;
+        }
+    for (int64_t j = 0; j < K; j++) weight[j] *= t->scale / (t->renorm ? sum + 1e-20 : 1);
+    free(key);
+}
+
 static inline void tiny_rotate(double *x, int64_t dim, int64_t position)
 {
     for (int64_t i = 0; i < dim / 2; i++) {
@@ -274,14 +344,23 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
         tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
         tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
         tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
+        int64_t turned = t->kind == TINY_GLM ? D / 2 : D;
+        bool whole = t->kind == TINY_OLMOE;
+        if (t->kind == TINY_GLM) {
+            tiny_biased(q, TINY_W("model.layers.%d.self_attn.q_proj.bias", l), T, Q);
+            tiny_biased(k, TINY_W("model.layers.%d.self_attn.k_proj.bias", l), T, KV);
+            tiny_biased(v, TINY_W("model.layers.%d.self_attn.v_proj.bias", l), T, KV);
+        }
         for (int64_t r = 0; r < T; r++) {
+            if (whole) tiny_norm(q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
+            if (whole) tiny_norm(k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
             for (int64_t i = 0; i < t->heads; i++) {
-                tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
-                tiny_rotate(q + r * Q + i * D, D, r);
+                if (!whole) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
+                tiny_rotate(q + r * Q + i * D, turned, r);
             }
             for (int64_t i = 0; i < t->kv; i++) {
-                tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
-                tiny_rotate(k + r * KV + i * D, D, r);
+                if (!whole) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
+                tiny_rotate(k + r * KV + i * D, turned, r);
             }
         }
         memset(o, 0, (size_t)(T * Q) * 8);
@@ -317,7 +396,13 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
             for (int64_t e = 0; e < E; e++) top = fmax(top, z[e]);
             for (int64_t e = 0; e < E; e++) all += exp(z[e] - top);
             double weight[64], last = 0;
-            for (int64_t j = 0; j <= K && j < E; j++) {
+            if (t->kind == TINY_GLM) {
+                tiny_choose(t, z, TINY_W("model.layers.%d.mlp.gate.e_score_correction_bias", l), chosen, weight, margin);
+                tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.shared_experts.gate_proj.weight", l),
+                         TINY_W("model.layers.%d.mlp.shared_experts.up_proj.weight", l),
+                         TINY_W("model.layers.%d.mlp.shared_experts.down_proj.weight", l), H, 2 * t->inner, 1, h + r * H);
+            }
+            for (int64_t j = 0; t->kind != TINY_GLM && j <= K && j < E; j++) {
                 int64_t at = -1;
                 for (int64_t e = 0; e < E; e++) {
                     int used = 0;
@@ -336,7 +421,7 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
                 int e = chosen[j];
                 tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e),
                          TINY_W("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e),
-                         TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm ? sum : 1),
+                         TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm && t->kind != TINY_GLM ? sum : 1),
                          h + r * H);
             }
             free(z);

@@ -303,6 +303,28 @@ static void test_router_bias(void **state)
     free(dir);
 }
 
+/* every allocation of such an edit may fail: an error, never a crash, and nothing stays behind */
+static void test_allocations_fail(void **state)
+{
+    char *dir = changed("glm4_moe", NULL, NULL);
+    exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
+    exc_plan *plan = plan_of(&m->atlas->shape, "{\"op\":\"router_bias\",\"layers\":[1],\"experts\":[0],\"values\":[1]},"
+                                               "{\"op\":\"project\",\"role\":\"shared_down\",\"layers\":[1]}");
+    exc_model_free(m);
+    exc_apply_options opt = EXC_APPLY_OPTIONS;
+    opt.dry_run = 1;
+    exc_status st = EXC_ERR_MEMORY;
+    for (uint64_t n = 1; st != EXC_OK && n < 2000; n++) {
+        exc_alloc_fail_at(n);
+        st = exc_apply(ctx, dir, plan, NULL, &opt, NULL);
+        exc_alloc_fail_at(0);
+        if (st) assert_int_equal(st, EXC_ERR_MEMORY);
+    }
+    assert_int_equal(st, EXC_OK);
+    exc_plan_free(plan);
+    free(dir);
+}
+
 /* ------------------------------------------------------------------------------------------------------- captures */
 
 /* in the last layer the shared expert's output, where no gate weighs it, is what the stream loses when the expert is scaled to nothing */
@@ -378,6 +400,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_configs),     cmocka_unit_test(test_missing),     cmocka_unit_test(test_inspect),
         cmocka_unit_test(test_three_forms), cmocka_unit_test(test_router_bias), cmocka_unit_test(test_shared_sums),
+        cmocka_unit_test(test_allocations_fail),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

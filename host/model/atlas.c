@@ -73,7 +73,8 @@ static const char *file_of(const exc_atlas *a, const exc_tensor *t) {
 /* what config.json says that leaves no place for the role */
 static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, char *out, size_t cap) {
     const exc_family *f = a->family;
-    bool moe = a->shape.is_moe[layer], dense = role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_DENSE_GATE || role == EXC_ROLE_DENSE_UP;
+    bool moe = a->shape.is_moe[layer],
+         dense = role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_DENSE_GATE || role == EXC_ROLE_DENSE_UP;
     if (role >= EXC_ROLE_ATTN_Q_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
         snprintf(out, cap, "has no biases (%s)", f->bias_key);
     else if (role == EXC_ROLE_ATTN_Q_NORM || role == EXC_ROLE_ATTN_K_NORM)
@@ -110,8 +111,9 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *
             *skip = true;
             return EXC_OK;
         }
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: layer %lld %s: expected no %s there, found one", file, name,
-                        (long long)w->layer, why_absent(a, w->role, w->layer, why, sizeof why), exc_role_name(w->role));
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: layer %lld %s: expected no %s there, found one", file,
+                        name, (long long)w->layer, why_absent(a, w->role, w->layer, why, sizeof why),
+                        exc_role_name(w->role));
     }
     int rank = exc_role_is_vector(w->role) ? 1 : 2;
     bool fits = t->rank == rank && t->shape[0] == w->out && (rank == 1 || t->shape[1] == w->in);

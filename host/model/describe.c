@@ -49,7 +49,8 @@ static void put_gate(exc_buf *b, const exc_atlas *a) {
                                       : "not renormalised");
     if (s->gate.scale != 0 && s->gate.scale != 1) exc_buf_printf(b, ", times %g", (double)s->gate.scale);
     if (a->family->router_bias_stored) exc_buf_puts(b, "; a bias for each expert is added for the choice");
-    if (s->gate.groups > 1) exc_buf_printf(b, "; of the best %d of %d groups", s->gate.groups_kept, s->gate.groups);
+    if (s->gate.groups > 1)
+        exc_buf_printf(b, "; of the best %d of %d groups", s->gate.groups_kept, s->gate.groups);
     exc_buf_puts(b, "\"");
 }
 
@@ -78,7 +79,9 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
     if (!strcmp(edits_of(w->role), "[]"))
         exc_buf_printf(b, ",\"why_not\":\"%s\"",
                        exc_role_is_vector(w->role)
-                           ? (w->role >= EXC_ROLE_ATTN_Q_BIAS && w->role <= EXC_ROLE_ATTN_V_BIAS ? "a vector of biases" : "a vector of norm weights")
+                           ? (w->role >= EXC_ROLE_ATTN_Q_BIAS && w->role <= EXC_ROLE_ATTN_V_BIAS
+                                  ? "a vector of biases"
+                                  : "a vector of norm weights")
                            : "neither a writer of the residual stream nor a role plans know");
     exc_buf_puts(b, "}");
 }
@@ -125,7 +128,8 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
                    ",\"norm_eps\":%.6g,\"tied_embeddings\":%s",
                    (long long)s->inner, (long long)s->experts, (long long)s->top_k, (long long)s->vocab,
                    (long long)s->context, (double)s->rope_theta, (double)s->eps, s->tied ? "true" : "false");
-    exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner, (long long)s->rotary);
+    exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner,
+                   (long long)s->rotary);
     put_gate(b, a);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
     for (int64_t l = 0; l < s->layers; l++)

@@ -10,12 +10,8 @@ extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olm
     exc_family_qwen2_moe;
 
 const exc_family *const exc_families[] = {
-    &exc_family_qwen3_moe,
-    &exc_family_mixtral,
-    &exc_family_olmoe,
-    &exc_family_glm4_moe,
-    &exc_family_qwen2_moe,
-    NULL,
+    &exc_family_qwen3_moe, &exc_family_mixtral,   &exc_family_olmoe,
+    &exc_family_glm4_moe,  &exc_family_qwen2_moe, NULL,
 };
 
 const exc_family *exc_family_find(const char *model_type) {
@@ -76,6 +72,4 @@ bool exc_role_by_layer(exc_role role) {
 
 bool exc_role_writes(exc_role role) { return role <= EXC_ROLE_ATTN_OUT || role == EXC_ROLE_EMBED; }
 
-bool exc_role_is_vector(exc_role role) {
-    return role >= EXC_ROLE_ROUTER_BIAS && role <= EXC_ROLE_NORM_FINAL;
-}
+bool exc_role_is_vector(exc_role role) { return role >= EXC_ROLE_ROUTER_BIAS && role <= EXC_ROLE_NORM_FINAL; }

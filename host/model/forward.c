@@ -244,19 +244,20 @@ static exc_status attention(exc_session *s, const exc_layer *y, int64_t layer, c
     size_t plane = (size_t)(layer * s->cache_tokens * kv) * (act == EXC_BF16 ? 2 : 4);
     void *ck = (uint8_t *)s->cache_k + plane, *cv = (uint8_t *)s->cache_v + plane;
     EXC_TRY(norm(s, s->h, y->norm_in, rows, s->x));
-    RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &y->qkv, .bias = y->qkv_bias, .y = s->qkv,
-        .y_stride = l->qkv, .rows = rows);
+    RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &y->qkv, .bias = y->qkv_bias,
+        .y = s->qkv, .y_stride = l->qkv, .rows = rows);
     bool whole = p->qk_norm == EXC_QK_WHOLE;
     if (whole) {
         EXC_TRY(norm_part(s, y->q_norm, 0, q, rows));
         EXC_TRY(norm_part(s, y->k_norm, l->k_at, kv, rows));
     }
     RUN(s, rope, .q = s->qkv, .q_stride = l->qkv, .k = s->qkv + l->k_at, .k_stride = l->qkv,
-        .v = s->qkv + l->v_at, .v_stride = l->qkv, .q_norm = whole ? NULL : y->q_norm, .k_norm = whole ? NULL : y->k_norm, .eps = p->eps,
-        .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = l->inv_freq,
-        .rotary = p->rotary, .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row,
-        .tokens = rows, .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = s->q,
-        .cache_k = ck, .cache_v = cv, .act = act);
+        .v = s->qkv + l->v_at, .v_stride = l->qkv, .q_norm = whole ? NULL : y->q_norm,
+        .k_norm = whole ? NULL : y->k_norm, .eps = p->eps,
+        .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = l->inv_freq, .rotary = p->rotary,
+        .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row, .tokens = rows,
+        .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = s->q, .cache_k = ck,
+        .cache_v = cv, .act = act);
     RUN(s, attend, .q = s->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
         .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
         .head_dim = p->head_dim, .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .out = s->o,
@@ -289,9 +290,9 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     float *weights = t->router_weights ? t->router_weights + row * rows * K : s->weights;
     RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router, .y = s->router, .y_stride = E,
         .rows = rows);
-    RUN(s, route, .logits = s->router, .bias = y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E, .top_k = K, .ids = ids,
-        .weights = weights, .slot = slot, .count = sums.count, .gate_sum = sums.gate_sum,
-        .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
+    RUN(s, route, .logits = s->router, .bias = y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E,
+        .top_k = K, .ids = ids, .weights = weights, .slot = slot, .count = sums.count,
+        .gate_sum = sums.gate_sum, .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
     RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
         .row_of = s->row_of, .pair_of = s->pair_of);
     RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .offset = s->offset,
@@ -309,8 +310,8 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     return EXC_OK;
 }
 
-/* the expert that every token has. Its gate, where there is one, is a router with a single choice: the sigmoid
- * of one logit is the weight. */
+/* the expert that every token has. Its gate, where there is one, is a router with a single choice: the
+ * sigmoid of one logit is the weight. */
 static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     if (!y->shared_down.data) return EXC_OK;
@@ -330,8 +331,8 @@ static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, cons
         .y_stride = H, .rows = rows);
     RUN(s, combine, .y = s->y, .row_of = s->own_row, .ids = s->zero_ids, .weights = s->weights,
         .tokens = rows, .top_k = 1, .hidden = H, .basis = v->on ? v->basis : NULL,
-        .rank = v->on ? v->rank : 0, .strength = v->on ? v->strength : NULL,
-        .scale = v->on ? v->scale : NULL, .h = s->h);
+        .rank = v->on ? v->rank : 0, .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL,
+        .h = s->h);
     return EXC_OK;
 }
 

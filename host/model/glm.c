@@ -1,16 +1,16 @@
-/* glm.c - family glm4_moe (GLM-4.5, 4.5-Air, 4.6): biases on queries, keys and values, half of each head rotates, a
- * norm per head where use_qk_norm says so. The router takes sigmoids, adds e_score_correction_bias for the
- * choice alone, renormalises and scales; every token also goes through a shared expert. The first layers are dense. The
- * layers behind the last predict further tokens: they are passed through. */
+/* glm.c - family glm4_moe (GLM-4.5, 4.5-Air, 4.6): biases on queries, keys and values, half of each head
+ * rotates, a norm per head where use_qk_norm says so. The router takes sigmoids, adds e_score_correction_bias
+ * for the choice alone, renormalises and scales; every token also goes through a shared expert. The first
+ * layers are dense. The layers behind the last predict further tokens: they are passed through. */
 #include "model.h"
 
 #define LAYER "model.layers.%L."
 
 static const exc_name names[] = {
-    {EXC_ROLE_EXPERT_DOWN, LAYER "mlp.experts.%E.down_proj.weight"},      /* [H,I] */
-    {EXC_ROLE_EXPERT_GATE, LAYER "mlp.experts.%E.gate_proj.weight"},      /* [I,H] */
-    {EXC_ROLE_EXPERT_UP, LAYER "mlp.experts.%E.up_proj.weight"},          /* [I,H] */
-    {EXC_ROLE_SHARED_DOWN, LAYER "mlp.shared_experts.down_proj.weight"},  /* [H,n_shared_experts*I] */
+    {EXC_ROLE_EXPERT_DOWN, LAYER "mlp.experts.%E.down_proj.weight"},     /* [H,I] */
+    {EXC_ROLE_EXPERT_GATE, LAYER "mlp.experts.%E.gate_proj.weight"},     /* [I,H] */
+    {EXC_ROLE_EXPERT_UP, LAYER "mlp.experts.%E.up_proj.weight"},         /* [I,H] */
+    {EXC_ROLE_SHARED_DOWN, LAYER "mlp.shared_experts.down_proj.weight"}, /* [H,n_shared_experts*I] */
     {EXC_ROLE_SHARED_GATE, LAYER "mlp.shared_experts.gate_proj.weight"},
     {EXC_ROLE_SHARED_UP, LAYER "mlp.shared_experts.up_proj.weight"},
     {EXC_ROLE_DENSE_DOWN, LAYER "mlp.down_proj.weight"}, /* [H,intermediate_size] */
@@ -64,7 +64,8 @@ const exc_family exc_family_glm4_moe = {
     .dense = EXC_DENSE_FIRST,
     .mtp_key = "num_nextn_predict_layers",
     .refused = refused,
-    .router_bias = "mlp.gate.e_score_correction_bias: added to the sigmoid scores (0..1) for the choice alone; the "
-                   "weights of the chosen do not change",
+    .router_bias =
+        "mlp.gate.e_score_correction_bias: added to the sigmoid scores (0..1) for the choice alone; the "
+        "weights of the chosen do not change",
     .router_bias_stored = 1,
 };

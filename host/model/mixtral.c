@@ -1,6 +1,7 @@
-/* mixtral.c - family mixtral (Mixtral-8x7B, 8x22B and models merged in their form): experts under block_sparse_moe
- * with w1 (gate), w3 (up) and w2 (down), plain grouped-query attention, softmax over all experts and always
- * renormalised, which is the softmax over the two chosen logits. The experts' width is called intermediate_size. */
+/* mixtral.c - family mixtral (Mixtral-8x7B, 8x22B and models merged in their form): experts under
+ * block_sparse_moe with w1 (gate), w3 (up) and w2 (down), plain grouped-query attention, softmax over all
+ * experts and always renormalised, which is the softmax over the two chosen logits. The experts' width is
+ * called intermediate_size. */
 #include "model.h"
 
 #define LAYER "model.layers.%L."

@@ -1,6 +1,7 @@
-/* olmoe.c - family olmoe (OLMoE-1B-7B, base, SFT, DPO and Instruct): queries and keys are normed as whole vectors,
- * before they are split into heads; the chosen weights keep their softmax over all experts, so they sum to less
- * than one unless norm_topk_prob says otherwise. The experts' width is called intermediate_size. */
+/* olmoe.c - family olmoe (OLMoE-1B-7B, base, SFT, DPO and Instruct): queries and keys are normed as whole
+ * vectors, before they are split into heads; the chosen weights keep their softmax over all experts, so they
+ * sum to less than one unless norm_topk_prob says otherwise. The experts' width is called intermediate_size.
+ */
 #include "model.h"
 
 #define LAYER "model.layers.%L."

@@ -1,15 +1,16 @@
-/* qwen2.c - family qwen2_moe (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): biases on queries, keys and values, no norm of
- * them, softmax over all experts, and a shared expert of a width of its own behind a sigmoid gate. Layers in
- * mlp_only_layers, or skipped by decoder_sparse_step, are dense. */
+/* qwen2.c - family qwen2_moe (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): biases on queries, keys and values, no norm
+ * of them, softmax over all experts, and a shared expert of a width of its own behind a sigmoid gate. Layers
+ * in mlp_only_layers, or skipped by decoder_sparse_step, are dense. */
 #include "model.h"
 
 #define LAYER "model.layers.%L."
 
 static const exc_name names[] = {
-    {EXC_ROLE_EXPERT_DOWN, LAYER "mlp.experts.%E.down_proj.weight"},    /* [H,I] */
-    {EXC_ROLE_EXPERT_GATE, LAYER "mlp.experts.%E.gate_proj.weight"},    /* [I,H] */
-    {EXC_ROLE_EXPERT_UP, LAYER "mlp.experts.%E.up_proj.weight"},        /* [I,H] */
-    {EXC_ROLE_SHARED_DOWN, LAYER "mlp.shared_expert.down_proj.weight"}, /* [H,shared_expert_intermediate_size] */
+    {EXC_ROLE_EXPERT_DOWN, LAYER "mlp.experts.%E.down_proj.weight"}, /* [H,I] */
+    {EXC_ROLE_EXPERT_GATE, LAYER "mlp.experts.%E.gate_proj.weight"}, /* [I,H] */
+    {EXC_ROLE_EXPERT_UP, LAYER "mlp.experts.%E.up_proj.weight"},     /* [I,H] */
+    {EXC_ROLE_SHARED_DOWN,
+     LAYER "mlp.shared_expert.down_proj.weight"}, /* [H,shared_expert_intermediate_size] */
     {EXC_ROLE_SHARED_GATE, LAYER "mlp.shared_expert.gate_proj.weight"},
     {EXC_ROLE_SHARED_UP, LAYER "mlp.shared_expert.up_proj.weight"},
     {EXC_ROLE_SHARED_ROUTER, LAYER "mlp.shared_expert_gate.weight"}, /* [1,H] */

@@ -44,10 +44,12 @@ static exc_status read_rotary(const reader *r, const json_t *rope, const exc_fam
     double factor;
     EXC_TRY(exc_json_number_or(r->ctx, o, r->what, key, f->rotary, &factor));
     /* a factor that loaders of the family ignore must not change the answer here */
-    if (f->rotary == 1 && factor != 1) return wrong(r, key, "1 (the family rotates whole heads)", json_object_get(o, key));
+    if (f->rotary == 1 && factor != 1)
+        return wrong(r, key, "1 (the family rotates whole heads)", json_object_get(o, key));
     s->rotary = factor > 0 && factor <= 1 ? (int64_t)((double)s->head_dim * factor) : 0;
     if (s->rotary < 2 || s->rotary % 2)
-        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: %s: expected an even number of the %lld channels of a head, found %g of them",
+        return exc_fail(r->ctx, EXC_ERR_INPUT,
+                        "%s: %s: expected an even number of the %lld channels of a head, found %g of them",
                         r->what, key, (long long)s->head_dim, factor);
     return EXC_OK;
 }
@@ -128,8 +130,8 @@ static exc_status read_layers(const reader *r, const exc_family *f, exc_shape *s
     s->moe_layers = 0;
     for (int64_t l = 0; l < s->layers; l++) s->moe_row[l] = s->is_moe[l] ? s->moe_layers++ : -1;
     if (!s->moe_layers)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at least one layer of experts, found none", r->what,
-                        exc_shape_dense_keys(f));
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at least one layer of experts, found none",
+                        r->what, exc_shape_dense_keys(f));
     if (s->moe_layers < s->layers && !s->dense_inner)
         return wrong(r, "intermediate_size", "the width of the dense layers",
                      json_object_get(r->o, "intermediate_size"));
@@ -196,7 +198,8 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     EXC_TRY(integer(r, f->inner_key, 1, MAX_WIDTH, &s->inner));
     if (f->dense != EXC_DENSE_NEVER)
         EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "intermediate_size", 1, MAX_WIDTH, 0, &s->dense_inner));
-    if (f->mtp_key) EXC_TRY(exc_json_int_or(ctx, r->o, r->what, f->mtp_key, 0, MAX_LAYERS, 0, &s->mtp_layers));
+    if (f->mtp_key)
+        EXC_TRY(exc_json_int_or(ctx, r->o, r->what, f->mtp_key, 0, MAX_LAYERS, 0, &s->mtp_layers));
     if (s->top_k > s->experts)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %s (%lld), found %lld", r->what,
                         f->top_k_key, f->experts_key, (long long)s->experts, (long long)s->top_k);
@@ -240,8 +243,8 @@ static exc_status read_switches(const reader *r, const exc_family *f, exc_shape 
 
 static exc_status read_shared(const reader *r, const exc_family *f, exc_shape *s) {
     if (!f->shared_key) return EXC_OK;
-    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->shared_key, 0, f->shared_counts ? 64 : MAX_WIDTH, f->shared,
-                            &s->shared_inner));
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->shared_key, 0, f->shared_counts ? 64 : MAX_WIDTH,
+                            f->shared, &s->shared_inner));
     if (f->shared_counts) s->shared_inner *= s->inner;
     return EXC_OK;
 }
@@ -252,13 +255,16 @@ static exc_status read_groups(const reader *r, exc_shape *s) {
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "n_group", 1, s->experts, 1, &groups));
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "topk_group", 1, groups, 1, &kept));
     if (s->experts % groups)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: n_group: expected a divisor of the number of experts (%lld), found %lld",
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: n_group: expected a divisor of the number of experts (%lld), found %lld",
                         r->what, (long long)s->experts, (long long)groups);
     if (s->experts / groups * kept < s->top_k)
         return exc_fail(ctx, EXC_ERR_INPUT,
-                        "%s: topk_group: expected groups with at least num_experts_per_tok (%lld) experts, found %lld of %lld "
+                        "%s: topk_group: expected groups with at least num_experts_per_tok (%lld) experts, "
+                        "found %lld of %lld "
                         "groups with %lld",
-                        r->what, (long long)s->top_k, (long long)kept, (long long)groups, (long long)(s->experts / groups * kept));
+                        r->what, (long long)s->top_k, (long long)kept, (long long)groups,
+                        (long long)(s->experts / groups * kept));
     s->gate.groups = groups > 1 ? (int)groups : 0;
     s->gate.groups_kept = groups > 1 ? (int)kept : 0;
     return EXC_OK;
@@ -274,8 +280,8 @@ static exc_status read_gate(const reader *r, const exc_family *f, exc_shape *s) 
     s->gate.renorm_eps = renorm ? f->renorm_eps : 0;
     EXC_TRY(exc_json_string_or(r->ctx, r->o, r->what, "scoring_func", own, &scoring));
     if (strcmp(scoring, own) != 0)
-        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: scoring_func: expected \"%s\", found \"%s\"", r->what, own,
-                        exc_show(scoring, strlen(scoring)));
+        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: scoring_func: expected \"%s\", found \"%s\"", r->what,
+                        own, exc_show(scoring, strlen(scoring)));
     if (f->scale_key) EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, f->scale_key, 1.0, &scale));
     if (!(scale > 0) || scale > 1e6)
         return wrong(r, f->scale_key, "a number in (0, 1e6]", json_object_get(r->o, f->scale_key));
@@ -334,37 +340,75 @@ static int64_t qk_norm_width(const exc_shape *s, exc_role role) {
 
 bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out,
                     int64_t *in) {
-    bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer], shared = moe && s->shared_inner, here = true;
+    bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer], shared = moe && s->shared_inner,
+         here = true;
     int64_t H = s->hidden, o = 0, i = 1;
 #define IS(condition, rows, cols) (here = (condition), o = (rows), i = (cols))
     switch (role) {
-    case EXC_ROLE_EXPERT_DOWN: IS(moe, H, s->inner); break;
+    case EXC_ROLE_EXPERT_DOWN:
+        IS(moe, H, s->inner);
+        break;
     case EXC_ROLE_EXPERT_GATE:
-    case EXC_ROLE_EXPERT_UP: IS(moe, s->inner, H); break;
-    case EXC_ROLE_SHARED_DOWN: IS(shared, H, s->shared_inner); break;
+    case EXC_ROLE_EXPERT_UP:
+        IS(moe, s->inner, H);
+        break;
+    case EXC_ROLE_SHARED_DOWN:
+        IS(shared, H, s->shared_inner);
+        break;
     case EXC_ROLE_SHARED_GATE:
-    case EXC_ROLE_SHARED_UP: IS(shared, s->shared_inner, H); break;
-    case EXC_ROLE_SHARED_ROUTER: IS(shared && family->shared_gated, 1, H); break;
-    case EXC_ROLE_ROUTER: IS(moe, s->experts, H); break;
-    case EXC_ROLE_ROUTER_BIAS: IS(moe && family->router_bias_stored, s->experts, 1); break;
-    case EXC_ROLE_DENSE_DOWN: IS(!moe, H, s->dense_inner); break;
+    case EXC_ROLE_SHARED_UP:
+        IS(shared, s->shared_inner, H);
+        break;
+    case EXC_ROLE_SHARED_ROUTER:
+        IS(shared && family->shared_gated, 1, H);
+        break;
+    case EXC_ROLE_ROUTER:
+        IS(moe, s->experts, H);
+        break;
+    case EXC_ROLE_ROUTER_BIAS:
+        IS(moe && family->router_bias_stored, s->experts, 1);
+        break;
+    case EXC_ROLE_DENSE_DOWN:
+        IS(!moe, H, s->dense_inner);
+        break;
     case EXC_ROLE_DENSE_GATE:
-    case EXC_ROLE_DENSE_UP: IS(!moe, s->dense_inner, H); break;
-    case EXC_ROLE_ATTN_OUT: IS(true, H, s->heads * s->head_dim); break;
-    case EXC_ROLE_ATTN_Q: IS(true, s->heads * s->head_dim, H); break;
+    case EXC_ROLE_DENSE_UP:
+        IS(!moe, s->dense_inner, H);
+        break;
+    case EXC_ROLE_ATTN_OUT:
+        IS(true, H, s->heads * s->head_dim);
+        break;
+    case EXC_ROLE_ATTN_Q:
+        IS(true, s->heads * s->head_dim, H);
+        break;
     case EXC_ROLE_ATTN_K:
-    case EXC_ROLE_ATTN_V: IS(true, s->kv_heads * s->head_dim, H); break;
-    case EXC_ROLE_ATTN_Q_BIAS: IS(s->qkv_bias, s->heads * s->head_dim, 1); break;
+    case EXC_ROLE_ATTN_V:
+        IS(true, s->kv_heads * s->head_dim, H);
+        break;
+    case EXC_ROLE_ATTN_Q_BIAS:
+        IS(s->qkv_bias, s->heads * s->head_dim, 1);
+        break;
     case EXC_ROLE_ATTN_K_BIAS:
-    case EXC_ROLE_ATTN_V_BIAS: IS(s->qkv_bias, s->kv_heads * s->head_dim, 1); break;
+    case EXC_ROLE_ATTN_V_BIAS:
+        IS(s->qkv_bias, s->kv_heads * s->head_dim, 1);
+        break;
     case EXC_ROLE_ATTN_Q_NORM:
-    case EXC_ROLE_ATTN_K_NORM: IS(s->qk_norm != EXC_QK_NONE, qk_norm_width(s, role), 1); break;
+    case EXC_ROLE_ATTN_K_NORM:
+        IS(s->qk_norm != EXC_QK_NONE, qk_norm_width(s, role), 1);
+        break;
     case EXC_ROLE_NORM_IN:
     case EXC_ROLE_NORM_POST:
-    case EXC_ROLE_NORM_FINAL: IS(true, H, 1); break;
-    case EXC_ROLE_EMBED: IS(true, s->vocab, H); break;
-    case EXC_ROLE_LM_HEAD: IS(!s->tied, s->vocab, H); break;
-    default: break;
+    case EXC_ROLE_NORM_FINAL:
+        IS(true, H, 1);
+        break;
+    case EXC_ROLE_EMBED:
+        IS(true, s->vocab, H);
+        break;
+    case EXC_ROLE_LM_HEAD:
+        IS(!s->tied, s->vocab, H);
+        break;
+    default:
+        break;
     }
 #undef IS
     *out = here ? o : 0;

@@ -7,8 +7,9 @@
  * buffer and the next strip takes its place, so that every step reads one row piece from memory and writes one to it.
  *
  * Share of the best in-place loop, 128 x [2048, 768], 2 threads of a Zen 4 server, medians of one run: two sweeps 0.47,
- * whole matrices through the last-level cache 0.59, relay with ordinary stores 0.68, past the caches 0.78, rows asked for 16
- * ahead instead of 64 0.64 to 0.75, strips of 256 columns 0.71, of 64 0.58.
+ * whole matrices through the last-level cache 0.59, relay with ordinary stores 0.68, past the caches 0.78, rows asked for 40
+ * ahead instead of 64 0.75, never asked for 0.64, strips of 256 columns 0.71. Where memory is faster than about 30 GB/s for
+ * both threads, arithmetic is what is left.
  *
  * Even and odd columns of 32 sit in two vectors, a shift and a mask away from the bf16 pairs in memory. A column's operations
  * are those of strip.h in the same order, so the bits are the same. */

@@ -63,7 +63,7 @@ typedef struct exc_ctx_options {
     size_t size;
     const char *backend;   /* "cpu"; NULL: the first usable of the list, CPU last. A named absent one is an error */
     int threads;           /* 0: all cores this process may use */
-    int reproducible;      /* 1: same bits for any batching too (any thread count gives the same bits always) */
+    int reproducible;      /* 1: same logits for any batching too (capture: counts; sums to rounding). Any thread count gives the same bits always */
     exc_event_fn on_event; /* NULL: no events */
     void *user;
 } exc_ctx_options;

@@ -77,6 +77,8 @@ void exc_queue_close(exc_ctx *ctx);
 
 /* ---- small files (base/paths.c). Paths in messages are as the user gave them. */
 exc_status exc_read_file(exc_ctx *ctx, const char *path, size_t limit, char **data, size_t *len); /* NUL added; exc_release */
+/* n bytes at `at` of an open file; EXC_ERR_INPUT when it ends before */
+exc_status exc_read_at(exc_ctx *ctx, const char *path, int fd, void *to, size_t n, uint64_t at);
 /* writes PATH.partial-<pid>, fsync, rename, fsync of the folder; refuses an existing path unless force */
 exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force);
 exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force); /* EXC_ERR_USAGE when it exists and !force */

@@ -93,6 +93,21 @@ static exc_status sync_parent(exc_ctx *ctx, const char *path)
     return st;
 }
 
+exc_status exc_read_at(exc_ctx *ctx, const char *path, int fd, void *to, size_t n, uint64_t at) {
+    for (size_t done = 0; done < n;) {
+        ssize_t got = pread(fd, (char *)to + done, n - done, (off_t)(at + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0)
+            return exc_fail_errno(ctx, "%s: reading byte %llu", path, (unsigned long long)(at + done));
+        if (!got)
+            return exc_fail(ctx, EXC_ERR_INPUT,
+                            "%s: expected %zu bytes at %llu, found the end of the file after %zu", path, n,
+                            (unsigned long long)at, done);
+        done += (size_t)got;
+    }
+    return EXC_OK;
+}
+
 exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force)
 {
     EXC_TRY(exc_check_file(ctx, path, force));

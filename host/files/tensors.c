@@ -549,21 +549,6 @@ static void warn_dtypes(exc_ctx *ctx, const opened *o) {
 /* -------------------------------------------------------------------------------------------------------
  * file */
 
-static exc_status read_at(exc_ctx *ctx, const char *path, int fd, void *to, size_t n, uint64_t at) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)to + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0)
-            return exc_fail_errno(ctx, "%s: reading byte %llu", path, (unsigned long long)(at + done));
-        if (!got)
-            return exc_fail(ctx, EXC_ERR_INPUT,
-                            "%s: expected %zu bytes at %llu, found the end of the file after %zu", path, n,
-                            (unsigned long long)at, done);
-        done += (size_t)got;
-    }
-    return EXC_OK;
-}
-
 /* N of the first 8 bytes, against the file size before any arithmetic with it */
 static exc_status header_length(exc_ctx *ctx, const opened *o, int fd, uint64_t *out) {
     uint8_t b[8];
@@ -572,7 +557,7 @@ static exc_status header_length(exc_ctx *ctx, const opened *o, int fd, uint64_t 
         return exc_fail(ctx, EXC_ERR_INPUT,
                         "%s: size: expected at least 8 bytes, found %zu; incomplete download?", o->t.path,
                         o->t.size);
-    EXC_TRY(read_at(ctx, o->t.path, fd, b, 8, 0));
+    EXC_TRY(exc_read_at(ctx, o->t.path, fd, b, 8, 0));
     for (int i = 0; i < 8; i++) {
         n |= (uint64_t)b[i] << 8 * i;
         swapped = swapped << 8 | b[i];
@@ -597,7 +582,7 @@ static exc_status load_header(exc_ctx *ctx, opened *o, int fd) {
     EXC_TRY(header_length(ctx, o, fd, &n));
     o->t.header_bytes = (size_t)n + 8;
     if (!(o->header = exc_alloc(ctx, (size_t)n + 1, 1, "safetensors header"))) return EXC_ERR_MEMORY;
-    EXC_TRY(read_at(ctx, o->t.path, fd, o->header, (size_t)n, 8));
+    EXC_TRY(exc_read_at(ctx, o->t.path, fd, o->header, (size_t)n, 8));
     o->header[n] = 0;
     if (!o->header[0] || o->header[0] == '!')
         return exc_fail(ctx, EXC_ERR_INPUT,

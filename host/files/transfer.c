@@ -71,21 +71,6 @@ static size_t shift(uint64_t at) { return (size_t)(at % ALIGN) / 8 * 8; }
 /* ------------------------------------------------------------------------------------------------ plain
  * reading, writing */
 
-static exc_status read_all(exc_ctx *ctx, int fd, const char *path, void *to, size_t n, uint64_t at) {
-    for (size_t done = 0; done < n;) {
-        ssize_t got = pread(fd, (char *)to + done, n - done, (off_t)(at + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0)
-            return exc_fail_errno(ctx, "%s: reading byte %llu", path, (unsigned long long)(at + done));
-        if (!got)
-            return exc_fail(ctx, EXC_ERR_INPUT,
-                            "%s: expected %zu bytes at %llu, found the end of the file after %zu", path, n,
-                            (unsigned long long)at, done);
-        done += (size_t)got;
-    }
-    return EXC_OK;
-}
-
 static exc_status write_all(exc_ctx *ctx, int fd, const char *path, const void *from, size_t n, uint64_t at) {
     for (size_t done = 0; done < n;) {
         size_t now = n - done < PIECE ? n - done : PIECE;
@@ -106,7 +91,7 @@ static exc_status copy_all(exc_ctx *ctx, int in, const char *from, int out, cons
     buf += shift(at);
     while (at < end) {
         size_t n = end - at < PIECE ? (size_t)(end - at) : PIECE;
-        EXC_TRY(read_all(ctx, in, from, buf, n, at));
+        EXC_TRY(exc_read_at(ctx, from, in, buf, n, at));
         EXC_TRY(write_all(ctx, out, to, buf, n, at));
         at += n;
     }
@@ -194,7 +179,7 @@ static exc_status fill_batch(exc_mover *m, const exc_transfer *t, slot *s) {
         m->src[i] = m->old + at;
         m->dst[i] = s->data + at;
         s->place[i] = s->data + at;
-        EXC_TRY(read_all(m->ctx, m->in, m->from, m->old + at, (size_t)(r->end - r->begin), r->begin));
+        EXC_TRY(exc_read_at(m->ctx, m->from, m->in, m->old + at, (size_t)(r->end - r->begin), r->begin));
         used += taken(r);
     }
     return s->n ? t->fill(m->ctx, t->user, s->ranges, s->n, m->src, m->dst) : EXC_OK;

@@ -13,19 +13,16 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "model.h"
+#include "session.h"
 
 #define BLOCK_BYTES                                                                                          \
     ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
 #define PAGE ((uint64_t)4096)
 
-typedef struct carve {
-    uint8_t *base; /* NULL: only measuring */
-    size_t at;
-    bool overflow;
-} carve;
+/* -------------------------------------------------------------------------------------------------------
+ * layout */
 
-static void *take(carve *c, size_t count, size_t size) {
+void *exc_carve_take(exc_carve *c, size_t count, size_t size) {
     size_t bytes, end;
     if (!exc_mul(count, size, &bytes) || __builtin_add_overflow(c->at, bytes + 63, &end)) {
         c->overflow = true;
@@ -36,24 +33,10 @@ static void *take(carve *c, size_t count, size_t size) {
     return p;
 }
 
-typedef struct loader {
-    exc_ctx *ctx;
-    exc_model *m;
-    const exc_atlas *a;
-    exc_loaded *l;
-    uint8_t *stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
-    size_t stage_bytes;
-    uint64_t done, total;
-} loader;
+int64_t exc_whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
 
-/* -------------------------------------------------------------------------------------------------------
- * layout */
-
-static int64_t whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
-
-/* dtype of the packed form of a role's weights in a layer: one for all experts, because one call reads them
- * all */
-static int packed_dtype(const exc_model *m, exc_role role, int64_t layer) {
+/* one dtype for all experts, because one call reads them all */
+int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer) {
     if (m->compute == EXC_COMPUTE_BF16) return EXC_BF16;
     int64_t experts = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
     for (int64_t e = 0; e < experts; e++) {
@@ -63,75 +46,53 @@ static int packed_dtype(const exc_model *m, exc_role role, int64_t layer) {
     return EXC_BF16;
 }
 
-static exc_packed take_packed(carve *c, int64_t n, int64_t k, int dtype) {
-    return (exc_packed){take(c, exc_packed_bytes(n, k, dtype), 1), n, k, dtype};
+exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype) {
+    return (exc_packed){exc_carve_take(c, exc_packed_bytes(n, k, dtype), 1), n, k, dtype};
 }
 
-static exc_packed take_role(carve *c, const exc_model *m, exc_role role, int64_t layer) {
+exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    return take_packed(c, n, k, packed_dtype(m, role, layer));
+    return exc_carve_packed(c, n, k, exc_carve_dtype(m, role, layer));
 }
 
-/* a vector of the role as f32; NULL where this layer has none */
-static float *take_vector(carve *c, const exc_model *m, exc_role role, int64_t layer) {
+float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k;
     if (!exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k)) return NULL;
-    return take(c, (size_t)n, sizeof(float));
+    return exc_carve_take(c, (size_t)n, sizeof(float));
 }
 
-static exc_packed *take_group(carve *c, const exc_model *m, exc_role role, int64_t layer) {
+exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k, count = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    int dtype = packed_dtype(m, role, layer);
-    exc_packed *p = take(c, (size_t)count, sizeof *p);
+    int dtype = exc_carve_dtype(m, role, layer);
+    exc_packed *p = exc_carve_take(c, (size_t)count, sizeof *p);
     for (int64_t e = 0; e < count; e++) {
-        exc_packed one = take_packed(c, n, k, dtype);
+        exc_packed one = exc_carve_packed(c, n, k, dtype);
         if (p) p[e] = one;
     }
     return p;
 }
 
-static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
+static void lay_out(exc_carve *c, const exc_model *m, exc_loaded *l) {
     const exc_shape *s = &m->atlas->shape;
     size_t H = (size_t)s->hidden;
-    int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-    l->k_at = whole_panels(q);
-    l->v_at = l->k_at + whole_panels(kv);
-    l->qkv = l->v_at + whole_panels(kv);
-    l->layer = take(c, (size_t)s->layers, sizeof *l->layer);
-    l->norm_final = take(c, H, sizeof(float));
-    l->inv_freq = take(c, (size_t)s->rotary / 2, sizeof(float));
+    l->layer = exc_carve_take(c, (size_t)s->layers, sizeof *l->layer);
+    l->norm_final = exc_carve_take(c, H, sizeof(float));
+    l->inv_freq = exc_carve_take(c, (size_t)s->rotary / 2, sizeof(float));
     for (int64_t i = 0; i < s->layers; i++) {
-        exc_layer local = {0}, *y = &local;
-        int qkv = EXC_BF16;
-        for (exc_role r = EXC_ROLE_ATTN_Q; r <= EXC_ROLE_ATTN_V; r++)
-            if (packed_dtype(m, r, i) == EXC_F32) qkv = EXC_F32;
-        y->qkv = take_packed(c, l->qkv, s->hidden, qkv);
-        y->out = take_role(c, m, EXC_ROLE_ATTN_OUT, i);
-        bool moe = s->is_moe[i];
-        if (moe) y->router = take_role(c, m, EXC_ROLE_ROUTER, i);
-        y->gate = take_group(c, m, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, i);
-        y->up = take_group(c, m, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, i);
-        y->down = take_group(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i);
-        y->norm_in = take(c, H, sizeof(float));
-        y->norm_post = take(c, H, sizeof(float));
-        y->q_norm = take_vector(c, m, EXC_ROLE_ATTN_Q_NORM, i);
-        y->k_norm = take_vector(c, m, EXC_ROLE_ATTN_K_NORM, i);
-        y->router_bias = take_vector(c, m, EXC_ROLE_ROUTER_BIAS, i);
-        if (s->qkv_bias) y->qkv_bias = take(c, (size_t)l->qkv, sizeof(float));
-        if (moe && s->shared_inner) {
-            y->shared_gate = take_role(c, m, EXC_ROLE_SHARED_GATE, i);
-            y->shared_up = take_role(c, m, EXC_ROLE_SHARED_UP, i);
-            y->shared_down = take_role(c, m, EXC_ROLE_SHARED_DOWN, i);
-            if (m->atlas->family->shared_gated) y->shared_router = take_role(c, m, EXC_ROLE_SHARED_ROUTER, i);
-        }
-        if (l->layer) l->layer[i] = local;
+        exc_layer y = {0};
+        exc_mixer_of(s->mix[i])->carve(c, m, &y, i);
+        y.out = exc_carve_role(c, m, EXC_ROLE_ATTN_OUT, i);
+        y.norm_in = exc_carve_take(c, H, sizeof(float));
+        y.norm_post = exc_carve_take(c, H, sizeof(float));
+        exc_feed_carve(c, m, &y, i);
+        if (l->layer) l->layer[i] = y;
     }
     const exc_weight *embed = exc_atlas_find(m->atlas, EXC_ROLE_EMBED, -1, -1);
     l->embed_dtype = embed->tensor->dtype;
-    l->embed = take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits(embed->tensor->dtype) / 8);
-    l->lm_head = take_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
+    l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits(embed->tensor->dtype) / 8);
+    l->lm_head = exc_carve_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
 }
 
 /* ------------------------------------------------------------------------------------------------------
@@ -139,7 +100,7 @@ static void lay_out(carve *c, const exc_model *m, exc_loaded *l) {
 
 /* advice on the pages that hold a weight; the edges are shared with neighbours, which may then be read again
  */
-static void advise(const loader *r, const exc_weight *w, int advice) {
+static void advise(const exc_loader *r, const exc_weight *w, int advice) {
     const exc_tensor *t = w->tensor;
     const exc_tensors *f = r->a->files->files[t->shard];
     uint64_t first = t->begin / PAGE * PAGE;
@@ -148,7 +109,7 @@ static void advise(const loader *r, const exc_weight *w, int advice) {
 }
 
 /* starts reading the next layer while this one is packed */
-static void read_ahead(const loader *r, int64_t layer) {
+static void read_ahead(const exc_loader *r, int64_t layer) {
     for (size_t i = 0; i < r->a->count; i++)
         if (r->a->items[i].layer == layer) advise(r, &r->a->items[i], MADV_WILLNEED);
 }
@@ -158,7 +119,7 @@ static exc_status call(exc_ctx *ctx, exc_status st, const char *op, const exc_we
     return exc_fail(ctx, st, "%s: op %s refused its arguments", w->tensor->name, op);
 }
 
-static exc_status not_finite(loader *r, const exc_weight *w, int64_t index, int64_t count) {
+static exc_status not_finite(exc_loader *r, const exc_weight *w, int64_t index, int64_t count) {
     char in[64] = "";
     if (w->in > 1)
         snprintf(in, sizeof in, " [%lld,%lld]", (long long)(index / w->in), (long long)(index % w->in));
@@ -169,7 +130,7 @@ static exc_status not_finite(loader *r, const exc_weight *w, int64_t index, int6
 }
 
 /* bytes of a weight: the map itself, or a writable aligned copy where the plan edits it */
-static exc_status source(loader *r, const exc_weight *w, const uint8_t **out) {
+static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out) {
     const exc_tensor *t = w->tensor;
     size_t bytes = (size_t)(t->end - t->begin), unit = exc_dtype_bits(t->dtype) / 8;
     const uint8_t *data = exc_checkpoint_data(r->a->files, t);
@@ -192,7 +153,7 @@ static exc_status source(loader *r, const exc_weight *w, const uint8_t **out) {
 }
 
 /* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
-static exc_status pack_weight(loader *r, const exc_weight *w, int to, uint8_t *out) {
+static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
     exc_ctx *ctx = r->ctx;
     const exc_tensor *t = w->tensor;
     const uint8_t *data;
@@ -231,7 +192,7 @@ static exc_status pack_weight(loader *r, const exc_weight *w, int to, uint8_t *o
 }
 
 /* a weight kept unpacked: norms (as f32) and the embedding (as stored) */
-static exc_status copy_weight(loader *r, const exc_weight *w, int to, void *out) {
+static exc_status copy_weight(exc_loader *r, const exc_weight *w, int to, void *out) {
     exc_ctx *ctx = r->ctx;
     const uint8_t *data;
     EXC_TRY(source(r, w, &data));
@@ -251,13 +212,17 @@ static exc_status copy_weight(loader *r, const exc_weight *w, int to, void *out)
     return EXC_OK;
 }
 
-static exc_status load_role(loader *r, exc_role role, int64_t layer, const exc_packed *into) {
-    const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
-    return pack_weight(r, w, into->dtype, (uint8_t *)(uintptr_t)into->data);
+exc_status exc_fill_rows(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into, int64_t row) {
+    size_t at = (size_t)(row / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
+    return pack_weight(r, exc_atlas_find(r->a, role, layer, -1), into->dtype, (uint8_t *)(uintptr_t)into->data + at);
 }
 
-static exc_status load_group(loader *r, exc_role role, int64_t layer, const exc_packed *into) {
-    if (!exc_role_by_expert(role)) return load_role(r, role, layer, into);
+exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into) {
+    return exc_fill_rows(r, role, layer, into, 0);
+}
+
+exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into) {
+    if (!exc_role_by_expert(role)) return exc_fill_role(r, role, layer, into);
     for (int64_t e = 0; e < r->a->shape.experts; e++) {
         const exc_weight *w = exc_atlas_find(r->a, role, layer, e);
         EXC_TRY(pack_weight(r, w, into[e].dtype, (uint8_t *)(uintptr_t)into[e].data));
@@ -265,60 +230,26 @@ static exc_status load_group(loader *r, exc_role role, int64_t layer, const exc_
     return EXC_OK;
 }
 
-static exc_status load_vector(loader *r, exc_role role, int64_t layer, float *into) {
+exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into) {
     return copy_weight(r, exc_atlas_find(r->a, role, layer, -1), EXC_F32, into);
 }
 
-/* biases of q, k and v stand where their outputs do; the columns between them are padding */
-static exc_status load_bias(loader *r, int64_t layer, float *into) {
-    memset(into, 0, (size_t)r->l->qkv * sizeof *into);
-    EXC_TRY(load_vector(r, EXC_ROLE_ATTN_Q_BIAS, layer, into));
-    EXC_TRY(load_vector(r, EXC_ROLE_ATTN_K_BIAS, layer, into + r->l->k_at));
-    return load_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, into + r->l->v_at);
-}
-
-static exc_status load_shared(loader *r, int64_t layer, exc_layer *y) {
-    if (!y->shared_down.data) return EXC_OK;
-    EXC_TRY(load_role(r, EXC_ROLE_SHARED_GATE, layer, &y->shared_gate));
-    EXC_TRY(load_role(r, EXC_ROLE_SHARED_UP, layer, &y->shared_up));
-    EXC_TRY(load_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
-    return y->shared_router.data ? load_role(r, EXC_ROLE_SHARED_ROUTER, layer, &y->shared_router) : EXC_OK;
-}
-
-static void ask_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v) {
+void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v) {
     if (!m->has_lens || !m->is_virtual || !m->lens.project) return;
     v->on = m->lens.project(m->lens.user, role, layer, &v->basis, &v->rank, &v->strength, &v->scale);
 }
 
-static exc_status load_layer(loader *r, int64_t i) {
+static exc_status load_layer(exc_loader *r, int64_t i) {
     exc_layer *y = &r->l->layer[i];
-    bool moe = r->a->shape.is_moe[i];
-    static const exc_role qkv[3] = {EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V};
-    int64_t at[3] = {0, r->l->k_at, r->l->v_at};
-    size_t panel = exc_packed_bytes(EXC_PANEL, y->qkv.k, y->qkv.dtype);
-    for (int j = 0; j < 3; j++) {
-        uint8_t *out = (uint8_t *)(uintptr_t)y->qkv.data + (size_t)(at[j] / EXC_PANEL) * panel;
-        EXC_TRY(pack_weight(r, exc_atlas_find(r->a, qkv[j], i, -1), y->qkv.dtype, out));
-    }
-    EXC_TRY(load_role(r, EXC_ROLE_ATTN_OUT, i, &y->out));
-    if (moe) EXC_TRY(load_role(r, EXC_ROLE_ROUTER, i, &y->router));
-    if (y->router_bias) EXC_TRY(load_vector(r, EXC_ROLE_ROUTER_BIAS, i, y->router_bias));
-    if (y->qkv_bias) EXC_TRY(load_bias(r, i, y->qkv_bias));
-    EXC_TRY(load_shared(r, i, y));
-    EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, i, y->gate));
-    EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, i, y->up));
-    EXC_TRY(load_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i, y->down));
-    EXC_TRY(load_vector(r, EXC_ROLE_NORM_IN, i, y->norm_in));
-    EXC_TRY(load_vector(r, EXC_ROLE_NORM_POST, i, y->norm_post));
-    if (y->q_norm) EXC_TRY(load_vector(r, EXC_ROLE_ATTN_Q_NORM, i, y->q_norm));
-    if (y->k_norm) EXC_TRY(load_vector(r, EXC_ROLE_ATTN_K_NORM, i, y->k_norm));
-    ask_lens(r->m, EXC_ROLE_ATTN_OUT, i, &y->attn_lens);
-    ask_lens(r->m, EXC_ROLE_SHARED_DOWN, i, &y->shared_lens);
-    ask_lens(r->m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, i, &y->mlp_lens);
-    return EXC_OK;
+    EXC_TRY(exc_mixer_of(r->a->shape.mix[i])->fill(r, y, i));
+    EXC_TRY(exc_fill_role(r, EXC_ROLE_ATTN_OUT, i, &y->out));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_IN, i, y->norm_in));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_POST, i, y->norm_post));
+    exc_fill_lens(r->m, EXC_ROLE_ATTN_OUT, i, &y->attn_lens);
+    return exc_feed_fill(r, y, i);
 }
 
-static exc_status load_all(loader *r) {
+static exc_status load_all(exc_loader *r) {
     const exc_shape *s = &r->a->shape;
     for (size_t i = 0; i < r->a->count; i++)
         r->total += r->a->items[i].tensor->end - r->a->items[i].tensor->begin;
@@ -331,8 +262,8 @@ static exc_status load_all(loader *r) {
         read_ahead(r, i + 1);
         EXC_TRY(load_layer(r, i));
     }
-    EXC_TRY(load_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
-    EXC_TRY(load_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
+    EXC_TRY(exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
     double step = -2.0 / (double)s->rotary;
     for (int64_t i = 0; i < s->rotary / 2; i++)
         r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
@@ -340,20 +271,19 @@ static exc_status load_all(loader *r) {
 }
 
 exc_status exc_load(exc_ctx *ctx, exc_model *m) {
-    loader r = {.ctx = ctx, .m = m, .a = m->atlas};
+    exc_loader r = {.ctx = ctx, .m = m, .a = m->atlas};
     m->loaded = exc_zalloc(ctx, 1, sizeof *m->loaded, "weights");
     if (!m->loaded) return EXC_ERR_MEMORY;
     r.l = m->loaded;
-    carve c = {0};
+    exc_carve c = {0};
     lay_out(&c, m, m->loaded);
     if (c.overflow)
         return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
     m->weight_bytes = c.at;
     m->loaded->slab = exc_alloc(ctx, c.at + 64, 1, "packed weights");
     if (!m->loaded->slab) return EXC_ERR_MEMORY;
-    c = (carve){.base = m->loaded->slab};
+    c = (exc_carve){.base = m->loaded->slab};
     lay_out(&c, m, m->loaded);
-    /* rows that pad q, k and v to whole panels are written by pack, which fills a last panel with zeros */
     exc_status st = load_all(&r);
     exc_release(r.stage);
     return st;

@@ -34,6 +34,9 @@ typedef enum exc_dense {
     EXC_DENSE_FIRST   /* first_k_dense_replace */
 } exc_dense;
 
+/* Kinds of token mixers; one file each (session.h: exc_mixer). */
+typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIXES } exc_mix;
+
 typedef struct exc_family {
     const char *model_type;
     const exc_name *names;      /* ends with pattern NULL */
@@ -78,6 +81,9 @@ typedef struct exc_shape {
     exc_gate gate;
     uint8_t *is_moe;            /* [layers] */
     int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
+    uint8_t *mix;               /* [layers] exc_mix: how tokens of a sequence see each other */
+    int64_t *mix_row;           /* [layers] row among the layers of the same kind: where its cache lies */
+    int64_t mix_layers[EXC_MIXES]; /* how many of each kind */
     int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
 } exc_shape;
 /* shape.c: every key checked; errors name key, expected, found */
@@ -126,18 +132,24 @@ typedef struct exc_lens_hook {
 /* study/lenses.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
 exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
 
-/* Packed weights, one entry a layer (load.c). q, k and v are one matrix, so that one matmul makes all three: rows
- * 0.. queries, k_at.. keys, v_at.. values, each part padded to whole panels with zero rows. */
+/* Packed weights, one entry a layer (load.c). */
 typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank; bool on; } exc_virtual;
+/* q, k and v are one matrix, so that one matmul makes all three: columns 0.. of a row are queries, k_at.. keys, v_at..
+ * values, each part padded to whole panels with zero weights (attention.c). */
+typedef struct exc_softmax_weights {
+    exc_packed qkv;
+    int64_t k_at, v_at, width;     /* of a q|k|v row */
+    float *bias;                   /* [width] or NULL */
+    float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
+} exc_softmax_weights;
 typedef struct exc_layer {
-    exc_packed qkv, out, router;
+    union { exc_softmax_weights softmax; } mix; /* by exc_shape.mix of the layer */
+    exc_packed out, router;        /* out: what the mixer writes to the stream with */
     exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
     exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
     exc_packed shared_router;      /* [1,H]; data NULL: not gated */
-    float *qkv_bias;               /* [qkv] or NULL */
     float *router_bias;            /* [E], for selection only, or NULL */
     float *norm_in, *norm_post;    /* [H] */
-    float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
     exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
 typedef struct exc_loaded {
@@ -146,7 +158,6 @@ typedef struct exc_loaded {
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
     float *inv_freq;               /* [rotary/2] */
-    int64_t k_at, v_at, qkv;       /* column offsets and width of a q|k|v row */
     void *slab;                    /* one allocation holds all of the above */
 } exc_loaded;
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */

@@ -138,6 +138,15 @@ static exc_status read_layers(const reader *r, const exc_family *f, exc_shape *s
     return EXC_OK;
 }
 
+/* which mixer each layer has, and its row among those of its kind */
+static exc_status read_mixers(const reader *r, exc_shape *s) {
+    s->mix = exc_zalloc(r->ctx, (size_t)s->layers, 1, "layer kinds"); /* EXC_MIX_SOFTMAX */
+    s->mix_row = exc_alloc(r->ctx, (size_t)s->layers, sizeof *s->mix_row, "layer rows");
+    if (!s->mix || !s->mix_row) return EXC_ERR_MEMORY;
+    for (int64_t l = 0; l < s->layers; l++) s->mix_row[l] = s->mix_layers[s->mix[l]]++;
+    return EXC_OK;
+}
+
 static exc_status read_eos(const reader *r, exc_shape *s) {
     const json_t *v = json_object_get(r->o, "eos_token_id");
     if (!v || json_is_null(v)) return EXC_OK;
@@ -307,6 +316,7 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     EXC_TRY(read_rope(r, f, s));
     EXC_TRY(read_switches(r, f, s));
     EXC_TRY(read_layers(r, f, s));
+    EXC_TRY(read_mixers(r, s));
     EXC_TRY(read_shared(r, f, s));
     EXC_TRY(read_gate(r, f, s));
     EXC_TRY(read_eos(r, s));
@@ -328,8 +338,10 @@ exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_f
 void exc_shape_free(exc_shape *s) {
     exc_release(s->is_moe);
     exc_release(s->moe_row);
-    s->is_moe = NULL;
-    s->moe_row = NULL;
+    exc_release(s->mix);
+    exc_release(s->mix_row);
+    s->is_moe = s->mix = NULL;
+    s->moe_row = s->mix_row = NULL;
 }
 
 /* norms of queries and keys: one head wide, or all heads */

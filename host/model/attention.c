@@ -1,0 +1,96 @@
+/* attention.c - the softmax mixer: grouped-query attention with rotary positions over a KV cache.
+ *
+ * Queries, keys and values come from one matmul. Rotation, the norm per head and the store into the cache are one op;
+ * where a family norms all heads as one vector that norm runs before. Cache rows of all sequences lie in one plane a
+ * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. */
+#include <string.h>
+
+#include "session.h"
+
+static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer) {
+    const exc_shape *s = &m->atlas->shape;
+    exc_softmax_weights *w = &y->mix.softmax;
+    int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
+    int dtype = EXC_BF16;
+    for (exc_role r = EXC_ROLE_ATTN_Q; r <= EXC_ROLE_ATTN_V; r++)
+        if (exc_carve_dtype(m, r, layer) == EXC_F32) dtype = EXC_F32;
+    w->k_at = exc_whole_panels(q);
+    w->v_at = w->k_at + exc_whole_panels(kv);
+    w->width = w->v_at + exc_whole_panels(kv);
+    w->qkv = exc_carve_packed(c, w->width, s->hidden, dtype);
+    if (s->qkv_bias) w->bias = exc_carve_take(c, (size_t)w->width, sizeof(float));
+    w->q_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_Q_NORM, layer);
+    w->k_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_K_NORM, layer);
+}
+
+/* biases of q, k and v stand where their outputs do; the columns between them are padding */
+static exc_status fill_bias(exc_loader *r, int64_t layer, const exc_softmax_weights *w) {
+    memset(w->bias, 0, (size_t)w->width * sizeof *w->bias);
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_Q_BIAS, layer, w->bias));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_K_BIAS, layer, w->bias + w->k_at));
+    return exc_fill_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, w->bias + w->v_at);
+}
+
+/* rows that pad q, k and v to whole panels are written by pack, which fills a last panel with zeros */
+static exc_status fill(exc_loader *r, exc_layer *y, int64_t layer) {
+    const exc_softmax_weights *w = &y->mix.softmax;
+    EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_Q, layer, &w->qkv, 0));
+    EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_K, layer, &w->qkv, w->k_at));
+    EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_V, layer, &w->qkv, w->v_at));
+    if (w->bias) EXC_TRY(fill_bias(r, layer, w));
+    if (w->q_norm) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_Q_NORM, layer, w->q_norm));
+    return w->k_norm ? exc_fill_vector(r, EXC_ROLE_ATTN_K_NORM, layer, w->k_norm) : EXC_OK;
+}
+
+/* width of the q|k|v rows of the model's softmax layers: the same in each */
+static int64_t qkv_width(const exc_shape *p) {
+    return exc_whole_panels(p->heads * p->head_dim) + 2 * exc_whole_panels(p->kv_heads * p->head_dim);
+}
+
+static void room(exc_carve *c, exc_session *s) {
+    const exc_shape *p = &s->m->atlas->shape;
+    size_t T = (size_t)s->step_tokens, act = exc_act_bytes(s->m), q = (size_t)(p->heads * p->head_dim),
+           cache = (size_t)(p->mix_layers[EXC_MIX_SOFTMAX] * s->cache_tokens * p->kv_heads * p->head_dim);
+    s->softmax.qkv = exc_carve_take(c, T * (size_t)qkv_width(p), sizeof(float));
+    s->softmax.q = exc_carve_take(c, T * q, act);
+    s->softmax.o = exc_carve_take(c, T * q, act);
+    s->softmax.cache_k = exc_carve_take(c, cache, act);
+    s->softmax.cache_v = exc_carve_take(c, cache, act);
+}
+
+/* norm over all heads of the queries or keys at once, in place and unrounded: the rotation rounds */
+static exc_status norm_part(exc_session *s, const float *weight, float *x, int64_t stride, int64_t width, int64_t rows) {
+    EXC_RUN(s, norm, .x = x, .x_stride = stride, .weight = weight, .zero_centred = s->m->atlas->family->norm_zero_centred,
+            .eps = s->m->atlas->shape.eps, .rows = rows, .dim = width, .y = x, .y_stride = stride, .act = EXC_F32);
+    return EXC_OK;
+}
+
+static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
+    const exc_shape *p = &s->m->atlas->shape;
+    const exc_softmax_weights *w = &y->mix.softmax;
+    const exc_softmax_room *b = &s->softmax;
+    int act = s->m->act;
+    int64_t q = p->heads * p->head_dim, kv = p->kv_heads * p->head_dim;
+    size_t plane = (size_t)(p->mix_row[layer] * s->cache_tokens * kv) * exc_act_bytes(s->m);
+    void *ck = (uint8_t *)b->cache_k + plane, *cv = (uint8_t *)b->cache_v + plane;
+    EXC_RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &w->qkv, .bias = w->bias, .y = b->qkv,
+            .y_stride = w->width, .rows = rows);
+    bool whole = p->qk_norm == EXC_QK_WHOLE;
+    if (whole) {
+        EXC_TRY(norm_part(s, w->q_norm, b->qkv, w->width, q, rows));
+        EXC_TRY(norm_part(s, w->k_norm, b->qkv + w->k_at, w->width, kv, rows));
+    }
+    EXC_RUN(s, rope, .q = b->qkv, .q_stride = w->width, .k = b->qkv + w->k_at, .k_stride = w->width, .v = b->qkv + w->v_at,
+            .v_stride = w->width, .q_norm = whole ? NULL : w->q_norm, .k_norm = whole ? NULL : w->k_norm, .eps = p->eps,
+            .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = s->m->loaded->inv_freq, .rotary = p->rotary,
+            .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row, .tokens = rows,
+            .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = b->q, .cache_k = ck,
+            .cache_v = cv, .act = act);
+    EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
+            .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
+            .head_dim = p->head_dim, .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .out = b->o,
+            .act = act);
+    return exc_write_stream(s, b->o, q, &y->out, &y->attn_lens, rows);
+}
+
+const exc_mixer exc_mixer_softmax = {.carve = carve, .fill = fill, .room = room, .run = run};

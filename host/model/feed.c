@@ -1,0 +1,147 @@
+/* feed.c - what follows the mixer in a layer: the routed experts with everything that is captured on their way, the
+ * shared expert, or a dense MLP.
+ *
+ * One call an op covers all experts. A dense or shared MLP is the case of one expert that every token chose. Sums are
+ * taken where the data already is: counts in route, activations in glu, output norms in down. */
+#include "session.h"
+
+static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* -------------------------------------------------------------------------------------------------- weights, room */
+
+void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer) {
+    const exc_shape *s = &m->atlas->shape;
+    bool moe = s->is_moe[layer];
+    if (moe) y->router = exc_carve_role(c, m, EXC_ROLE_ROUTER, layer);
+    y->gate = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer);
+    y->up = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer);
+    y->down = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer);
+    y->router_bias = exc_carve_vector(c, m, EXC_ROLE_ROUTER_BIAS, layer);
+    if (!moe || !s->shared_inner) return;
+    y->shared_gate = exc_carve_role(c, m, EXC_ROLE_SHARED_GATE, layer);
+    y->shared_up = exc_carve_role(c, m, EXC_ROLE_SHARED_UP, layer);
+    y->shared_down = exc_carve_role(c, m, EXC_ROLE_SHARED_DOWN, layer);
+    if (m->atlas->family->shared_gated) y->shared_router = exc_carve_role(c, m, EXC_ROLE_SHARED_ROUTER, layer);
+}
+
+static exc_status fill_shared(exc_loader *r, exc_layer *y, int64_t layer) {
+    if (!y->shared_down.data) return EXC_OK;
+    EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_GATE, layer, &y->shared_gate));
+    EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_UP, layer, &y->shared_up));
+    EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
+    return y->shared_router.data ? exc_fill_role(r, EXC_ROLE_SHARED_ROUTER, layer, &y->shared_router) : EXC_OK;
+}
+
+exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer) {
+    bool moe = r->a->shape.is_moe[layer];
+    if (moe) EXC_TRY(exc_fill_role(r, EXC_ROLE_ROUTER, layer, &y->router));
+    if (y->router_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ROUTER_BIAS, layer, y->router_bias));
+    EXC_TRY(fill_shared(r, y, layer));
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer, y->gate));
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer, y->up));
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, y->down));
+    exc_fill_lens(r->m, EXC_ROLE_SHARED_DOWN, layer, &y->shared_lens);
+    exc_fill_lens(r->m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->mlp_lens);
+    return EXC_OK;
+}
+
+void exc_feed_room(exc_carve *c, exc_session *s) {
+    const exc_shape *p = &s->m->atlas->shape;
+    size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, E = (size_t)p->experts;
+    int64_t widest = most(p->top_k * p->inner, p->shared_inner);
+    if (p->moe_layers < p->layers) widest = most(widest, p->dense_inner);
+    s->router = exc_carve_take(c, T * E, sizeof *s->router);
+    s->ids = exc_carve_take(c, T * K, sizeof *s->ids);
+    s->weights = exc_carve_take(c, T * K, sizeof *s->weights);
+    s->offset = exc_carve_take(c, E + 1, sizeof *s->offset);
+    s->row_of = exc_carve_take(c, T * K, sizeof *s->row_of);
+    s->pair_of = exc_carve_take(c, T * K, sizeof *s->pair_of);
+    s->mid = exc_carve_take(c, T * (size_t)widest, exc_act_bytes(s->m));
+    s->y = exc_carve_take(c, T * K * (size_t)p->hidden, sizeof *s->y);
+}
+
+/* ---------------------------------------------------------------------------------------------------------- a step */
+
+/* the sums of one MoE row, or all NULL */
+static exc_sums sums_of(const exc_session *s, const exc_step *t, int64_t row) {
+    const exc_shape *p = &s->m->atlas->shape;
+    exc_sums r = {0};
+    if (!t->sums || !t->observe) return r;
+    int64_t E = p->experts;
+    if (t->sums->count) r.count = t->sums->count + row * E;
+    if (t->sums->gate_sum) r.gate_sum = t->sums->gate_sum + row * E;
+    if (t->sums->mid_sum) r.mid_sum = t->sums->mid_sum + row * E * p->inner;
+    if (t->sums->sqnorm_sum) r.sqnorm_sum = t->sums->sqnorm_sum + row * E;
+    if (t->sums->shared_mid_sum) r.shared_mid_sum = t->sums->shared_mid_sum + row * p->shared_inner;
+    if (t->sums->prompt_count) r.prompt_count = t->sums->prompt_count + row * E;
+    return r;
+}
+
+static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t,
+                          int64_t rows) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t row = p->moe_row[layer], E = p->experts, K = p->top_k, H = p->hidden;
+    exc_sums sums = sums_of(s, t, row);
+    const int32_t *slot = t->sums ? t->observe : NULL;
+    int32_t *ids = t->router_ids ? t->router_ids + row * rows * K : s->ids;
+    float *weights = t->router_weights ? t->router_weights + row * rows * K : s->weights;
+    EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router, .y = s->router, .y_stride = E,
+        .rows = rows);
+    EXC_RUN(s, route, .logits = s->router, .bias = y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E,
+        .top_k = K, .ids = ids, .weights = weights, .slot = slot, .count = sums.count,
+        .gate_sum = sums.gate_sum, .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
+    EXC_RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
+        .row_of = s->row_of, .pair_of = s->pair_of);
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .offset = s->offset,
+        .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner,
+        .mid = s->mid, .slot = sums.mid_sum ? slot : NULL, .mid_sum = sums.mid_sum);
+    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down, .offset = s->offset, .pair_of = s->pair_of,
+        .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner, .y = s->y,
+        .slot = sums.sqnorm_sum ? slot : NULL, .sqnorm_sum = sums.sqnorm_sum);
+    const exc_virtual *v = &y->mlp_lens;
+    EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,
+        .top_k = K, .hidden = H, .basis = v->on ? v->basis : NULL, .rank = v->on ? v->rank : 0,
+        .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL, .h = s->h);
+    if (t->sums && t->sums->tokens && slot)
+        for (int64_t i = 0; i < rows; i++) t->sums->tokens[row] += slot[i] >= 0;
+    return EXC_OK;
+}
+
+/* the expert that every token has. Its gate, where there is one, is a router with a single choice: the
+ * sigmoid of one logit is the weight. */
+static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
+    const exc_shape *p = &s->m->atlas->shape;
+    if (!y->shared_down.data) return EXC_OK;
+    int64_t offset[2] = {0, rows}, I = p->shared_inner, H = p->hidden;
+    exc_sums sums = sums_of(s, t, p->moe_row[layer]);
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up, .offset = offset,
+        .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
+        .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum);
+    const exc_virtual *v = &y->shared_lens;
+    if (!y->shared_router.data) return exc_write_stream(s, s->mid, I, &y->shared_down, v, rows);
+    static const exc_gate sigmoid = {.size = sizeof sigmoid, .score = 1};
+    EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->shared_router, .y = s->router,
+        .y_stride = 1, .rows = rows);
+    EXC_RUN(s, route, .logits = s->router, .gate = &sigmoid, .tokens = rows, .experts = 1, .top_k = 1,
+        .ids = s->ids, .weights = s->weights);
+    EXC_RUN(s, matmul, .x = s->mid, .x_stride = I, .act = s->m->act, .w = &y->shared_down, .y = s->y,
+        .y_stride = H, .rows = rows);
+    EXC_RUN(s, combine, .y = s->y, .row_of = s->own_row, .ids = s->zero_ids, .weights = s->weights,
+        .tokens = rows, .top_k = 1, .hidden = H, .basis = v->on ? v->basis : NULL,
+        .rank = v->on ? v->rank : 0, .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL,
+        .h = s->h);
+    return EXC_OK;
+}
+
+static exc_status dense(exc_session *s, const exc_layer *y, int64_t rows) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t offset[2] = {0, rows};
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .offset = offset, .tokens = rows,
+        .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid);
+    return exc_write_stream(s, s->mid, p->dense_inner, y->down, &y->mlp_lens, rows);
+}
+
+exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
+    EXC_TRY(s->m->atlas->shape.is_moe[layer] ? experts(s, y, layer, t, rows) : dense(s, y, rows));
+    return shared(s, y, layer, t, rows);
+}

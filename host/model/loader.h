@@ -1,0 +1,44 @@
+/* loader.h - inside the model room: how packed weights are laid out and filled.
+ *
+ * Every mechanism of a layer (a token mixer, the feed-forward part) has one function that carves its weights out of
+ * the slab and one that fills them from the files. Carving runs twice: with base NULL it only measures, so the two
+ * cannot disagree. */
+#ifndef EXC_LOADER_H
+#define EXC_LOADER_H
+
+#include "model.h"
+
+typedef struct exc_carve {
+    uint8_t *base; /* NULL: only measuring */
+    size_t at;
+    bool overflow;
+} exc_carve;
+void *exc_carve_take(exc_carve *c, size_t count, size_t size); /* 64-byte aligned; NULL while measuring */
+int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer); /* of the packed form of a role's weights in a layer */
+exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
+exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);
+exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* [E], or [1] for dense roles */
+float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);    /* f32; NULL: the layer has none */
+int64_t exc_whole_panels(int64_t n); /* n rounded up to EXC_PANEL */
+
+typedef struct exc_loader {
+    exc_ctx *ctx;
+    exc_model *m;
+    const exc_atlas *a;
+    exc_loaded *l;
+    uint8_t *stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
+    size_t stage_bytes;
+    uint64_t done, total;
+} exc_loader;
+/* scans one matrix for NaN and infinity and packs it into `into`, from row `row` (whole panels) on */
+exc_status exc_fill_rows(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into, int64_t row);
+exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
+exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
+exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into); /* as f32 */
+void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v); /* what a virtual plan does there */
+
+/* the part of a layer behind the mixer: experts, shared expert, dense MLP (feed.c) */
+void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
+exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer);
+
+#endif

@@ -1,0 +1,72 @@
+/* session.h - inside the model room: a session's buffers, and the table of functions that each kind of token mixer
+ * brings.
+ *
+ * forward.c walks layers: norm, mixer, norm, feed. What a mixer needs (weights, buffers, a cache or a recurrent state) only
+ * its own file knows; it carves them from the session's slab, which is allocated once, so that a step allocates
+ * nothing. T: rows of a step. */
+#ifndef EXC_SESSION_H
+#define EXC_SESSION_H
+
+#include "loader.h"
+
+typedef struct exc_softmax_room {
+    float *qkv;                     /* [T, q|k|v] */
+    void *q, *o;                    /* [T, heads*D] act */
+    void *cache_k, *cache_v;        /* [softmax layers, cache_tokens, kv_heads*D] act */
+} exc_softmax_room;
+
+struct exc_session {
+    exc_ctx *ctx;
+    exc_model *m;
+    int64_t slots, cache_tokens, step_tokens;
+    int64_t used_slots;             /* of the last reset */
+    int64_t *base, *capacity;       /* [slots] cache rows of a slot */
+    int64_t *length;                /* [slots] tokens it holds */
+    float *h;                       /* [T,H] residual stream */
+    void *x;                        /* [T,H] act: normed rows */
+    exc_softmax_room softmax;
+    float *router;                  /* [T,E] */
+    int32_t *ids;                   /* [T,K] */
+    float *weights;                 /* [T,K] */
+    int64_t *offset;                /* [E+1] */
+    int32_t *row_of, *pair_of;      /* [T*K] */
+    void *mid;                      /* [T*K,I], [T,shared] or [T,dense] act */
+    float *y;                       /* [T*K,H] */
+    float *last;                    /* [max(slots,64),H] rows that get logits */
+    void *last_x;                   /* the same, normed, act */
+    int32_t *position;              /* [T] */
+    int64_t *cache_row;             /* [T] */
+    int64_t *seq_base, *seq_length; /* [slots] of the sequences in the step */
+    int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
+    int32_t *own_row;               /* [T] 0,1,2,..: and its row */
+    float *ones;                    /* [T] and its weight */
+    void *slab;
+    size_t bytes;
+};
+
+/* One kind of token mixer. `run` adds the mixer's output for the normed rows s->x to the stream s->h. */
+typedef struct exc_mixer {
+    void (*carve)(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
+    exc_status (*fill)(exc_loader *r, exc_layer *y, int64_t layer);
+    void (*room)(exc_carve *c, exc_session *s);                /* buffers and caches of all its layers */
+    void (*forget)(exc_session *s, int64_t slot);              /* recurrent state of a slot back to zero; NULL: has none */
+    exc_status (*run)(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
+} exc_mixer;
+extern const exc_mixer exc_mixer_softmax; /* attention.c */
+const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
+
+/* One op call; a refusal is a fault of the caller, and says which call. */
+#define EXC_RUN(s, op, ...)                                                                                                     \
+    EXC_TRY(exc_op_checked((s)->ctx, #op, (s)->ctx->ops->op(&(s)->ctx->queue, &(struct exc_##op##_args){__VA_ARGS__})))
+exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st);
+
+size_t exc_act_bytes(const exc_model *m);
+/* rows [rows,H] of the stream, normed, as act */
+exc_status exc_norm_rows(exc_session *s, const float *x, const float *weight, int64_t rows, void *y);
+/* a writer of the stream: h += x W^T, x act [rows,width]; a virtual edit is applied on the way */
+exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const exc_packed *w, const exc_virtual *v, int64_t rows);
+/* experts, shared expert or dense MLP of a layer on s->x, with the sums that the step asks for (feed.c) */
+exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
+void exc_feed_room(exc_carve *c, exc_session *s);
+
+#endif

@@ -59,7 +59,8 @@ static const struct change {
     {"glm4_moe", "\"n_routed_experts\": 16", "\"n_routed_experts\": 17", {"shape"}},
     {"glm4_moe", "\"num_experts_per_tok\": 4", "\"num_experts_per_tok\": 17", {"num_experts_per_tok"}},
     {"glm4_moe", "\"hidden_act\"", "\"scoring_func\": \"softmax\", \"hidden_act\"", {"scoring_func", "sigmoid", "softmax"}},
-    {"glm4_moe", "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}", {"rope_scaling", "yarn"}},
+    {"glm4_moe", "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"longrope\", \"factor\": 4.0}", {"rope_scaling", "longrope"}},
+    {"glm4_moe", "\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4.0}", {0}},
     {"mixtral", "\"sliding_window\": null", "\"sliding_window\": 4096", {0}}, /* as wide as the context */
     {"mixtral", "\"sliding_window\": null", "\"sliding_window\": 4095", {"sliding_window", "max_position_embeddings", "4095"}},
     {"mixtral", "\"sliding_window\": null", "\"sliding_window\": \"wide\"", {"sliding_window"}},

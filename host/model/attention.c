@@ -83,7 +83,7 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
     EXC_RUN(s, rope, .q = b->qkv, .q_stride = w->width, .k = b->qkv + w->k_at, .k_stride = w->width, .v = b->qkv + w->v_at,
             .v_stride = w->width, .q_norm = whole ? NULL : w->q_norm, .k_norm = whole ? NULL : w->k_norm, .eps = p->eps,
             .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = s->m->loaded->inv_freq, .rotary = p->rotary,
-            .attention_factor = 1.0f, .position = s->position, .cache_row = s->cache_row, .tokens = rows,
+            .attention_factor = p->rope.attention, .position = s->position, .cache_row = s->cache_row, .tokens = rows,
             .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = b->q, .cache_k = ck,
             .cache_v = cv, .act = act);
     EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,

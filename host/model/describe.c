@@ -127,9 +127,12 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
                    "\"rope_theta\":%.9g"
                    ",\"norm_eps\":%.6g,\"tied_embeddings\":%s",
                    (long long)s->inner, (long long)s->experts, (long long)s->top_k, (long long)s->vocab,
-                   (long long)s->context, (double)s->rope_theta, (double)s->eps, s->tied ? "true" : "false");
+                   (long long)s->context, s->rope.theta, (double)s->eps, s->tied ? "true" : "false");
     exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner,
                    (long long)s->rotary);
+    exc_buf_printf(b, ",\"rope_type\":\"%s\"", exc_rope_name(s->rope.kind));
+    if (s->rope.kind != EXC_ROPE_PLAIN)
+        exc_buf_printf(b, ",\"rope_factor\":%.9g,\"rope_original_context\":%.9g", s->rope.factor, s->rope.original);
     put_gate(b, a);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
     for (int64_t l = 0; l < s->layers; l++)

@@ -9,7 +9,6 @@
  *
  * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for
  * f32. */
-#include <math.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -264,9 +263,7 @@ static exc_status load_all(exc_loader *r) {
     }
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
     EXC_TRY(exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
-    double step = -2.0 / (double)s->rotary;
-    for (int64_t i = 0; i < s->rotary / 2; i++)
-        r->l->inv_freq[i] = (float)pow((double)s->rope_theta, step * (double)i);
+    exc_rope_frequencies(&s->rope, s->rotary, r->l->inv_freq);
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
 }
 

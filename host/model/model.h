@@ -68,6 +68,18 @@ typedef struct exc_family {
 const exc_family *exc_family_find(const char *model_type);
 extern const exc_family *const exc_families[]; /* NULL-terminated (family.c); one file a family */
 
+/* How positions rotate (scaling.c). */
+typedef enum exc_rope_kind { EXC_ROPE_PLAIN, EXC_ROPE_YARN, EXC_ROPE_LLAMA3 } exc_rope_kind;
+typedef struct exc_rope {
+    exc_rope_kind kind;
+    double theta;               /* base of the frequencies */
+    double factor, original;    /* slow pairs are divided by factor; context of the first training */
+    double fast, slow;          /* turns in that context: more than fast are kept, fewer than slow divided */
+    bool truncate;              /* yarn: the ramp between starts and ends at whole pairs */
+    float attention;            /* factor of cosines and sines */
+    double score;               /* factor of the softmax scale, where the mixer has one */
+} exc_rope;
+
 /* Everything config.json decides, checked. */
 typedef struct exc_shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, context, experts, top_k, inner, dense_inner, moe_layers;
@@ -76,7 +88,8 @@ typedef struct exc_shape {
     int64_t mtp_layers;         /* behind the last layer, passed through */
     exc_qk_norm qk_norm;
     bool qkv_bias;
-    float eps, rope_theta;
+    float eps;
+    exc_rope rope;
     int tied;                   /* lm_head = embed */
     exc_gate gate;
     uint8_t *is_moe;            /* [layers] */
@@ -92,6 +105,10 @@ exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_f
 void exc_shape_free(exc_shape *s);
 /* logical sizes [out,in] of a role (in = 1: a vector); false: this model has no such weight in that layer */
 bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out, int64_t *in);
+/* scaling.c: base, scaling and the number of rotating channels; and the frequencies f32 [channels/2] they make */
+exc_status exc_rope_read(exc_ctx *ctx, const json_t *config, const char *what, const exc_family *f, exc_shape *s);
+const char *exc_rope_name(exc_rope_kind kind); /* as rope_type spells it */
+void exc_rope_frequencies(const exc_rope *r, int64_t channels, float *out);
 bool exc_role_by_layer(exc_role role);  /* one a layer (or one an expert), not one a model */
 bool exc_role_by_expert(exc_role role);
 bool exc_role_writes(exc_role role);    /* writes the residual stream: output side editable */

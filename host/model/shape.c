@@ -1,6 +1,6 @@
 /* shape.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
  * read by its exact key, bounded before it sizes anything, and checked against the others. A switch this
- * family's arithmetic does not have (a rope scaling, attention biases, a quantisation) is refused by name
+ * family's arithmetic does not have (attention biases, a quantisation) is refused by name
  * instead of being ignored: a model that runs with one option missing gives plausible wrong answers, which is
  * the worst outcome. */
 #include <math.h>
@@ -35,49 +35,6 @@ static exc_status refuse_switch(const reader *r, const char *key) {
     const json_t *v = json_object_get(r->o, key);
     if (!v || json_is_null(v) || json_is_false(v)) return EXC_OK;
     return wrong(r, key, "false (this mechanism is not part of the supported family)", v);
-}
-
-/* how many channels of a head rotate: rounded down, as loaders do it */
-static exc_status read_rotary(const reader *r, const json_t *rope, const exc_family *f, exc_shape *s) {
-    static const char key[] = "partial_rotary_factor";
-    const json_t *o = json_object_get(rope, key) ? rope : r->o;
-    double factor;
-    EXC_TRY(exc_json_number_or(r->ctx, o, r->what, key, f->rotary, &factor));
-    /* a factor that loaders of the family ignore must not change the answer here */
-    if (f->rotary == 1 && factor != 1)
-        return wrong(r, key, "1 (the family rotates whole heads)", json_object_get(o, key));
-    s->rotary = factor > 0 && factor <= 1 ? (int64_t)((double)s->head_dim * factor) : 0;
-    if (s->rotary < 2 || s->rotary % 2)
-        return exc_fail(r->ctx, EXC_ERR_INPUT,
-                        "%s: %s: expected an even number of the %lld channels of a head, found %g of them",
-                        r->what, key, (long long)s->head_dim, factor);
-    return EXC_OK;
-}
-
-static exc_status read_rope(const reader *r, const exc_family *f, exc_shape *s) {
-    const json_t *scaling = json_object_get(r->o, "rope_scaling"),
-                 *nested = json_object_get(r->o, "rope_parameters");
-    reader in = *r;
-    if (nested && !json_is_null(nested)) {
-        if (!json_is_object(nested)) return wrong(r, "rope_parameters", "an object", nested);
-        in.o = nested;
-        scaling = nested;
-    }
-    if (scaling && !json_is_null(scaling)) {
-        const json_t *type = json_object_get(scaling, "rope_type");
-        if (!type) type = json_object_get(scaling, "type");
-        if (!json_is_object(scaling) || !json_is_string(type) || strcmp(json_string_value(type), "default"))
-            return wrong(r, nested && in.o == nested ? "rope_parameters" : "rope_scaling",
-                         "null or rope_type \"default\"", scaling);
-    }
-    double theta;
-    EXC_TRY(exc_json_number_or(r->ctx, in.o, r->what, "rope_theta", f->rope_theta, &theta));
-    if (in.o != r->o && !json_object_get(in.o, "rope_theta"))
-        EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "rope_theta", f->rope_theta, &theta));
-    if (!(theta > 1.0) || theta > 1e12)
-        return wrong(r, "rope_theta", "a number in (1, 1e12]", json_object_get(in.o, "rope_theta"));
-    s->rope_theta = (float)theta;
-    return read_rotary(r, in.o, f, s);
 }
 
 /* the family's own rule: layers that are listed or skipped, or the first ones */
@@ -313,7 +270,7 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     if (strcmp(act, "silu")) return wrong(r, "hidden_act", "\"silu\"", json_object_get(r->o, "hidden_act"));
     for (const char *const *key = f->refused; *key; key++) EXC_TRY(refuse_switch(r, *key));
     if (f->windowed) EXC_TRY(read_window(r, s));
-    EXC_TRY(read_rope(r, f, s));
+    EXC_TRY(exc_rope_read(ctx, r->o, r->what, f, s));
     EXC_TRY(read_switches(r, f, s));
     EXC_TRY(read_layers(r, f, s));
     EXC_TRY(read_mixers(r, s));

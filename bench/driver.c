@@ -1,6 +1,6 @@
 /* driver.c - excise_bench: every hot operation beside its ceiling.
  *
- *   excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--data DIR] [--make random|demo|large DIR]
+ *   excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--reproducible] [--data DIR] [--make random|demo|large DIR]
  *
  * stdout gets one JSON object a row (stable names; README.md beside this file explains each), stderr a table for people.
  * Exit: 0; 1 when a check failed or the work could not be done; 2 for wrong usage. A missed target is shown, not an error. */
@@ -159,7 +159,8 @@ void bench_measure(bench *b, row *r, work_fn fn, void *arg)
 /* -------------------------------------------------------------------------------------------------------- main */
 
 static const char usage[] =
-    "usage: excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--data DIR] [--make random|demo|large DIR]\n"
+    "usage: excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--reproducible] [--data DIR]\n"
+    "                    [--make random|demo|large DIR]\n"
     "  --quick         smaller shapes and fewer rounds: to see that it works, not to quote\n"
     "  --only NAMES    rows whose names begin so (edit, prefill, decode, demo, route, moments, subspace, apply, ..)\n"
     "  --threads N     Default: all cores this process may use\n"
@@ -223,6 +224,7 @@ int main(int argc, char **argv)
         const char *o = argv[i];
         if (!strcmp(o, "-h") || !strcmp(o, "--help")) return fputs(usage, stdout), 0;
         if (!strcmp(o, "--quick")) { run.quick = true; continue; }
+        if (!strcmp(o, "--reproducible")) { options.reproducible = 1; continue; }
         if (i + 1 >= argc) return wrong_usage("unknown option, or no value after it:", o);
         char *v = argv[++i];
         if (!strcmp(o, "--only")) {

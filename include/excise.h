@@ -63,7 +63,7 @@ typedef struct exc_ctx_options {
     size_t size;
     const char *backend;   /* "cpu"; NULL: the first usable of the list, CPU last. A named absent one is an error */
     int threads;           /* 0: all cores this process may use */
-    int reproducible;      /* 1: same logits for any batching too (capture: counts; sums to rounding). Any thread count gives the same bits always */
+    int reproducible;      /* 1: same bits for any batching too: logits, states, replies, and all sums of a capture (see exc_capture) */
     exc_event_fn on_event; /* NULL: no events */
     void *user;
 } exc_ctx_options;
@@ -160,8 +160,10 @@ typedef struct exc_capture_options {
     int batch_tokens;     /* 0: chosen */
 } exc_capture_options;
 #define EXC_CAPTURE_OPTIONS {sizeof(exc_capture_options)}
+/* [job] In a reproducible context terms are rounded to multiples of 2^-28 (squared norms: 2^-20) and added exactly, so bits do not
+ * depend on batching or threads, and adding the stats of parts gives those of the whole (.out_sum: to f64 rounding) */
 EXC_API exc_status exc_capture(exc_ctx *ctx, exc_model *model, const exc_prompts *target, const exc_prompts *baseline,
-                               const exc_capture_options *options, exc_stats **stats, char **json); /* [job] */
+                               const exc_capture_options *options, exc_stats **stats, char **json);
 EXC_API exc_status exc_stats_load(exc_ctx *ctx, const char *path, exc_stats **stats);
 EXC_API exc_status exc_stats_save(exc_ctx *ctx, const exc_stats *stats, const char *path, int force);
 EXC_API exc_status exc_stats_add(exc_ctx *ctx, exc_stats *into, const exc_stats *from); /* same model, else refused */

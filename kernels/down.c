@@ -2,8 +2,9 @@
  *
  * The squares are taken from the tile while it is stored: f32 by lane over a piece's columns, then one number a row and piece,
  * added up in f64 by row at the end. Pieces of an expert may run on different threads, so their numbers meet in a small
- * table [rows, pieces]; where that would not fit, an expert is one piece and adds its rows itself. */
-#include "tile.h"
+ * table [rows, pieces]; where that would not fit, an expert is one piece and adds its rows itself. How rows are cut into pieces
+ * depends on how many there are, so reproducible queues take the squares from the stored rows, in fixed point (fixed.h). */
+#include "fixed.h"
 
 typedef struct job {
     const struct exc_down_args *a;
@@ -72,7 +73,7 @@ static void run(void *arg, size_t task, int worker) {
     size_t bytes = EXC_SWEEP_BYTES(j->q->scratch_bytes);
     uint8_t *scratch = j->q->scratch[worker];
     share s = {.j = j, .chunk = exc_sweep_chunk(j->tile, j->a->inner, bytes)};
-    if (j->a->sqnorm_sum) s.square = (float(*)[EXC_PANEL])(void *)(scratch + bytes);
+    if (j->a->sqnorm_sum && !j->q->reproducible) s.square = (float(*)[EXC_PANEL])(void *)(scratch + bytes);
     for (int64_t i = 0; exc_groups_piece(&j->groups, task, i, &s.piece); i++) {
         exc_sweep sweep = {.tile = j->tile,
                            .k = j->a->inner,
@@ -99,6 +100,27 @@ static void add_squares(const job *j) {
     }
 }
 
+EXC_INLINE void square_body(const float *y, int64_t n, double *square) { *square = exc_row_square(y, n); }
+EXC_DISPATCH(square, (const float *y, int64_t n, double *square), (y, n, square))
+
+typedef struct squares {
+    const struct exc_down_args *a;
+    void (*square)(const float *y, int64_t n, double *square);
+} squares;
+
+static void add_fixed(void *arg, size_t e, int worker) {
+    const squares *s = arg;
+    const struct exc_down_args *a = s->a;
+    (void)worker;
+    double sum = 0, one;
+    for (int64_t r = a->offset[e]; r < a->offset[e + 1]; r++) {
+        if (!observed(a, r)) continue;
+        s->square(a->y + r * a->hidden, a->hidden, &one);
+        sum += exc_fixed_square(one);
+    }
+    a->sqnorm_sum[e] += sum;
+}
+
 exc_status exc_cpu_down(exc_queue *q, const struct exc_down_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
     if (!a->down || (a->sqnorm_sum && !a->slot)) return EXC_ERR_USAGE;
@@ -109,9 +131,11 @@ exc_status exc_cpu_down(exc_queue *q, const struct exc_down_args *a) {
     if (!exc_groups_make(&j.groups, q, a->offset, a->experts, a->inner, (a->hidden + EXC_PAIR - 1) / EXC_PAIR))
         return EXC_ERR_USAGE;
     if (!j.groups.tasks) return EXC_OK;
-    if (a->sqnorm_sum && (size_t)(a->offset[a->experts] * j.groups.pieces) > j.groups.table_count)
+    int in_tiles = a->sqnorm_sum && !q->reproducible;
+    if (in_tiles && (size_t)(a->offset[a->experts] * j.groups.pieces) > j.groups.table_count)
         exc_groups_whole(&j.groups);
     q->parallel(q, j.groups.tasks, run, &j);
-    if (a->sqnorm_sum && j.groups.pieces > 1) add_squares(&j);
+    if (in_tiles && j.groups.pieces > 1) add_squares(&j);
+    if (a->sqnorm_sum && !in_tiles) q->parallel(q, (size_t)a->experts, add_fixed, &(squares){a, square_for()});
     return EXC_OK;
 }

@@ -3,13 +3,34 @@
  * A tile multiplies a panel of gate and the same panel of up, so that both factors of 16 outputs meet in
  * registers; the product is rounded to the activation dtype, stored, and, for observed rows, added to the
  * expert's sums while it is there: capture reads nothing twice. Blocks of 64 rows are summed in f32 and blocks
- * in f64, in ascending rows; a task owns its columns of an expert, so no sum is shared between threads. */
-#include "tile.h"
+ * in f64, in ascending rows; a task owns its columns of an expert, so no sum is shared between threads. Reproducible
+ * queues sum in fixed point instead (fixed.h), from the rows just stored. */
+#include "fixed.h"
+
+#define ADD_PARAMS (const void *mid, size_t row_bytes, int act, int rows, int cols, const uint8_t *seen, double *sum)
+
+EXC_INLINE void add_panel(const uint8_t *row, size_t row_bytes, int act, int rows, const uint8_t *seen, double *sum) {
+    exc_doubles part[2] = {0};
+    for (int r = 0; r < rows; r++, row += row_bytes)
+        if (seen[r]) exc_fixed_lanes(row, act, part);
+    for (int i = 0; i < 2; i++) ((exc_doubles *)sum)[i] += part[i];
+}
+
+/* the observed rows of a stored tile into sum f64 [cols] */
+EXC_INLINE void add_body ADD_PARAMS {
+    if (cols == EXC_PANEL && act == EXC_F32) add_panel(mid, row_bytes, EXC_F32, rows, seen, sum);
+    else if (cols == EXC_PANEL) add_panel(mid, row_bytes, EXC_BF16, rows, seen, sum);
+    else
+        for (int r = 0; r < rows; r++)
+            if (seen[r]) exc_fixed_row((const uint8_t *)mid + (size_t)r * row_bytes, act, cols, sum);
+}
+EXC_DISPATCH(add, ADD_PARAMS, (mid, row_bytes, act, rows, cols, seen, sum))
 
 typedef struct job {
     const struct exc_glu_args *a;
     const exc_tile *tile;
     exc_groups groups;
+    void (*add) ADD_PARAMS;                 /* NULL: sums in blocks of rows */
     size_t gate_bytes, up_bytes, act_bytes; /* of a panel of each; of an activation */
     exc_queue *q;
 } job;
@@ -53,9 +74,12 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
         for (int i = 0; i < rows; i++) seen[i] = a->slot[token(a, r + i)] >= 0;
     size_t row_bytes = (size_t)a->inner * s->j->act_bytes;
     uint8_t *mid = (uint8_t *)a->mid + (size_t)r * row_bytes + (size_t)col * s->j->act_bytes;
-    s->j->tile->gate(out, rows, cols, mid, a->inner, seen, s->sum);
+    int in_blocks = seen && !s->j->add;
+    s->j->tile->gate(out, rows, cols, mid, a->inner, in_blocks ? seen : NULL, s->sum);
     exc_ask_rows(mid + (size_t)rows * row_bytes, (int64_t)row_bytes, rows, EXC_PANEL * (int)s->j->act_bytes);
-    if (seen && (end % EXC_ROW_BLOCK == 0 || end == s->piece.rows || end % s->chunk == 0)) flush(s, col, cols);
+    if (seen && s->j->add)
+        s->j->add(mid, row_bytes, a->act, rows, cols, seen, a->mid_sum + s->piece.expert * a->inner + col);
+    if (in_blocks && (end % EXC_ROW_BLOCK == 0 || end == s->piece.rows || end % s->chunk == 0)) flush(s, col, cols);
 }
 
 static void run(void *arg, size_t task, int worker) {
@@ -82,6 +106,7 @@ exc_status exc_cpu_glu(exc_queue *q, const struct exc_glu_args *a) {
     if (!a->gate || !a->up || a->gate->dtype != a->up->dtype || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
     job j = {.a = a, .tile = exc_tile_for(a->act, a->gate->dtype), .q = q};
     if (!j.tile) return EXC_ERR_USAGE;
+    if (q->reproducible) j.add = add_for();
     j.gate_bytes = exc_packed_bytes(EXC_PANEL, a->hidden, a->gate->dtype);
     j.up_bytes = exc_packed_bytes(EXC_PANEL, a->hidden, a->up->dtype);
     j.act_bytes = a->act == EXC_BF16 ? 2 : 4;

@@ -2,8 +2,9 @@
  *
  * Pairs (token, choice) are first listed by expert with a counting sort, which keeps token order; then every expert owns
  * its sums and reads its rows whole, the next one being fetched meanwhile. Blocks of 64 rows are summed in f32 and
- * blocks in f64. Calls of more pairs than the list holds are cut into parts of fixed size. */
-#include "lanes.h"
+ * blocks in f64, on reproducible queues every row in fixed point (fixed.h). Calls of more pairs than the list holds are cut
+ * into parts of fixed size. */
+#include "fixed.h"
 
 #define STRIP 1024          /* columns of a task */
 #define MAX_EXPERTS (64 << 10)
@@ -40,9 +41,20 @@ EXC_INLINE void add_body ADD_PARAMS {
 }
 EXC_DISPATCH(add, ADD_PARAMS, (row, ahead, rows, act, cols, sum))
 
+#define FIXED_PARAMS (const void *row, const void *ahead, int act, int64_t cols, double *sum)
+EXC_INLINE void fixed_body FIXED_PARAMS {
+    int64_t size = act == EXC_F32 ? 4 : 2;
+    for (int64_t i = 0; i < cols; i += 64) {
+        for (int64_t b = 0; b < 64 * size; b += 64) __builtin_prefetch((const uint8_t *)ahead + i * size + b);
+        exc_fixed_row((const uint8_t *)row + i * size, act, exc_least(64, cols - i), sum + i);
+    }
+}
+EXC_DISPATCH(fixed, FIXED_PARAMS, (row, ahead, act, cols, sum))
+
 typedef struct job {
     const struct exc_moments_args *a;
     void (*add) ADD_PARAMS;
+    void (*fixed) FIXED_PARAMS; /* NULL: sums in blocks of rows */
     int64_t *offset; /* [E+1] into list */
     int32_t *list;   /* pairs by expert */
     int64_t base;    /* first pair of this part */
@@ -56,7 +68,10 @@ static void strip(const job *j, int64_t e, int64_t first, int64_t cols) {
     const uint8_t *mid = (const uint8_t *)a->mid + (size_t)j->base * j->row_bytes + (size_t)first * j->act_bytes;
     int64_t end = j->offset[e + 1];
     double *to = a->mid_sum + e * a->inner + first;
-    for (int64_t at = j->offset[e]; at < end; at += EXC_ROW_BLOCK) {
+    for (int64_t at = j->offset[e]; at < end && j->fixed; at++)
+        j->fixed(mid + (size_t)j->list[at] * j->row_bytes, mid + (size_t)j->list[exc_least(at + 1, end - 1)] * j->row_bytes,
+                 a->act, cols, to);
+    for (int64_t at = j->offset[e]; at < end && !j->fixed; at += EXC_ROW_BLOCK) {
         int64_t stop = exc_least(at + EXC_ROW_BLOCK, end);
         for (int64_t i = 0; i < cols; i++) sum[i] = 0;
         for (int64_t p = at; p < stop; p += 4) {
@@ -76,7 +91,10 @@ static void tally(const job *j, int64_t e) {
     if (a->count) a->count[e] += j->offset[e + 1] - j->offset[e];
     if (!a->gate_sum || !a->weights) return;
     double sum = a->gate_sum[e];
-    for (int64_t p = j->offset[e]; p < j->offset[e + 1]; p++) sum += (double)a->weights[j->base + j->list[p]];
+    for (int64_t p = j->offset[e]; p < j->offset[e + 1]; p++) {
+        float w = a->weights[j->base + j->list[p]];
+        sum += (double)(j->fixed ? exc_fixed(w) : w);
+    }
     a->gate_sum[e] = sum;
 }
 
@@ -105,23 +123,24 @@ static void sort(job *j, int64_t pairs) {
     j->offset[0] = 0;
 }
 
-static void count(const struct exc_moments_args *a) {
+static void count(const struct exc_moments_args *a, int fixed) {
     for (int64_t p = 0; p < a->tokens * a->top_k; p++) {
         int32_t e = a->ids[p];
         if (e < 0) continue;
         if (a->count) a->count[e]++;
-        if (a->gate_sum && a->weights) a->gate_sum[e] += (double)a->weights[p];
+        if (a->gate_sum && a->weights) a->gate_sum[e] += (double)(fixed ? exc_fixed(a->weights[p]) : a->weights[p]);
     }
 }
 
 exc_status exc_cpu_moments(exc_queue *q, const struct exc_moments_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->experts > MAX_EXPERTS) return EXC_ERR_USAGE;
     if (!a->mid || !a->mid_sum) {
-        count(a);
+        count(a, q->reproducible);
         return EXC_OK;
     }
     if (a->inner < 1 || (a->act != EXC_F32 && a->act != EXC_BF16)) return EXC_ERR_USAGE;
     job j = {.a = a, .add = add_for(), .offset = q->scratch[0]};
+    if (q->reproducible) j.fixed = fixed_for();
     j.list = (int32_t *)(j.offset + a->experts + 1);
     j.act_bytes = a->act == EXC_F32 ? 4 : 2;
     j.row_bytes = (size_t)a->inner * j.act_bytes;

@@ -18,6 +18,11 @@ typedef struct exc_packed {
 #define EXC_PANEL 16
 size_t exc_packed_bytes(int64_t n, int64_t k, int dtype); /* pack.c */
 
+/* What terms of sums are rounded to in reproducible mode (fixed.h): gate weights and activations; squared norms of outputs. */
+#define EXC_UNIT 0x1p-28
+#define EXC_SQUARE_UNIT 0x1p-20
+#define EXC_EXACT_UNITS 0x1p53 /* f64 sums are exact below this many units */
+
 enum { EXC_SIDE_OUT = 0, EXC_SIDE_IN = 1 };
 enum { EXC_GRAM_SAMPLES = 0, EXC_GRAM_WIDTH = 1 };
 size_t exc_subspace_bytes(int64_t layers, int64_t samples, int64_t width, int64_t rank, int workers); /* subspace.c */

@@ -4,17 +4,17 @@
  * lower: the maximum is the answer with ties to the lower id already decided, and it needs no branch. Candidates stand in COLUMNS
  * columns with the maximum of each at hand, so taking the best costs one look at the maxima and a rescan of one column. NaN
  * sorts below every number and counts nothing in the softmax. Tokens are independent; counting runs after all of them, in
- * token order. */
+ * token order, gate sums of reproducible queues in fixed point (fixed.h). */
 #include <math.h>
 
-#include "lanes.h"
+#include "fixed.h"
 
 #define COLUMNS 32
 #define MAX_EXPERTS 1024
 #define MAX_K 64
 #define TASK_LOGITS (16 << 10)
-#define NAN_RANK INT32_MIN
-#define DROPPED_RANK (INT32_MIN + 1) /* of an expert in a group that was not kept: above NaN, below -inf */
+#define DROPPED_RANK INT32_MIN    /* of an expert in a group that was not kept: below the NaN of one that was */
+#define NAN_RANK (INT32_MIN + 1) /* below -inf */
 
 typedef struct job {
     const struct exc_route_args *a;
@@ -66,8 +66,7 @@ EXC_INLINE void drop_groups(const exc_gate *g, int64_t E, const float *value, in
         int before = 0;
         for (int64_t o = 0; o < g->groups; o++) before += score[o] > score[i] || (score[o] == score[i] && o < i);
         if (before < g->groups_kept) continue;
-        for (int64_t e = i * size; e < (i + 1) * size; e++)
-            if (rank[e] != NAN_RANK) rank[e] = DROPPED_RANK;
+        for (int64_t e = i * size; e < (i + 1) * size; e++) rank[e] = DROPPED_RANK;
     }
 }
 
@@ -142,7 +141,7 @@ EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64
             for (int64_t e = 0; e < E; e++) biased[e] = s[e] + a->bias[e];
             value = biased;
         }
-        for (int64_t e = 0; e < E; e++) rank[e] = exc_rank(value[e]);
+        for (int64_t e = 0; e < E; e++) rank[e] = exc_rank(value[e]) | (value[e] != value[e]); /* NAN_RANK */
         if (a->gate->groups > 1) drop_groups(a->gate, E, value, rank);
         int more = a->margin && K < E;
         take_best(rank, E, (int)K + more, id);
@@ -150,7 +149,7 @@ EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64
         if (a->margin) a->margin[t] = more ? value[id[K - 1]] - value[id[K]] : INFINITY;
         if (a->margin && more && rank[id[K]] == DROPPED_RANK) a->margin[t] = INFINITY;
         if (rank[id[K - 1]] == NAN_RANK)
-            for (int64_t e = 0; e < E; e++) *nonfinite += rank[e] == NAN_RANK;
+            for (int64_t e = 0; e < E; e++) *nonfinite += value[e] != value[e];
         arrange((int)K, id, a->weights + t * K);
         __builtin_memcpy(a->ids + t * K, id, (size_t)K * sizeof *id);
     }
@@ -167,7 +166,7 @@ static void run(void *arg, size_t task, int worker) {
     if (nonfinite && j->q->nonfinite) __atomic_fetch_add(j->q->nonfinite, nonfinite, __ATOMIC_RELAXED);
 }
 
-static void count(const struct exc_route_args *a) {
+static void count(const struct exc_route_args *a, int fixed) {
     for (int64_t t = 0; t < a->tokens; t++) {
         if (a->slot[t] < 0) continue;
         const int32_t *id = a->ids + t * a->top_k;
@@ -175,7 +174,7 @@ static void count(const struct exc_route_args *a) {
         uint32_t *row = a->prompt_count ? a->prompt_count + a->slot[t] * a->prompt_stride : NULL;
         for (int64_t k = 0; k < a->top_k; k++) {
             if (a->count) a->count[id[k]]++;
-            if (a->gate_sum) a->gate_sum[id[k]] += (double)w[k];
+            if (a->gate_sum) a->gate_sum[id[k]] += (double)(fixed ? exc_fixed(w[k]) : w[k]);
             if (row) row[id[k]]++;
         }
     }
@@ -192,6 +191,6 @@ exc_status exc_cpu_route(exc_queue *q, const struct exc_route_args *a) {
     }
     job j = {.a = a, .tokens = tokens_for(), .q = q, .per_task = exc_rows_per_task(TASK_LOGITS, a->experts)};
     q->parallel(q, exc_task_count(a->tokens, j.per_task), run, &j);
-    if (a->slot && (a->count || a->gate_sum || a->prompt_count)) count(a);
+    if (a->slot && (a->count || a->gate_sum || a->prompt_count)) count(a, q->reproducible);
     return EXC_OK;
 }

@@ -459,6 +459,76 @@ static void experts_against_f64(const experts_case *c) {
     experts_free(&x);
 }
 
+/* glu and down over tokens first..first+count-1, on a reproducible queue; sums are added to */
+static void run_part(const experts *x, int threads, int64_t first, int64_t count, double *sum, double *square) {
+    const experts_case *c = x->c;
+    int64_t H = c->hidden, I = c->inner, E = c->experts, n = count * c->top_k;
+    int64_t *offset = get((size_t)(E + 1) * 8);
+    int32_t *row_of = get((size_t)n * 4), *pair_of = get((size_t)n * 4);
+    void *mid = get((size_t)(n * I) * size_of(c->act));
+    float *y = get((size_t)(n * H) * 4);
+    exc_queue q = *queue_of(threads);
+    q.reproducible = 1;
+    struct exc_permute_args a = {x->ids + first * c->top_k, count, c->top_k, E, offset, row_of, pair_of};
+    struct exc_glu_args g = {.x = (uint8_t *)x->x + (size_t)(first * H) * size_of(c->act), .act = c->act, .gate = x->gate,
+                             .up = x->up, .offset = offset, .pair_of = pair_of, .tokens = count, .top_k = c->top_k,
+                             .experts = E, .hidden = H, .inner = I, .mid = mid, .slot = x->slot + first, .mid_sum = sum};
+    struct exc_down_args d = {.mid = mid, .act = c->act, .down = x->down, .offset = offset, .pair_of = pair_of,
+                              .tokens = count, .top_k = c->top_k, .experts = E, .hidden = H, .inner = I, .y = y,
+                              .slot = x->slot + first, .sqnorm_sum = square};
+    assert_int_equal(exc_cpu_permute(&q, &a), EXC_OK);
+    assert_int_equal(exc_cpu_glu(&q, &g), EXC_OK);
+    assert_int_equal(exc_cpu_down(&q, &d), EXC_OK);
+    if (count == c->tokens) { /* exact: integers in units of 2^-28; squared norms up to their rounding to 2^-20 */
+        for (int64_t e = 0; e < E; e++) {
+            double norm = 0;
+            for (int64_t r = offset[e]; r < offset[e + 1]; r++)
+                for (int64_t h = 0; h < H && x->slot[pair_of[r] / c->top_k] >= 0; h++)
+                    norm += (double)y[r * H + h] * (double)y[r * H + h];
+            if (!(fabs(square[e] - norm) <= 0x1p-21 * (double)(offset[e + 1] - offset[e]) + 1e-12 * norm))
+                fail_msg("sqnorm[%d] = %.17g, want %.17g", (int)e, square[e], norm);
+            for (int64_t i = 0; i < I; i++) {
+                int64_t units = 0;
+                for (int64_t r = offset[e]; r < offset[e + 1]; r++)
+                    if (x->slot[pair_of[r] / c->top_k] >= 0) units += llrint(ldexp(value(mid, c->act, r * I + i), 28));
+                if (sum[e * I + i] != ldexp((double)units, -28))
+                    fail_msg("mid_sum[%d,%d] = %.17g, want %.17g", (int)e, (int)i, sum[e * I + i], ldexp((double)units, -28));
+            }
+        }
+    }
+    void *all[] = {offset, row_of, pair_of, mid, y};
+    for (size_t i = 0; i < EXC_COUNT(all); i++) free(all[i]);
+}
+
+/* the same bits however the tokens are cut into calls, and in whichever order those come */
+static void experts_split(const experts_case *c) {
+    experts x = experts_make(c);
+    size_t n = (size_t)(c->experts * c->inner), E = (size_t)c->experts;
+    double *sum[2] = {calloc(n, 8), calloc(n, 8)}, *square[2] = {calloc(E, 8), calloc(E, 8)};
+    static const int64_t parts[] = {1, 2, 7, 64, 65};
+    run_part(&x, 1, 0, c->tokens, sum[0], square[0]);
+    for (size_t i = 0; i < EXC_COUNT(parts); i++) {
+        memset(sum[1], 0, n * 8);
+        memset(square[1], 0, E * 8);
+        int64_t step = (c->tokens + parts[i] - 1) / parts[i], last = (c->tokens - 1) / step * step;
+        for (int64_t first = last; first >= 0; first -= step)
+            run_part(&x, 1 + (int)(i % 3), first, first == last ? c->tokens - last : step, sum[1], square[1]);
+        assert_memory_equal(sum[0], sum[1], n * 8);
+        assert_memory_equal(square[0], square[1], E * 8);
+    }
+    for (int i = 0; i < 2; i++) free(sum[i]), free(square[i]);
+    experts_free(&x);
+}
+
+static void splits(void) {
+    experts_split(&(experts_case){EXC_BF16, EXC_BF16, 127, 4, 7, 48, 65, 1});
+    experts_split(&(experts_case){EXC_F32, EXC_BF16, 300, 1, 3, 40, 18, 1});
+    experts_split(&(experts_case){EXC_F32, EXC_F32, 33, 2, 5, 127, 31, 0});
+    experts_split(&(experts_case){EXC_BF16, EXC_BF16, 130, 2, 3, 700, 33, 0}); /* pieces differ with the rows of a call */
+}
+
+static void experts_same_bits_for_any_split(void **state) { at_every_level(splits); }
+
 static void experts_shapes(void) {
     static const int kinds[][2] = {{EXC_BF16, EXC_BF16}, {EXC_F32, EXC_BF16}, {EXC_F32, EXC_F32}};
     for (int d = 0; d < 3; d++) {
@@ -561,6 +631,7 @@ int main(void) {
         cmocka_unit_test(matmul_at_every_level), cmocka_unit_test(rows_at_every_level),
         cmocka_unit_test(nan_at_every_level),    cmocka_unit_test(refusals),
         cmocka_unit_test(permute_is_stable),     cmocka_unit_test(experts_at_every_level),
+        cmocka_unit_test(experts_same_bits_for_any_split),
         cmocka_unit_test(dense_at_every_level),  cmocka_unit_test(combine_at_every_level),
     };
     return cmocka_run_group_tests_name("dense", tests, NULL, NULL);

@@ -7,8 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fixed.h"
 #include "helpers.h"
-#include "lanes.h"
 
 static void at_every_level(void (*body)(void)) {
     static const char *const levels[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
@@ -282,6 +282,62 @@ static void moments_body(void) {
 
 static void moments_sums(void **state) { at_every_level(moments_body); }
 
+/* what multiples of a unit must be: exact, to nearest even, no NaN lost, nothing changed that is a multiple already */
+static void fixed_rounds_to_units(void **state) {
+    for (uint64_t i = 0; i < 400000; i++) {
+        uint64_t u = exc_random_u64(31, 1, i);
+        float x = exc_from_bits((uint32_t)u);
+        if (i & 1) x = ldexpf((float)(int32_t)u, -20 - (int)(u >> 32) % 40); /* about the unit and its 2^23-fold */
+        if (isnan(x)) {
+            assert_true(isnan(exc_fixed(x)));
+            continue;
+        }
+        double want = isinf(x) ? (double)x : nearbyint((double)x * 0x1p28) * 0x1p-28;
+        if ((double)exc_fixed(x) != want) fail_msg("%a: %a, not %a", (double)x, (double)exc_fixed(x), want);
+        double square = (double)x * (double)x, whole = nearbyint(square * 0x1p20) * 0x1p-20;
+        if (exc_fixed_square(square) != whole) fail_msg("%a: %a, not %a", square, exc_fixed_square(square), whole);
+    }
+    assert_true(exc_fixed(0x1.8p-28f) == 0x1p-27f && exc_fixed(0x1p-29f) == 0 && exc_fixed(-0x1.8p-29f) == -0x1p-28f);
+    assert_true(isnan(exc_fixed_square(NAN)) && isinf(exc_fixed_square(INFINITY)));
+}
+
+/* pairs in any order and in any number of calls: the same bits, and what integers say */
+static void moments_split_body(void) {
+    enum { T = 500, K = 3, E = 5, I = 1100 };
+    float *mid = normals(T * K * I, 3, 1), *weights = normals(T * K, 4, 1);
+    int32_t *ids = malloc(sizeof *ids * T * K);
+    double *sum[2] = {calloc(E * I, 8), calloc(E * I, 8)}, gate[2][E] = {{0}};
+    int64_t *units = calloc(E * I, 8);
+    exc_queue q = *queue_of(2);
+    q.reproducible = 1;
+    for (int p = 0; p < T * K; p++) {
+        ids[p] = p % 10 == 4 ? -1 : (int32_t)(exc_random_u64(8, 1, (uint64_t)p) % E);
+        for (int i = 0; i < I; i++) {
+            mid[p * I + i] = ldexpf(mid[p * I + i], -(i % 28)); /* small ones too */
+            if (ids[p] >= 0) units[ids[p] * I + i] += llrint(ldexp((double)mid[p * I + i], 28));
+        }
+    }
+    struct exc_moments_args a = {.ids = ids, .weights = weights, .mid = mid, .act = EXC_F32, .tokens = T, .top_k = K, .experts = E,
+                                 .inner = I, .gate_sum = gate[0], .mid_sum = sum[0]};
+    assert_int_equal(exc_cpu_moments(&q, &a), EXC_OK);
+    for (int i = 0; i < E * I; i++) assert_true(sum[0][i] == ldexp((double)units[i], -28));
+    a.gate_sum = gate[1], a.mid_sum = sum[1];
+    for (int t = T, n; t > 0; t -= n) { /* from the end, in calls of 1, 2, 3, .. tokens */
+        n = t < 1 + (T - t) % 97 ? t : 1 + (T - t) % 97;
+        a.ids = ids + (t - n) * K, a.weights = weights + (t - n) * K, a.mid = mid + (t - n) * K * I, a.tokens = n;
+        assert_int_equal(exc_cpu_moments(&q, &a), EXC_OK);
+    }
+    assert_memory_equal(sum[0], sum[1], E * I * 8);
+    assert_memory_equal(gate[0], gate[1], sizeof gate[0]);
+    memset(gate[1], 0, sizeof gate[1]);
+    a = (struct exc_moments_args){.ids = ids, .weights = weights, .tokens = T, .top_k = K, .experts = E, .gate_sum = gate[1]};
+    assert_int_equal(exc_cpu_moments(&q, &a), EXC_OK); /* without intermediates: another path, the same sums */
+    assert_memory_equal(gate[0], gate[1], sizeof gate[0]);
+    free(mid), free(weights), free(ids), free(sum[0]), free(sum[1]), free(units);
+}
+
+static void moments_same_bits_for_any_split(void **state) { at_every_level(moments_split_body); }
+
 static void moments_optional(void **state) {
     int32_t ids[4] = {1, 0, 1, -1};
     int64_t count[2] = {5, 0};
@@ -297,7 +353,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(exponential),   cmocka_unit_test(compare_rows), cmocka_unit_test(compare_edges),
         cmocka_unit_test(sample_draws),  cmocka_unit_test(sample_edges), cmocka_unit_test(moments_sums),
-        cmocka_unit_test(moments_optional),
+        cmocka_unit_test(moments_optional), cmocka_unit_test(fixed_rounds_to_units),
+        cmocka_unit_test(moments_same_bits_for_any_split),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

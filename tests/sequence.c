@@ -596,6 +596,26 @@ static void nan_body(void) {
     }
 }
 
+/* NaN in the groups that are kept: a number of a dropped group is no way out */
+static void nan_groups_body(void) {
+    routing r = routing_make(2, 8, 4, 1, 1, 0);
+    r.gate.groups = 4;
+    r.gate.groups_kept = 2;
+    for (int64_t e = 0; e < 16; e++) r.logits[e] = -1;
+    r.logits[2] = 3, r.logits[3] = NAN, r.logits[4] = 2, r.logits[5] = NAN; /* groups of 0, 1 and 6, 7 are whole and kept */
+    for (int64_t e = 8; e < 16; e++) r.logits[e] = e % 2 ? NAN : (float)e;  /* no group is whole: the first two are kept */
+    uint64_t before = *queue_of(1)->nonfinite;
+    assert_int_equal(routing_run(&r, 1), EXC_OK);
+    static const int32_t want[] = {0, 1, 6, 7, 2, 0, 1, 3};
+    assert_memory_equal(r.ids, want, sizeof want);
+    assert_int_equal(*queue_of(1)->nonfinite - before, 4);
+    for (int i = 0; i < 8; i++) assert_int_equal(isnan(r.weights[i]) != 0, i >= 6);
+    assert_true(isinf(r.margin[0]));
+    routing_free(&r);
+}
+
+static void route_nan_in_kept_groups(void **state) { at_every_level(nan_groups_body); }
+
 static void route_nan_never_before_a_number(void **state) { at_every_level(nan_body); }
 
 static void route_counts(void **state) {
@@ -631,6 +651,27 @@ static void route_counts(void **state) {
     routing_free(&r);
 }
 
+/* reproducible: gate sums of tokens in two calls, in either order, are those of one call */
+static void route_gate_sums_of_any_split(void **state) {
+    routing r = routing_make(500, 48, 6, 0, 1, 0);
+    int32_t *slot = calloc(500, 4);
+    double gate[3][48] = {{0}};
+    exc_queue q = *queue_of(2);
+    q.reproducible = 1;
+    static const int64_t part[3][2][2] = {{{0, 500}, {0, 0}}, {{0, 77}, {77, 500}}, {{77, 500}, {0, 77}}};
+    for (int i = 0; i < 6; i++) {
+        const int64_t *span = part[i / 2][i % 2];
+        struct exc_route_args a = {.logits = r.logits + span[0] * 48, .gate = &r.gate, .tokens = span[1] - span[0],
+                                   .experts = 48, .top_k = 6, .ids = r.ids, .weights = r.weights, .slot = slot,
+                                   .gate_sum = gate[i / 2]};
+        assert_int_equal(exc_cpu_route(&q, &a), EXC_OK);
+    }
+    assert_memory_equal(gate[0], gate[1], sizeof gate[0]);
+    assert_memory_equal(gate[0], gate[2], sizeof gate[0]);
+    free(slot);
+    routing_free(&r);
+}
+
 static void route_refuses(void **state) {
     routing r = routing_make(1, 8, 4, 0, 1, 0);
     r.K = 9;
@@ -662,7 +703,9 @@ int main(void) {
         cmocka_unit_test(route_limits_groups),
         cmocka_unit_test(route_ties_to_lower_id),
         cmocka_unit_test(route_nan_never_before_a_number),
+        cmocka_unit_test(route_nan_in_kept_groups),
         cmocka_unit_test(route_counts),
+        cmocka_unit_test(route_gate_sums_of_any_split),
         cmocka_unit_test(route_refuses),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -304,6 +304,47 @@ static void halves_make_the_whole(void **state) {
     exc_model_free(m);
 }
 
+/* with --reproducible the bits of every array follow from the prompts alone: any batching, any number of threads; and sums of
+ * parts are those of the whole but for out_sum, which each part makes from its own mid_sum */
+static void reproducible_for_any_split(void **state) {
+    static const int batch[] = {0, 7, 33, 1000}, threads[] = {2, 1, 3, 2};
+    exc_prompts t = golden_prompts(0, 3), b = golden_prompts(3, 3), t1 = golden_prompts(0, 1), t2 = golden_prompts(1, 2),
+                b1 = golden_prompts(3, 2), b2 = golden_prompts(5, 1);
+    for (int compute = 0; compute < 2; compute++) {
+        exc_stats *s[4], *part[2];
+        for (int i = 0; i < 4; i++) {
+            exc_ctx_options o = EXC_CTX_OPTIONS;
+            exc_ctx *c;
+            o.threads = threads[i];
+            o.reproducible = 1;
+            assert_int_equal(exc_ctx_create(&o, &c), EXC_OK);
+            exc_model *m = open_golden(c, (exc_compute)compute);
+            s[i] = capture(c, m, &t, &b, 4, 0, batch[i]);
+            for (int p = 0; p < 2 && i == 3; p++) part[p] = capture(c, m, p ? &t2 : &t1, p ? &b2 : &b1, 4, 0, 11);
+            exc_model_free(m);
+            exc_ctx_free(c);
+            if (i) assert_same_stats(s[0], s[i]);
+        }
+        assert_non_null(strstr(s[0]->options, "\"reproducible\":true"));
+        assert_int_equal(exc_stats_add(ctx, part[1], part[0]), EXC_OK); /* the other way round, too */
+        exc_field whole[EXC_STATS_FIELDS], sum[EXC_STATS_FIELDS];
+        exc_stats_fields(s[0], whole);
+        exc_stats_fields(part[1], sum);
+        for (int i = 0; i < EXC_STATS_FIELDS; i++) {
+            int64_t n = exc_field_count(&whole[i]);
+            if (!exc_field_get(&whole[i]) || whole[i].by_prompt) continue;
+            if (strstr(whole[i].name, "out_sum"))
+                assert_true(apart(exc_field_get(&sum[i]), exc_field_get(&whole[i]), n) < 1e-14);
+            else if (memcmp(exc_field_get(&sum[i]), exc_field_get(&whole[i]), (size_t)n * 8))
+                fail_msg("%s differs", whole[i].name);
+        }
+        for (int i = 0; i < 4; i++) exc_stats_free(s[i]);
+        for (int i = 0; i < 2; i++) exc_stats_free(part[i]);
+    }
+    exc_prompts *all[] = {&t, &b, &t1, &t2, &b1, &b2};
+    for (size_t i = 0; i < EXC_COUNT(all); i++) free_prompts(all[i]);
+}
+
 static int warned;
 static int count_warnings(void *user, const exc_event *e) {
     warned += e->kind == EXC_EVENT_WARNING;
@@ -380,6 +421,39 @@ static void capture_overflow(void **state) {
     free_prompts(&a);
     free_prompts(&b);
     exc_model_free(m);
+    tiny_free(&t);
+}
+
+static void spoil_large(void *user, tiny_tensor *x) {
+    double factor = strstr(x->name, "experts") && strstr(x->name, "up_proj") ? 1e9 : strstr(x->name, "down_proj") ? 1e-9 : 1;
+    for (int64_t i = 0; i < x->count; i++) x->value[i] *= factor;
+}
+
+/* intermediate sums beyond 2^53 units: right, and the promise of bits is taken back aloud, once an array */
+static void capture_beyond_fixed_point(void **state) {
+    tiny t = tiny_default();
+    char *dir = test_tmpdir();
+    t.dtype = "F32";
+    t.spoil = spoil_large;
+    tiny_write(&t, dir);
+    exc_prompts a = golden_prompts(2, 1), b = golden_prompts(3, 1);
+    for (int i = 0; i < 40; i++) a.tokens[i] %= 101, b.tokens[i] %= 101;
+    for (int reproducible = 0; reproducible < 2; reproducible++) {
+        exc_ctx_options o = EXC_CTX_OPTIONS;
+        exc_model *m = NULL;
+        exc_ctx *c;
+        o.reproducible = reproducible;
+        o.on_event = count_warnings;
+        assert_int_equal(exc_ctx_create(&o, &c), EXC_OK);
+        if (exc_model_open(c, dir, NULL, &m)) fail_msg("%s", exc_ctx_error(c));
+        warned = 0;
+        exc_stats_free(capture(c, m, &a, &b, 0, 0, 0));
+        assert_int_equal(warned, reproducible ? 2 : 0);
+        exc_model_free(m);
+        exc_ctx_free(c);
+    }
+    free_prompts(&a);
+    free_prompts(&b);
     tiny_free(&t);
 }
 
@@ -654,7 +728,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(capture_matches_goldens), cmocka_unit_test(capture_observes_content),
         cmocka_unit_test(capture_stops_at_end),    cmocka_unit_test(capture_same_for_threads),
+        cmocka_unit_test(reproducible_for_any_split),
         cmocka_unit_test(halves_make_the_whole),   cmocka_unit_test(capture_refusals),
+        cmocka_unit_test(capture_beyond_fixed_point),
         cmocka_unit_test(capture_overflow),        cmocka_unit_test(capture_cancels),
         cmocka_unit_test(stats_come_back),         cmocka_unit_test(damaged_stats_are_refused),
         cmocka_unit_test(strangers_are_not_added), cmocka_unit_test(each_allocation_fails),

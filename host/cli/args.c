@@ -20,7 +20,7 @@ static void common(cli *c, cli_option out[COMMON])
         {"--backend", CLI_TEXT, &c->backend, "cpu|cuda", "where work runs; a named one that is absent is an error. Default: the first usable"},
         {"--threads", CLI_INT, &c->threads, "N", "CPU threads; any number gives the same bits. Default: all cores"},
         {"--gpus", CLI_TEXT, &c->gpus, "LIST", "devices of the cuda backend. Default: 0"},
-        {"--reproducible", CLI_FLAG, &c->reproducible, NULL, "same logits, states and replies, bit for bit, for any batching too"},
+        {"--reproducible", CLI_FLAG, &c->reproducible, NULL, "same logits, states, replies and sums, bit for bit, for any batching too"},
         {"--force", CLI_FLAG, &c->force, NULL, "overwrite existing outputs"},
         {"-q", CLI_FLAG, &c->quiet, NULL, "no progress, no warnings"},
         {"-v", CLI_FLAG, &c->verbose, NULL, "also informational messages"},

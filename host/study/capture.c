@@ -8,6 +8,7 @@
  * and would only dilute the contrast; ragged batches have no padding. In decode every greedy token that is
  * fed back counts. Output sums follow from the intermediate sums, sum_t W a_t = W sum_t a_t, with one pass
  * over the down_proj weights at the end for all groups. All arrays are taken before the first token runs. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -142,8 +143,8 @@ static exc_status make_stats(capture *c) {
     }
     memcpy(sizes.fingerprint, a->fingerprint, sizeof sizes.fingerprint);
     snprintf(options, sizeof options,
-             "{\"decode\":%d,\"no_out\":%s,\"compute\":\"%s\",\"plan\":\"%s\",\"observed\":\"" RULE "\"}",
-             c->opt.decode, c->opt.no_out ? "true" : "false",
+             "{\"decode\":%d,\"no_out\":%s,\"reproducible\":%s,\"compute\":\"%s\",\"plan\":\"%s\",\"observed\":\"" RULE "\"}",
+             c->opt.decode, c->opt.no_out ? "true" : "false", c->ctx->queue.reproducible ? "true" : "false",
              c->m->compute == EXC_COMPUTE_F32 ? "f32" : "bf16",
              !c->m->has_lens    ? "none"
              : c->m->is_virtual ? "virtual"
@@ -237,6 +238,22 @@ static exc_status sum_shared(capture *c) {
 /* ---------------------------------------------------------------------------------------------------- result
  */
 
+/* a sum beyond the reach of fixed point is right, but its last bits may depend on the order of the terms */
+static void warn_inexact(const capture *c) {
+    exc_field all[EXC_STATS_FIELDS];
+    exc_stats_fields(c->s, all);
+    for (int i = 0; i < EXC_STATS_FIELDS; i++) {
+        const double *sum = exc_field_get(&all[i]);
+        if (!sum || all[i].dtype != EXC_F64 || strstr(all[i].name, "out_sum")) continue;
+        double limit = EXC_EXACT_UNITS * (strstr(all[i].name, "sqnorm") ? EXC_SQUARE_UNIT : EXC_UNIT);
+        int64_t n = exc_field_count(&all[i]), beyond = 0;
+        for (int64_t k = 0; k < n; k++) beyond += fabs(sum[k]) >= limit;
+        if (beyond)
+            exc_warn(c->ctx, "capture: %s: %lld sums are beyond %.2g: bits may depend on the batching after all", all[i].name,
+                     (long long)beyond, limit);
+    }
+}
+
 static json_t *set_facts(const capture *c, int label) {
     const exc_prompts *p = c->set[label];
     const exc_group *d = &c->s->group[label][EXC_DECODE];
@@ -275,6 +292,7 @@ static exc_status perform(capture *c, char **json) {
     if (!c->opt.no_out) EXC_TRY(sum_outputs(c));
     EXC_TRY(sum_shared(c));
     EXC_TRY(exc_stats_check(c->ctx, c->s, "capture"));
+    if (c->ctx->queue.reproducible) warn_inexact(c);
     return facts(c, json);
 }
 

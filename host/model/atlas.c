@@ -1,8 +1,9 @@
 /* atlas.c - the table of weights by role, from headers alone. Every tensor name is matched against the
  * family's patterns (%L layer, %E expert); what matches must have the role's shape and a dtype we compute
- * with, what the config promises must be there, and what no pattern covers is kept in a list: it is passed
- * through, never guessed at. Names decide, shapes only confirm: a square down_proj would fit either way
- * round. */
+ * with, what the config promises must be there once, and what no pattern covers is kept in a list: it is
+ * passed through, never guessed at. Names decide, shapes only confirm: a square down_proj would fit either
+ * way round. A tensor may hold many weights: all experts of a layer, gates and ups side by side; each entry
+ * says where its own elements lie (exc_layout, exc_weight). */
 #include <stdlib.h>
 #include <string.h>
 
@@ -28,6 +29,10 @@ static bool match(const char *pattern, const char *name, int64_t *layer, int64_t
         if (*pattern == '%') {
             if (!take_index(&name, pattern[1] == 'L' ? layer : expert)) return false;
             pattern += 2;
+        } else if (*pattern == '[') { /* taken where it stands, else passed over */
+            size_t n = strcspn(pattern + 1, "]");
+            if (!strncmp(name, pattern + 1, n)) name += n;
+            pattern += n + 2;
         } else if (*pattern++ != *name++) {
             return false;
         }
@@ -41,7 +46,7 @@ static void expand(const char *pattern, int64_t layer, int64_t expert, char *out
         if (*pattern == '%') {
             int w = snprintf(out + n, cap - n, "%lld", (long long)(*++pattern == 'L' ? layer : expert));
             n += w > 0 ? (size_t)w : 0;
-        } else {
+        } else if (*pattern != '[' && *pattern != ']') {
             out[n++] = *pattern;
         }
     }
@@ -86,8 +91,75 @@ static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, 
     return out;
 }
 
+static size_t unit_bits(const exc_weight *w) { return exc_dtype_bits(w->tensor->dtype); }
+
+bool exc_weight_dense(const exc_weight *w) { return w->in_step == 1 && w->out_step == w->in; }
+
+bool exc_weight_transposed(const exc_weight *w) {
+    return w->out_step == 1 && w->in_step == w->out && !exc_weight_dense(w);
+}
+
+size_t exc_weight_span(const exc_weight *w) { return (size_t)(w->end - w->begin); }
+
+uint64_t exc_weight_bytes(const exc_weight *w) { return (uint64_t)(w->out * w->in) * unit_bits(w) / 8; }
+
+const char *exc_weight_label(const exc_weight *w, char *out, size_t cap) {
+    bool whole = exc_weight_bytes(w) == w->tensor->end - w->tensor->begin;
+    const char *name = exc_show(w->tensor->name, strlen(w->tensor->name));
+    if (whole || w->expert < 0) snprintf(out, cap, "%s", name);
+    else snprintf(out, cap, "%s[%lld]", name, (long long)w->expert);
+    return out;
+}
+
+const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w) {
+    return a->files->files[w->tensor->shard]->map + w->begin;
+}
+
+static int64_t parts_of(const exc_layout *y) { return y->parts ? y->parts : 1; }
+
+/* shape of a tensor that holds weights like w; returns its rank */
+static int stored_shape(const exc_atlas *a, const exc_layout *y, const exc_weight *w, int64_t shape[3]) {
+    int n = 0;
+    int64_t out = w->out * parts_of(y);
+    if (y->stacked) shape[n++] = a->shape.experts;
+    if (y->transposed) shape[n++] = w->in;
+    shape[n++] = out;
+    if (!y->transposed && !exc_role_is_vector(w->role)) shape[n++] = w->in;
+    return n;
+}
+
+/* where the elements of w lie in its tensor */
+static void locate(const exc_layout *y, exc_weight *w) {
+    int64_t parts = parts_of(y), along = y->transposed ? 1 : w->in; /* elements from an output to the next */
+    int64_t first = y->part * (y->mixed ? along : along * w->out);
+    w->out_step = y->mixed ? along * parts : along;
+    w->in_step = y->transposed ? w->out * parts : 1;
+    if (y->stacked) first += w->expert * w->out * w->in * parts;
+    int64_t last = (w->out - 1) * w->out_step + (w->in - 1) * w->in_step + 1;
+    w->begin = w->tensor->begin + (uint64_t)first * unit_bits(w) / 8;
+    w->end = w->begin + (uint64_t)last * unit_bits(w) / 8;
+}
+
+static exc_status check_shape(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y, const exc_weight *w) {
+    const exc_tensor *t = w->tensor;
+    int64_t shape[3];
+    int rank = stored_shape(a, y, w, shape);
+    bool fits = t->rank == rank;
+    for (int i = 0; i < rank && fits; i++) fits = t->shape[i] == shape[i];
+    if (fits) return EXC_OK;
+    char found[128] = "", want[96] = "";
+    size_t n = 0;
+    for (int i = 0; i < t->rank && i < 4; i++)
+        n += (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
+    n = 0;
+    for (int i = 0; i < rank; i++)
+        n += (size_t)snprintf(want + n, sizeof want - n, "%s%lld", i ? "," : "", (long long)shape[i]);
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]",
+                    file_of(a, t), exc_show(t->name, strlen(t->name)), want, found, t->rank > 4 ? ",.." : "");
+}
+
 /* one matched tensor: index bounds, role present in this layer, shape, dtype */
-static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *skip) {
+static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, const exc_layout *y, exc_weight *w, bool *skip) {
     const exc_tensor *t = w->tensor;
     const exc_shape *s = &a->shape;
     const char *file = file_of(a, t), *name = exc_show(t->name, strlen(t->name));
@@ -115,50 +187,73 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, exc_weight *w, bool *
                         name, (long long)w->layer, why_absent(a, w->role, w->layer, why, sizeof why),
                         exc_role_name(w->role));
     }
-    int rank = exc_role_is_vector(w->role) ? 1 : 2;
-    bool fits = t->rank == rank && t->shape[0] == w->out && (rank == 1 || t->shape[1] == w->in);
-    if (!fits) {
-        char found[128] = "", want[64];
-        size_t n = 0;
-        for (int i = 0; i < t->rank && i < 4; i++)
-            n +=
-                (size_t)snprintf(found + n, sizeof found - n, "%s%lld", i ? "," : "", (long long)t->shape[i]);
-        if (rank == 1)
-            snprintf(want, sizeof want, "%lld", (long long)w->out);
-        else
-            snprintf(want, sizeof want, "%lld,%lld", (long long)w->out, (long long)w->in);
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]",
-                        file, name, want, found, t->rank > 4 ? ",.." : "");
-    }
+    EXC_TRY(check_shape(ctx, a, y, w));
     if (t->dtype != EXC_BF16 && t->dtype != EXC_F16 && t->dtype != EXC_F32)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype: expected BF16, F16 or F32, found %s", file, name,
                         t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
     return EXC_OK;
 }
 
+static exc_status add_item(exc_ctx *ctx, exc_atlas *a, const exc_weight *w) {
+    if (a->count == a->room) {
+        size_t room = a->room * 2;
+        exc_weight *items = exc_alloc(ctx, room, sizeof *items, "weight table");
+        if (!items) return EXC_ERR_MEMORY;
+        memcpy(items, a->items, a->count * sizeof *items);
+        exc_release(a->items);
+        a->items = items;
+        a->room = room;
+    }
+    a->items[a->count++] = *w;
+    return EXC_OK;
+}
+
+/* the weights of one name in a tensor: one, or one an expert */
+static exc_status add_weights(exc_ctx *ctx, exc_atlas *a, const exc_name *p, exc_weight *w, bool *skip) {
+    w->role = p->role;
+    EXC_TRY(check_weight(ctx, a, &p->layout, w, skip));
+    int64_t count = *skip ? 0 : p->layout.stacked ? a->shape.experts : 1;
+    for (int64_t e = 0; e < count; e++) {
+        if (p->layout.stacked) w->expert = e;
+        locate(&p->layout, w);
+        EXC_TRY(add_item(ctx, a, w));
+    }
+    return EXC_OK;
+}
+
+/* two layouts of the same weight in one model: which one counts is nothing to guess */
+static exc_status check_single(exc_ctx *ctx, const exc_atlas *a) {
+    for (size_t i = 1; i < a->count; i++) {
+        const exc_weight *w = &a->items[i], *v = w - 1;
+        if (compare_weights(v, w)) continue;
+        char first[256], second[256];
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected one tensor for it (%s of layer %lld), found also %s",
+                        file_of(a, v->tensor), exc_weight_label(v, first, sizeof first), exc_role_name(v->role),
+                        (long long)v->layer, exc_weight_label(w, second, sizeof second));
+    }
+    return EXC_OK;
+}
+
 static exc_status sort_out(exc_ctx *ctx, exc_atlas *a) {
-    const exc_family *f = a->family;
     size_t n = a->files->n_tensors;
-    a->items = exc_alloc(ctx, n ? n : 1, sizeof *a->items, "weight table");
+    a->room = n ? n : 1;
+    a->items = exc_alloc(ctx, a->room, sizeof *a->items, "weight table");
     a->unknown = exc_alloc(ctx, n ? n : 1, sizeof *a->unknown, "list of unknown tensors");
     if (!a->items || !a->unknown) return EXC_ERR_MEMORY;
     for (size_t i = 0; i < n; i++) {
         const exc_tensor *t = a->files->by_name[i];
-        exc_weight w = {.tensor = t};
-        const exc_name *p = f->names;
-        while (p->pattern && !match(p->pattern, t->name, &w.layer, &w.expert)) p++;
-        bool skip = true;
-        if (p->pattern) {
-            w.role = p->role;
-            EXC_TRY(check_weight(ctx, a, &w, &skip));
+        bool known = false;
+        for (const exc_name *p = a->family->names; p->pattern; p++) {
+            exc_weight w = {.tensor = t};
+            bool skip;
+            if (!match(p->pattern, t->name, &w.layer, &w.expert)) continue;
+            EXC_TRY(add_weights(ctx, a, p, &w, &skip));
+            known = known || !skip;
         }
-        if (skip)
-            a->unknown[a->n_unknown++] = t;
-        else
-            a->items[a->count++] = w;
+        if (!known) a->unknown[a->n_unknown++] = t;
     }
     qsort(a->items, a->count, sizeof *a->items, compare_weights);
-    return EXC_OK;
+    return check_single(ctx, a);
 }
 
 /* which expert ids of a layer are there, as "0-4,6-15", for the message about a missing one */
@@ -192,8 +287,9 @@ static exc_status check_complete(exc_ctx *ctx, const exc_atlas *a) {
                 int64_t expert = exc_role_by_expert(p->role) ? e : -1;
                 if (exc_atlas_find(a, p->role, layer, expert)) continue;
                 char name[256], found[160];
-                expand(pattern_of(a->family, p->role), layer, expert, name, sizeof name);
-                if (expert < 0)
+                const char *pattern = pattern_of(a->family, p->role);
+                expand(pattern, layer, expert, name, sizeof name);
+                if (!strstr(pattern, "%E"))
                     return exc_fail(ctx, EXC_ERR_INPUT,
                                     "%s: %s: expected this %s tensor (%s layout), found none", a->files->dir,
                                     name, exc_role_name(p->role), a->family->model_type);

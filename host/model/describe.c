@@ -58,13 +58,15 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
     const exc_weight *w = &a->items[first];
     uint64_t bytes = 0, of[EXC_DTYPE_OTHER + 1] = {0};
     bool same = true; /* sizes differ between layers only where the family says so */
+    size_t tensors = 0;
     for (size_t i = first; i < end; i++) {
-        bytes += a->items[i].tensor->end - a->items[i].tensor->begin;
-        of[a->items[i].tensor->dtype]++;
+        bytes += exc_weight_bytes(&a->items[i]);
+        /* experts of one tensor follow each other */
+        if (i == first || a->items[i].tensor != a->items[i - 1].tensor) tensors++, of[a->items[i].tensor->dtype]++;
         same = same && a->items[i].out == w->out && a->items[i].in == w->in;
     }
-    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"bytes\":%llu,\"dtypes\":{", exc_role_name(w->role),
-                   end - first, (unsigned long long)bytes);
+    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"weights\":%zu,\"bytes\":%llu,\"dtypes\":{", exc_role_name(w->role),
+                   tensors, end - first, (unsigned long long)bytes);
     for (int d = 0, n = 0; d <= EXC_DTYPE_OTHER; d++)
         if (of[d])
             exc_buf_printf(b, "%s\"%s\":%llu", n++ ? "," : "", exc_dtype_name((exc_dtype)d),
@@ -110,7 +112,7 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
     uint64_t params = 0, bytes = 0;
     for (size_t i = 0; i < a->count; i++) {
         params += (uint64_t)a->items[i].out * (uint64_t)a->items[i].in;
-        bytes += a->items[i].tensor->end - a->items[i].tensor->begin;
+        bytes += exc_weight_bytes(&a->items[i]);
     }
     exc_buf_printf(b,
                    "{\"family\":\"%s\",\"fingerprint\":\"%s\",\"files\":%d,\"tensors\":%zu,\"parameters\":%"

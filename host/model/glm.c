@@ -32,6 +32,7 @@ static const exc_name names[] = {
     {EXC_ROLE_NORM_FINAL, "model.norm.weight"},
     {EXC_ROLE_EMBED, "model.embed_tokens.weight"},
     {EXC_ROLE_LM_HEAD, "lm_head.weight"},
+    EXC_STACKED_EXPERTS(LAYER "mlp.experts."),
     {EXC_ROLES, NULL},
 };
 

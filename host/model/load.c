@@ -100,11 +100,10 @@ static void lay_out(exc_carve *c, const exc_model *m, exc_loaded *l) {
 /* advice on the pages that hold a weight; the edges are shared with neighbours, which may then be read again
  */
 static void advise(const exc_loader *r, const exc_weight *w, int advice) {
-    const exc_tensor *t = w->tensor;
-    const exc_tensors *f = r->a->files->files[t->shard];
-    uint64_t first = t->begin / PAGE * PAGE;
-    if (t->end - t->begin >= 4 * PAGE)
-        madvise((void *)(uintptr_t)(f->map + first), (size_t)(t->end - first), advice);
+    const exc_tensors *f = r->a->files->files[w->tensor->shard];
+    uint64_t first = w->begin / PAGE * PAGE;
+    if (w->end - w->begin >= 4 * PAGE)
+        madvise((void *)(uintptr_t)(f->map + first), (size_t)(w->end - first), advice);
 }
 
 /* starts reading the next layer while this one is packed */
@@ -119,36 +118,58 @@ static exc_status call(exc_ctx *ctx, exc_status st, const char *op, const exc_we
 }
 
 static exc_status not_finite(exc_loader *r, const exc_weight *w, int64_t index, int64_t count) {
-    char in[64] = "";
+    char in[64] = "", name[256];
     if (w->in > 1)
         snprintf(in, sizeof in, " [%lld,%lld]", (long long)(index / w->in), (long long)(index % w->in));
     return exc_fail(
         r->ctx, EXC_ERR_NUMERIC,
         "%s: %s: expected finite weights, found NaN or infinity at element %lld%s (%lld in this block)",
-        r->a->files->files[w->tensor->shard]->path, w->tensor->name, (long long)index, in, (long long)count);
+        r->a->files->files[w->tensor->shard]->path, exc_weight_label(w, name, sizeof name), (long long)index, in,
+        (long long)count);
 }
 
-/* bytes of a weight: the map itself, or a writable aligned copy where the plan edits it */
+/* a buffer of at least `bytes`, its old content lost */
+static exc_status enlarge(exc_loader *r, exc_stage *s, size_t bytes) {
+    if (bytes <= s->bytes) return EXC_OK;
+    exc_release(s->data);
+    s->bytes = 0;
+    s->data = exc_alloc(r->ctx, bytes, 1, "copy of a weight");
+    if (!s->data) return EXC_ERR_MEMORY;
+    s->bytes = bytes;
+    return EXC_OK;
+}
+
+/* dense [out,in] of a weight that lies otherwise */
+static exc_status straighten(exc_loader *r, const exc_weight *w, const uint8_t **data) {
+    EXC_TRY(enlarge(r, &r->dense, (size_t)exc_weight_bytes(w)));
+    const uint8_t *from = *data;
+    *data = r->dense.data;
+    return call(r->ctx,
+                r->ctx->ops->view(&r->ctx->queue, &(struct exc_view_args){.src = from,
+                                                                          .src_row = w->out_step,
+                                                                          .src_column = w->in_step,
+                                                                          .dst = r->dense.data,
+                                                                          .dst_row = w->in,
+                                                                          .dst_column = 1,
+                                                                          .rows = w->out,
+                                                                          .columns = w->in,
+                                                                          .unit = exc_dtype_bits(w->tensor->dtype) / 8}),
+                "view", w);
+}
+
+/* bytes of a weight [out,in]: the map itself, or an aligned copy that the plan edited or that was straightened */
 static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out) {
-    const exc_tensor *t = w->tensor;
-    size_t bytes = (size_t)(t->end - t->begin), unit = exc_dtype_bits(t->dtype) / 8;
-    const uint8_t *data = exc_checkpoint_data(r->a->files, t);
+    const uint8_t *data = exc_atlas_data(r->a, w);
     bool edit = r->m->has_lens && !r->m->is_virtual && r->m->lens.bake && r->m->lens.touches &&
                 r->m->lens.touches(r->m->lens.user, w);
-    if (edit || (uintptr_t)data % unit) {
-        if (bytes > r->stage_bytes) {
-            exc_release(r->stage);
-            r->stage_bytes = 0;
-            r->stage = exc_alloc(r->ctx, bytes, 1, "copy of a weight");
-            if (!r->stage) return EXC_ERR_MEMORY;
-            r->stage_bytes = bytes;
-        }
-        memcpy(r->stage, data, bytes);
-        if (edit) EXC_TRY(r->m->lens.bake(r->ctx, r->m->lens.user, r->a, w, r->stage));
-        data = r->stage;
+    if (edit || (uintptr_t)data % (exc_dtype_bits(w->tensor->dtype) / 8)) {
+        EXC_TRY(enlarge(r, &r->stage, exc_weight_span(w)));
+        memcpy(r->stage.data, data, exc_weight_span(w));
+        if (edit) EXC_TRY(r->m->lens.bake(r->ctx, r->m->lens.user, r->a, w, r->stage.data));
+        data = r->stage.data;
     }
     *out = data;
-    return EXC_OK;
+    return exc_weight_dense(w) ? EXC_OK : straighten(r, w, out);
 }
 
 /* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
@@ -185,7 +206,7 @@ static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_
                                                         .out = out + (size_t)(first / EXC_PANEL) * panel}),
                  "pack", w));
     }
-    r->done += t->end - t->begin;
+    r->done += exc_weight_bytes(w);
     advise(r, w, MADV_DONTNEED); /* clean pages of a file: the cache keeps them, this process does not */
     return exc_progress(ctx, "load", r->done, r->total, "bytes");
 }
@@ -206,7 +227,7 @@ static exc_status copy_weight(exc_loader *r, const exc_weight *w, int to, void *
                                                                            .index = &index}),
                  "convert", w));
     if (bad) return not_finite(r, w, index, bad);
-    r->done += w->tensor->end - w->tensor->begin;
+    r->done += exc_weight_bytes(w);
     advise(r, w, MADV_DONTNEED);
     return EXC_OK;
 }
@@ -251,11 +272,11 @@ static exc_status load_layer(exc_loader *r, int64_t i) {
 static exc_status load_all(exc_loader *r) {
     const exc_shape *s = &r->a->shape;
     for (size_t i = 0; i < r->a->count; i++)
-        r->total += r->a->items[i].tensor->end - r->a->items[i].tensor->begin;
+        r->total += exc_weight_bytes(&r->a->items[i]);
     read_ahead(r, -1);
     read_ahead(r, 0);
     const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
-    if (s->tied) r->total += embed->tensor->end - embed->tensor->begin; /* read twice: as table and as head */
+    if (s->tied) r->total += exc_weight_bytes(embed); /* read twice: as table and as head */
     EXC_TRY(copy_weight(r, embed, embed->tensor->dtype, r->l->embed));
     for (int64_t i = 0; i < s->layers; i++) {
         read_ahead(r, i + 1);
@@ -282,7 +303,8 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     c = (exc_carve){.base = m->loaded->slab};
     lay_out(&c, m, m->loaded);
     exc_status st = load_all(&r);
-    exc_release(r.stage);
+    exc_release(r.stage.data);
+    exc_release(r.dense.data);
     return st;
 }
 

@@ -21,13 +21,14 @@ exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int
 float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);    /* f32; NULL: the layer has none */
 int64_t exc_whole_panels(int64_t n); /* n rounded up to EXC_PANEL */
 
+typedef struct exc_stage { uint8_t *data; size_t bytes; } exc_stage;
 typedef struct exc_loader {
     exc_ctx *ctx;
     exc_model *m;
     const exc_atlas *a;
     exc_loaded *l;
-    uint8_t *stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
-    size_t stage_bytes;
+    exc_stage stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
+    exc_stage dense; /* [out,in] of one that lies otherwise */
     uint64_t done, total;
 } exc_loader;
 /* scans one matrix for NaN and infinity and packs it into `into`, from row `row` (whole panels) on */

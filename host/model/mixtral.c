@@ -11,6 +11,7 @@ static const exc_name names[] = {
     {EXC_ROLE_EXPERT_GATE, LAYER "block_sparse_moe.experts.%E.w1.weight"}, /* [I,H] */
     {EXC_ROLE_EXPERT_UP, LAYER "block_sparse_moe.experts.%E.w3.weight"},   /* [I,H] */
     {EXC_ROLE_ROUTER, LAYER "block_sparse_moe.gate.weight"},               /* [E,H] */
+    {EXC_ROLE_ROUTER, LAYER "mlp.gate.weight"},                            /* beside experts in one tensor */
     {EXC_ROLE_ATTN_Q, LAYER "self_attn.q_proj.weight"},                    /* [heads*D,H] */
     {EXC_ROLE_ATTN_K, LAYER "self_attn.k_proj.weight"},
     {EXC_ROLE_ATTN_V, LAYER "self_attn.v_proj.weight"},
@@ -20,6 +21,7 @@ static const exc_name names[] = {
     {EXC_ROLE_NORM_FINAL, "model.norm.weight"},
     {EXC_ROLE_EMBED, "model.embed_tokens.weight"},
     {EXC_ROLE_LM_HEAD, "lm_head.weight"},
+    EXC_STACKED_EXPERTS(LAYER "mlp.experts."),
     {EXC_ROLES, NULL},
 };
 

@@ -24,8 +24,22 @@ typedef enum exc_role {
 const char *exc_role_name(exc_role role);          /* "expert_down", as plans spell it */
 bool exc_role_find(const char *name, exc_role *out);
 
-/* Name pattern of a role in the published layout: %L layer, %E expert. */
-typedef struct exc_name { exc_role role; const char *pattern; } exc_name;
+/* How the weights of a role lie in a tensor. All zero: the tensor is one weight, [out,in] (a vector: [out]). */
+typedef struct exc_layout {
+    bool stacked;               /* all experts of a layer, one behind the other: [E,..] */
+    bool transposed;            /* each as [in,out] */
+    int parts, part;            /* the `out` axis holds this many roles and this is number `part`; 0: it alone */
+    bool mixed;                 /* .. taking turns along it, instead of one part behind the other */
+} exc_layout;
+/* Name pattern of a role in a published layout: %L layer, %E expert, [text] may be left out. A role may stand more than once
+ * (layouts that circulate); the first is the one that messages name. */
+typedef struct exc_name { exc_role role; const char *pattern; exc_layout layout; } exc_name;
+
+/* All experts of a layer in two tensors, gate over up, as newer loaders keep and save them: for every family's table. */
+#define EXC_STACKED_EXPERTS(prefix)                                                                                         \
+    {EXC_ROLE_EXPERT_DOWN, prefix "down_proj", {.stacked = true}},                          /* [E,H,I] */                   \
+        {EXC_ROLE_EXPERT_GATE, prefix "gate_up_proj", {.stacked = true, .parts = 2}},       /* [E,2I,H] */                  \
+        {EXC_ROLE_EXPERT_UP, prefix "gate_up_proj", {.stacked = true, .parts = 2, .part = 1}}
 
 typedef enum exc_qk_norm { EXC_QK_NONE, EXC_QK_HEAD, EXC_QK_WHOLE } exc_qk_norm; /* each head, or all heads as one vector */
 typedef enum exc_dense {
@@ -114,25 +128,34 @@ bool exc_role_by_expert(exc_role role);
 bool exc_role_writes(exc_role role);    /* writes the residual stream: output side editable */
 bool exc_role_is_vector(exc_role role);  /* norms and biases */
 
-/* One stored matrix or vector, by role. */
+/* One matrix or vector, by role: a tensor or a part of one. Element (o,i) lies o*out_step + i*in_step elements behind `begin`. */
 typedef struct exc_weight {
     const exc_tensor *tensor;
     exc_role role;
     int64_t layer, expert;      /* -1 where it has none */
     int64_t out, in;            /* in = 1 for vectors */
+    uint64_t begin, end;        /* bytes of the tensor's file from its first to its last element */
+    int64_t out_step, in_step;  /* in, 1 as most lie; 1, out transposed; others where parts are mixed */
 } exc_weight;
+bool exc_weight_dense(const exc_weight *w);      /* [out,in] without gaps */
+bool exc_weight_transposed(const exc_weight *w); /* [in,out] without gaps */
+size_t exc_weight_span(const exc_weight *w);     /* bytes begin..end */
+uint64_t exc_weight_bytes(const exc_weight *w);  /* of its own elements */
+/* "NAME" or, of a tensor that holds several, "NAME[expert]"; out is returned */
+const char *exc_weight_label(const exc_weight *w, char *out, size_t cap);
 
 /* Table of weights without loading anything: for inspect, plan, apply, verify. */
 typedef struct exc_atlas {
     exc_checkpoint *files;      /* owned */
     const exc_family *family;
     exc_shape shape;
-    exc_weight *items; size_t count; /* sorted by role, layer, expert */
+    exc_weight *items; size_t count, room; /* sorted by role, layer, expert */
     const exc_tensor **unknown; size_t n_unknown; /* tensors no name covers: listed, passed through */
     char fingerprint[33];
 } exc_atlas;
 exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
 const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
+const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w); /* its first element in the map; may be unaligned */
 void exc_atlas_close(exc_atlas *a);
 
 /* The lens: what a plan does to a model, as the model room sees it. Made by study/lenses.c. */

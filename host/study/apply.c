@@ -57,29 +57,22 @@ exc_status exc_sidecar_check(exc_ctx *ctx, const exc_compiled *c, const char *pa
 
 static exc_status fill(exc_ctx *ctx, void *user, const exc_range *ranges, size_t n, const void *const *src, void *const *dst) {
     work *k = user;
-    size_t *at = exc_alloc(ctx, n, sizeof *at, "batch");
-    if (!at) return EXC_ERR_MEMORY;
-    for (size_t i = 0; i < n; i++) at[i] = (size_t)((const exc_weight **)ranges[i].tag - k->e.w);
-    exc_status st = exc_edited_batch(&k->e, at, n, src, dst);
-    exc_release(at);
+    const exc_edited_range **r = exc_alloc(ctx, n, sizeof *r, "batch");
+    if (!r) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < n; i++) r[i] = ranges[i].tag;
+    exc_status st = exc_edited_batch(&k->e, r, n, src, dst);
+    exc_release(r);
     return st;
 }
 
-static int by_file(const void *a, const void *b) {
-    const exc_range *x = a, *y = b;
-    if (x->file != y->file) return x->file < y->file ? -1 : 1;
-    return x->begin < y->begin ? -1 : x->begin > y->begin;
-}
-
 static exc_status write_shards(work *k) {
-    exc_range *r = exc_alloc(k->ctx, k->e.n ? k->e.n : 1, sizeof *r, "ranges to edit");
+    exc_range *r = exc_alloc(k->ctx, k->e.n_ranges ? k->e.n_ranges : 1, sizeof *r, "ranges to edit");
     if (!r) return EXC_ERR_MEMORY;
-    for (size_t i = 0; i < k->e.n; i++) {
-        const exc_tensor *t = k->e.w[i]->tensor;
-        r[i] = (exc_range){.file = t->shard, .begin = t->begin, .end = t->end, .tag = (void *)(uintptr_t)&k->e.w[i]};
+    for (size_t i = 0; i < k->e.n_ranges; i++) {
+        exc_edited_range *from = &k->e.range[i];
+        r[i] = (exc_range){.file = from->file, .begin = from->begin, .end = from->end, .tag = from};
     }
-    qsort(r, k->e.n, sizeof *r, by_file);
-    exc_status st = exc_publish_tensors(k->p, r, k->e.n, fill, k);
+    exc_status st = exc_publish_tensors(k->p, r, k->e.n_ranges, fill, k);
     exc_release(r);
     return st;
 }

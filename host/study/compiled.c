@@ -113,10 +113,10 @@ static exc_status see_through_norm(compiler *k, int64_t layer, double *q, int64_
     int64_t H = k->s->hidden;
     if (!w) return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected a norm before the router of layer %lld, found none", k->where, (long long)layer);
     double *norm = exc_alloc(k->ctx, (size_t)H, sizeof *norm, "norm");
-    uint8_t *copy = exc_alloc(k->ctx, (size_t)(w->tensor->end - w->tensor->begin), 1, "norm"); /* the map may be unaligned */
+    uint8_t *copy = exc_alloc(k->ctx, exc_weight_span(w), 1, "norm"); /* the map may be unaligned */
     exc_status st = norm && copy ? EXC_OK : EXC_ERR_MEMORY;
     if (st == EXC_OK) {
-        memcpy(copy, exc_checkpoint_data(a->files, w->tensor), (size_t)(w->tensor->end - w->tensor->begin));
+        memcpy(copy, exc_atlas_data(a, w), exc_weight_span(w));
         st = k->ctx->ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = copy, .src_dtype = w->tensor->dtype, .dst = norm,
                                                                              .dst_dtype = EXC_F64, .n = H});
     }
@@ -359,6 +359,15 @@ static void list_matrices(call *k, const void *const *src, void *const *dst) {
     }
 }
 
+/* the same projection of W^T: of lengths, only those of columns (EXC_SIDE_OUT) or rows (EXC_SIDE_IN) come here */
+static void turn(struct exc_project_args *a) {
+    int64_t rows = a->rows;
+    a->rows = a->cols;
+    a->cols = rows;
+    a->side = a->side == EXC_SIDE_OUT ? EXC_SIDE_IN : EXC_SIDE_OUT;
+    if (a->norm != EXC_NORM_NONE) a->norm = EXC_NORM_COLUMN;
+}
+
 static exc_status run_op(call *k) {
     const exc_edit_step *s = k->s;
     const exc_weight *w = k->w[0];
@@ -369,11 +378,11 @@ static exc_status run_op(call *k) {
                                   &(struct exc_scale_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n,
                                                            .n = s->rows ? w->in : w->out * w->in, .factor = k->amount,
                                                            .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow});
-    return k->ctx->ops->project(&k->ctx->queue,
-                                &(struct exc_project_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n, .rows = w->out,
-                                                           .cols = w->in, .side = s->side, .basis = s->basis, .rank = s->rank,
-                                                           .strength = k->strength, .norm = (int)s->norm, .before = k->before,
-                                                           .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite});
+    struct exc_project_args a = {.src = k->from, .dst = k->to, .dtype = dtype, .count = n, .rows = w->out, .cols = w->in,
+                                 .side = s->side, .basis = s->basis, .rank = s->rank, .strength = k->strength, .norm = (int)s->norm,
+                                 .before = k->before, .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite};
+    if (exc_weight_transposed(w)) turn(&a);
+    return k->ctx->ops->project(&k->ctx->queue, &a);
 }
 
 /* NaN and infinity are counted where a step first meets them: earlier steps may have left this weight alone, and later ones
@@ -447,11 +456,19 @@ static size_t matrices(const exc_compiled *c, const exc_weight *w, size_t count)
     return most;
 }
 
-exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
-                              void *const *dst, exc_effect *effects) {
+/* ops take the bytes as they lie: dense, or transposed unless rows of [out,in] are wanted one by one */
+static bool fits_ops(const exc_compiled *c, const exc_weight *w) {
+    if (exc_weight_dense(w)) return true;
+    if (!exc_weight_transposed(w)) return false;
+    for (const exc_edit_step *s = exc_first_step(c, w->role, w->layer); s; s = exc_next_step(c, s))
+        if (s->rows || (s->norm == EXC_NORM_ROW && s->side == EXC_SIDE_OUT)) return false;
+    return true;
+}
+
+static exc_status apply_as_they_lie(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count,
+                                    const void *const *src, void *const *dst, exc_effect *effects) {
     call k = {.ctx = ctx, .w = w, .count = count};
     void *slab = NULL;
-    if (!count) return EXC_OK;
     memset(effects, 0, count * sizeof *effects);
     exc_status st = carve(&k, matrices(c, w[0], count), &slab);
     bool first = true;
@@ -466,7 +483,45 @@ exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_wei
         first = false;
     }
     for (size_t i = 0; i < count && first && st == EXC_OK; i++)
-        if (src[i] != dst[i]) memcpy(dst[i], src[i], (size_t)(w[i]->tensor->end - w[i]->tensor->begin));
+        if (src[i] != dst[i]) memcpy(dst[i], src[i], exc_weight_span(w[i]));
     exc_release(slab);
     return st;
+}
+
+/* copies elements between where a weight lies and a dense [out,in] */
+static exc_status copy_view(exc_ctx *ctx, const exc_weight *w, const void *lying, void *dense, bool back) {
+    struct exc_view_args a = {.src = lying, .src_row = w->out_step, .src_column = w->in_step, .dst = dense, .dst_row = w->in,
+                              .dst_column = 1, .rows = w->out, .columns = w->in, .unit = exc_dtype_bits(w->tensor->dtype) / 8};
+    if (back) {
+        a.src = dense, a.src_row = w->in, a.src_column = 1;
+        a.dst = (void *)(uintptr_t)lying, a.dst_row = w->out_step, a.dst_column = w->in_step;
+    }
+    exc_status st = ctx->ops->view(&ctx->queue, &a);
+    return st == EXC_OK ? st : exc_fail(ctx, st, "%s: op view refused its arguments", w->tensor->name);
+}
+
+/* weights in between others: taken out, edited as dense ones, put back */
+static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_weight *w, const void *src, void *dst, exc_effect *effect) {
+    exc_weight own = *w;
+    const exc_weight *shown = &own;
+    own.out_step = own.in;
+    own.in_step = 1;
+    own.begin = 0;
+    own.end = exc_weight_bytes(w);
+    void *copy = exc_alloc(ctx, (size_t)own.end, 1, "copy of a weight");
+    if (!copy) return EXC_ERR_MEMORY;
+    const void *from = copy;
+    exc_status st = copy_view(ctx, w, src, copy, false);
+    if (st == EXC_OK) st = apply_as_they_lie(ctx, c, &shown, 1, &from, &copy, effect);
+    if (st == EXC_OK) st = copy_view(ctx, w, dst, copy, true);
+    exc_release(copy);
+    return st;
+}
+
+exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
+                              void *const *dst, exc_effect *effects) {
+    if (!count) return EXC_OK;
+    if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, effects);
+    for (size_t i = 0; i < count; i++) EXC_TRY(apply_to_copy(ctx, c, w[i], src[i], dst[i], &effects[i]));
+    return EXC_OK;
 }

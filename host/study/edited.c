@@ -12,33 +12,79 @@
 #define BATCH ((size_t)64 << 20) /* bytes of one walk step */
 #define ALIGN ((size_t)64)
 
-static size_t bytes_of(const exc_weight *w) { return (size_t)(w->tensor->end - w->tensor->begin); }
+static size_t bytes_of(const exc_weight *w) { return exc_weight_span(w); }
+/* no gaps, so that new bytes may go to another place than the old ones */
+static bool solid(const exc_weight *w) { return exc_weight_dense(w) || exc_weight_transposed(w); }
 static size_t rounded(size_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
+
+typedef struct lying {
+    int file;
+    uint64_t begin;
+    size_t at;
+} lying;
+
+static int by_file(const void *a, const void *b) {
+    const lying *x = a, *y = b;
+    if (x->file != y->file) return x->file < y->file ? -1 : 1;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
+}
+
+static exc_status sort_by_file(exc_edited *e) {
+    lying *l = exc_alloc(e->ctx, e->n ? e->n : 1, sizeof *l, "order of edited weights");
+    if (!l) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < e->n; i++) l[i] = (lying){e->w[i]->tensor->shard, e->w[i]->begin, i};
+    qsort(l, e->n, sizeof *l, by_file);
+    for (size_t i = 0; i < e->n; i++) e->order[i] = l[i].at;
+    exc_release(l);
+    return EXC_OK;
+}
+
+/* weights whose bytes overlap are one range */
+static void list_ranges(exc_edited *e) {
+    for (size_t i = 0; i < e->n; i++) {
+        const exc_weight *w = e->w[e->order[i]];
+        exc_edited_range *last = e->n_ranges ? &e->range[e->n_ranges - 1] : NULL;
+        if (last && last->file == w->tensor->shard && w->begin < last->end) {
+            if (w->end > last->end) last->end = w->end;
+            last->n++;
+            continue;
+        }
+        e->range[e->n_ranges++] = (exc_edited_range){w->tensor->shard, w->begin, w->end, e->order + i, 1};
+    }
+    for (size_t i = 0; i < e->n_ranges; i++) e->bytes += e->range[i].end - e->range[i].begin;
+}
+
+static exc_status prepare(exc_edited *e, bool hashes) {
+    const exc_atlas *a = e->a;
+    size_t room = a->count ? a->count : 1;
+    if (!(e->w = exc_alloc(e->ctx, room, sizeof *e->w, "list of edited weights"))) return EXC_ERR_MEMORY;
+    for (size_t i = 0; i < a->count; i++)
+        if (exc_compiled_touches(e->c, &a->items[i])) e->w[e->n++] = &a->items[i];
+    room = e->n ? e->n : 1;
+    e->effect = exc_zalloc(e->ctx, room, sizeof *e->effect, "effects of edits");
+    e->order = exc_alloc(e->ctx, room, sizeof *e->order, "order of edited weights");
+    e->range = exc_alloc(e->ctx, room, sizeof *e->range, "ranges to edit");
+    if (hashes) e->hash = exc_zalloc(e->ctx, room, sizeof *e->hash, "hashes of weights");
+    if (!e->effect || !e->order || !e->range || (hashes && !e->hash)) return EXC_ERR_MEMORY;
+    EXC_TRY(sort_by_file(e));
+    list_ranges(e);
+    return EXC_OK;
+}
 
 exc_status exc_edited_open(exc_ctx *ctx, const exc_compiled *c, bool hashes, exc_edited *e) {
     *e = (exc_edited){.ctx = ctx, .a = c->a, .c = c};
-    size_t room = c->a->count ? c->a->count : 1;
-    e->w = exc_alloc(ctx, room, sizeof *e->w, "list of edited weights");
-    if (!e->w) return EXC_ERR_MEMORY;
-    for (size_t i = 0; i < c->a->count; i++) {
-        if (!exc_compiled_touches(c, &c->a->items[i])) continue;
-        e->w[e->n++] = &c->a->items[i];
-        e->bytes += bytes_of(&c->a->items[i]);
-    }
-    e->effect = exc_zalloc(ctx, e->n ? e->n : 1, sizeof *e->effect, "effects of edits");
-    if (hashes) e->hash = exc_zalloc(ctx, e->n ? e->n : 1, sizeof *e->hash, "hashes of weights");
-    if (e->effect && (e->hash || !hashes)) return EXC_OK;
-    exc_edited_close(e);
-    return EXC_ERR_MEMORY;
+    exc_status st = prepare(e, hashes);
+    if (st != EXC_OK) exc_edited_close(e);
+    return st;
 }
 
 void exc_edited_close(exc_edited *e) {
     exc_release(e->w);
+    exc_release(e->order);
+    exc_release(e->range);
     exc_release(e->effect);
     exc_release(e->hash);
-    e->w = NULL;
-    e->effect = NULL;
-    e->hash = NULL;
+    *e = (exc_edited){0};
 }
 
 /* ---------------------------------------------------------------------------------------------------------- a batch */
@@ -73,15 +119,17 @@ static void hash_batch(exc_edited *e, const size_t *at, size_t n, const void *co
 
 /* names the first NaN or infinity of a weight; `room` is as large as it */
 static exc_status not_finite(exc_edited *e, const exc_weight *w, void *room) {
-    int64_t bad = 0, index = -1;
-    memcpy(room, exc_checkpoint_data(e->a->files, w->tensor), bytes_of(w));
+    int64_t bad = 0, index = -1, unit = (int64_t)exc_dtype_bits(w->tensor->dtype) / 8, n = (int64_t)bytes_of(w) / unit;
+    char name[256];
+    memcpy(room, exc_atlas_data(e->a, w), bytes_of(w));
     exc_status st = e->ctx->ops->convert(&e->ctx->queue, &(struct exc_convert_args){.src = room, .src_dtype = w->tensor->dtype,
-                                                                                    .dst_dtype = w->tensor->dtype, .n = w->out * w->in,
+                                                                                    .dst_dtype = w->tensor->dtype, .n = n,
                                                                                     .nonfinite = &bad, .index = &index});
-    if (st != EXC_OK || index < 0) return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: expected finite weights, found NaN or infinity", w->tensor->name);
+    exc_weight_label(w, name, sizeof name);
+    if (st != EXC_OK || index < 0) return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: expected finite weights, found NaN or infinity", name);
+    int64_t row = w->out_step > w->in_step ? w->out_step : w->in_step; /* elements of a stored row */
     return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity at [%lld,%lld] (%lld in this tensor)",
-                    e->a->files->files[w->tensor->shard]->path, w->tensor->name, (long long)(index / w->in), (long long)(index % w->in),
-                    (long long)bad);
+                    e->a->files->files[w->tensor->shard]->path, name, (long long)(index / row), (long long)(index % row), (long long)bad);
 }
 
 static exc_status check_effect(exc_edited *e, size_t at, void *room) {
@@ -90,8 +138,9 @@ static exc_status check_effect(exc_edited *e, size_t at, void *room) {
     if (e->allow_nonfinite) return EXC_OK;
     if (f->nonfinite) return not_finite(e, w, room);
     if (!f->overflow) return EXC_OK;
-    return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected an edit that stays in the range of %s, found infinity", e->c->name, w->tensor->name,
-                    exc_dtype_name(w->tensor->dtype));
+    char name[256];
+    return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected an edit that stays in the range of %s, found infinity", e->c->name,
+                    exc_weight_label(w, name, sizeof name), exc_dtype_name(w->tensor->dtype));
 }
 
 /* the arrays that one op call wants, for a batch sorted by place */
@@ -103,10 +152,15 @@ typedef struct sorted {
     exc_effect *effect;
 } sorted;
 
+/* one op call takes both: same dtype, lying the same way */
+static bool alike(const exc_weight *v, const exc_weight *w) {
+    return v->tensor->dtype == w->tensor->dtype && v->out_step == w->out_step && v->in_step == w->in_step;
+}
+
 static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
     for (size_t i = 0, m; i < n; i += m) {
         for (m = 1; i + m < n && s->w[i + m]->role == s->w[i]->role && s->w[i + m]->layer == s->w[i]->layer &&
-                    s->w[i + m]->tensor->dtype == s->w[i]->tensor->dtype;)
+                    alike(s->w[i + m], s->w[i]);)
             m++;
         EXC_TRY(exc_compiled_apply(e->ctx, e->c, s->w + i, m, s->src + i, s->dst + i, s->effect + i));
     }
@@ -115,7 +169,7 @@ static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
     return EXC_OK;
 }
 
-exc_status exc_edited_batch(exc_edited *e, const size_t *at, size_t n, const void *const *src, void *const *dst) {
+static exc_status weights_batch(exc_edited *e, const size_t *at, size_t n, const void *const *src, void *const *dst) {
     exc_ctx *ctx = e->ctx;
     sorted s = {exc_alloc(ctx, n, sizeof *s.order, "batch"), exc_alloc(ctx, n, sizeof *s.w, "batch"), exc_alloc(ctx, n, sizeof *s.src, "batch"),
                 exc_alloc(ctx, n, sizeof *s.dst, "batch"), exc_alloc(ctx, n, sizeof *s.effect, "batch")};
@@ -140,21 +194,56 @@ exc_status exc_edited_batch(exc_edited *e, const size_t *at, size_t n, const voi
     return st;
 }
 
+/* where each weight of the ranges lies in the buffers; what is not solid is edited in place, on a copy of the old bytes */
+static void point(const exc_edited *e, const exc_edited_range *const *r, size_t n, const void *const *src, void *const *dst, size_t *at,
+                  const void **from, void **to) {
+    size_t m = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool copied = !solid(e->w[r[i]->at[0]]);
+        if (copied && src[i] != dst[i]) memcpy(dst[i], src[i], (size_t)(r[i]->end - r[i]->begin));
+        for (size_t j = 0; j < r[i]->n; j++, m++) {
+            size_t offset = (size_t)(e->w[r[i]->at[j]]->begin - r[i]->begin);
+            at[m] = r[i]->at[j];
+            to[m] = (uint8_t *)dst[i] + offset;
+            from[m] = copied ? to[m] : (const uint8_t *)src[i] + offset;
+        }
+    }
+}
+
+exc_status exc_edited_batch(exc_edited *e, const exc_edited_range *const *r, size_t n, const void *const *src, void *const *dst) {
+    size_t m = 0;
+    for (size_t i = 0; i < n; i++) m += r[i]->n;
+    size_t *at = exc_alloc(e->ctx, m, sizeof *at, "batch");
+    const void **from = exc_alloc(e->ctx, m, sizeof *from, "batch");
+    void **to = exc_alloc(e->ctx, m, sizeof *to, "batch");
+    exc_status st = at && from && to ? EXC_OK : EXC_ERR_MEMORY;
+    if (st == EXC_OK) {
+        point(e, r, n, src, dst, at, from, to);
+        st = weights_batch(e, at, m, from, to);
+    }
+    exc_release(at);
+    exc_release(from);
+    exc_release(to);
+    return st;
+}
+
 /* ------------------------------------------------------------------------------------------------- from the map */
 
 typedef struct walk {
-    size_t *at;
+    const exc_edited_range **r;
     const void **src;
     void **dst;
     uint8_t *room;
     size_t bytes;
 } walk;
 
-/* how many weights from `first` on fit */
+static size_t span_of(const exc_edited_range *r) { return (size_t)(r->end - r->begin); }
+
+/* how many ranges from `first` on fit */
 static size_t fit(const exc_edited *e, size_t first, size_t bytes) {
     size_t used = 0, n = 0;
-    for (; first + n < e->n; n++) {
-        used += rounded(bytes_of(e->w[first + n]));
+    for (; first + n < e->n_ranges; n++) {
+        used += rounded(span_of(&e->range[first + n]));
         if (n && used > bytes) break;
     }
     return n;
@@ -163,27 +252,26 @@ static size_t fit(const exc_edited *e, size_t first, size_t bytes) {
 static void place(const exc_edited *e, walk *k, size_t first, size_t n) {
     size_t used = 0;
     for (size_t i = 0; i < n; i++) {
-        const exc_weight *w = e->w[first + i];
-        k->at[i] = first + i;
+        const exc_edited_range *r = k->r[i] = &e->range[first + i];
         k->dst[i] = k->room + used;
-        k->src[i] = exc_checkpoint_data(e->a->files, w->tensor);
-        if ((uintptr_t)k->src[i] % (exc_dtype_bits(w->tensor->dtype) / 8)) {
-            memcpy(k->dst[i], k->src[i], bytes_of(w));
+        k->src[i] = e->a->files->files[r->file]->map + r->begin;
+        if ((uintptr_t)k->src[i] % (exc_dtype_bits(e->w[r->at[0]]->tensor->dtype) / 8)) {
+            memcpy(k->dst[i], k->src[i], span_of(r));
             k->src[i] = k->dst[i];
         }
-        used += rounded(bytes_of(w));
+        used += rounded(span_of(r));
     }
 }
 
 static exc_status walk_all(exc_edited *e, walk *k, const char *step, exc_edited_fn visit, void *user) {
     uint64_t done = 0;
-    for (size_t i = 0, n; i < e->n; i += n) {
+    for (size_t i = 0, n; i < e->n_ranges; i += n) {
         n = fit(e, i, k->bytes);
         place(e, k, i, n);
-        EXC_TRY(exc_edited_batch(e, k->at, n, k->src, k->dst));
+        EXC_TRY(exc_edited_batch(e, k->r, n, k->src, k->dst));
         for (size_t j = 0; j < n; j++) {
-            done += bytes_of(e->w[i + j]);
-            if (visit) EXC_TRY(visit(user, e, i + j, k->src[j], k->dst[j]));
+            done += span_of(k->r[j]);
+            if (visit) EXC_TRY(visit(user, e, k->r[j], k->dst[j]));
         }
         EXC_TRY(exc_progress(e->ctx, step, done, e->bytes, "bytes"));
     }
@@ -193,20 +281,20 @@ static exc_status walk_all(exc_edited *e, walk *k, const char *step, exc_edited_
 exc_status exc_edited_walk(exc_edited *e, const char *step, exc_edited_fn visit, void *user) {
     walk k = {0};
     size_t all = 0, largest = 0;
-    for (size_t i = 0; i < e->n; i++) {
-        size_t b = rounded(bytes_of(e->w[i]));
+    for (size_t i = 0; i < e->n_ranges; i++) {
+        size_t b = rounded(span_of(&e->range[i]));
         if (b > largest) largest = b;
         if (all < BATCH) all += b;
     }
     if (!e->n) return EXC_OK;
     k.bytes = all < BATCH ? all : BATCH;
     if (k.bytes < largest) k.bytes = largest;
-    k.at = exc_alloc(e->ctx, e->n, sizeof *k.at, "batch");
-    k.src = exc_alloc(e->ctx, e->n, sizeof *k.src, "batch");
-    k.dst = exc_alloc(e->ctx, e->n, sizeof *k.dst, "batch");
+    k.r = exc_alloc(e->ctx, e->n_ranges, sizeof *k.r, "batch");
+    k.src = exc_alloc(e->ctx, e->n_ranges, sizeof *k.src, "batch");
+    k.dst = exc_alloc(e->ctx, e->n_ranges, sizeof *k.dst, "batch");
     k.room = exc_alloc(e->ctx, k.bytes, 1, "buffer for edited weights");
-    exc_status st = k.at && k.src && k.dst && k.room ? walk_all(e, &k, step, visit, user) : EXC_ERR_MEMORY;
-    exc_release(k.at);
+    exc_status st = k.r && k.src && k.dst && k.room ? walk_all(e, &k, step, visit, user) : EXC_ERR_MEMORY;
+    exc_release(k.r);
     exc_release(k.src);
     exc_release(k.dst);
     exc_release(k.room);
@@ -271,6 +359,25 @@ static int64_t experts_edited(const exc_edited *e) {
     return seen ? n : -1;
 }
 
+/* a tensor may hold many weights */
+static size_t tensor_number(const exc_checkpoint *c, const exc_tensor *t) {
+    size_t before = 0;
+    for (int i = 0; i < t->shard; i++) before += c->files[i]->count;
+    return before + (size_t)(t - c->files[t->shard]->items);
+}
+
+static int64_t tensors_edited(const exc_edited *e) {
+    int64_t n = 0;
+    uint8_t *seen = exc_zalloc(e->ctx, e->a->files->n_tensors, 1, "edited tensors");
+    for (size_t i = 0; seen && i < e->n; i++) {
+        uint8_t *at = &seen[tensor_number(e->a->files, e->w[i]->tensor)];
+        n += !*at;
+        *at = 1;
+    }
+    exc_release(seen);
+    return seen ? n : -1;
+}
+
 void exc_edited_facts(const exc_edited *e, json_t *o) {
     json_t *roles = json_array(), *tensors = json_array();
     double before = 0, after = 0;
@@ -283,7 +390,7 @@ void exc_edited_facts(const exc_edited *e, json_t *o) {
         after += e->effect[i].after;
         json_array_append_new(tensors, tensor_facts(e, i));
     }
-    json_object_set_new(o, "tensors_edited", json_integer((json_int_t)e->n));
+    json_object_set_new(o, "tensors_edited", json_integer(tensors_edited(e)));
     json_object_set_new(o, "tensors_present", json_integer((json_int_t)e->a->files->n_tensors));
     json_object_set_new(o, "experts_edited", json_integer(experts_edited(e)));
     json_object_set_new(o, "experts_present", json_integer(e->a->shape.moe_layers * e->a->shape.experts));

@@ -45,6 +45,13 @@ exc_status exc_numbers(exc_ctx *ctx, const char *what, const char *key, const js
 exc_status exc_numbers_text(exc_ctx *ctx, const char *what, const char *key, const char *text, int64_t **out, int64_t *n);
 
 /* edited.c: the weights that a plan edits, in batches, and what became of them */
+/* A stretch of a file that edits change: one weight, or several whose rows take turns (gates and ups may). */
+typedef struct exc_edited_range {
+    int file;
+    uint64_t begin, end;
+    const size_t *at;      /* [n] places in e->w */
+    size_t n;
+} exc_edited_range;
 typedef struct exc_edited {
     exc_ctx *ctx;
     const exc_atlas *a;
@@ -52,16 +59,19 @@ typedef struct exc_edited {
     bool allow_nonfinite;
     const exc_weight **w;  /* [n] edited weights, by role, layer, expert */
     size_t n;
+    size_t *order;         /* [n] their places as the files have them */
+    exc_edited_range *range; /* [n_ranges] in the order of the files */
+    size_t n_ranges;
     exc_effect *effect;    /* [n] */
     char (*hash)[2][33];   /* [n] XXH3-128 of old and new bytes; NULL: not wanted */
     uint64_t bytes;
 } exc_edited;
 exc_status exc_edited_open(exc_ctx *ctx, const exc_compiled *c, bool hashes, exc_edited *e);
 void exc_edited_close(exc_edited *e);
-/* new bytes of n edited weights; at[i]: their places in e->w, in any order; src may be dst */
-exc_status exc_edited_batch(exc_edited *e, const size_t *at, size_t n, const void *const *src, void *const *dst);
-/* walks all edited weights from the map through a buffer, batch by batch; visit (may be NULL) sees the new bytes */
-typedef exc_status (*exc_edited_fn)(void *user, const exc_edited *e, size_t at, const void *src, const void *dst);
+/* new bytes of n ranges, in any order */
+exc_status exc_edited_batch(exc_edited *e, const exc_edited_range *const *r, size_t n, const void *const *src, void *const *dst);
+/* walks all ranges from the map through a buffer, batch by batch; visit (may be NULL) sees the new bytes */
+typedef exc_status (*exc_edited_fn)(void *user, const exc_edited *e, const exc_edited_range *r, const void *dst);
 exc_status exc_edited_walk(exc_edited *e, const char *step, exc_edited_fn visit, void *user);
 /* {"tensors_edited",..,"roles":[..],"tensors":[..]} added to o */
 void exc_edited_facts(const exc_edited *e, json_t *o);

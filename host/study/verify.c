@@ -77,20 +77,6 @@ static void compare_piece(void *arg, size_t task, int worker) {
     while (task < seen && !__atomic_compare_exchange_n((size_t *)&k->first_bad, &seen, task, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
-static int by_name(const void *a, const void *b) {
-    const exc_tensor *x = *(const exc_tensor *const *)a, *y = *(const exc_tensor *const *)b;
-    return strcmp(x->name, y->name);
-}
-
-/* the tensors that the plan edits, by name */
-static exc_status edited_names(const work *k, const exc_tensor ***out) {
-    const exc_tensor **t = *out = exc_alloc(k->ctx, k->e.n ? k->e.n : 1, sizeof *t, "edited tensors");
-    if (!t) return EXC_ERR_MEMORY;
-    for (size_t i = 0; i < k->e.n; i++) t[i] = k->e.w[i]->tensor;
-    qsort(t, k->e.n, sizeof *t, by_name);
-    return EXC_OK;
-}
-
 static void add_span(work *k, int file, uint64_t begin, uint64_t end, bool count_only) {
     for (; begin < end; begin += PIECE) {
         uint64_t to = end - begin > PIECE ? begin + PIECE : end;
@@ -99,19 +85,17 @@ static void add_span(work *k, int file, uint64_t begin, uint64_t end, bool count
     }
 }
 
-/* what lies between edited tensors, gaps of the file included, in pieces */
-static void list_spans(work *k, const exc_tensor *const *edited, bool count_only) {
+/* what lies between edited ranges, gaps of the file included, in pieces */
+static void list_spans(work *k, bool count_only) {
+    size_t i = 0;
     k->n_same = 0;
     for (int f = 0; f < k->a->files->n_files; f++) {
-        const exc_tensors *file = k->a->files->files[f];
-        uint64_t at = file->header_bytes;
-        for (size_t i = 0; i < file->count; i++) {
-            const exc_tensor *t = &file->items[i];
-            if (!bsearch(&t, edited, k->e.n, sizeof *edited, by_name)) continue;
-            add_span(k, f, at, t->begin, count_only);
-            at = t->end;
+        uint64_t at = k->a->files->files[f]->header_bytes;
+        for (; i < k->e.n_ranges && k->e.range[i].file == f; i++) {
+            add_span(k, f, at, k->e.range[i].begin, count_only);
+            at = k->e.range[i].end;
         }
-        add_span(k, f, at, file->size, count_only);
+        add_span(k, f, at, k->a->files->files[f]->size, count_only);
     }
 }
 
@@ -128,13 +112,10 @@ static exc_status report_piece(work *k, const span *s) {
 }
 
 static exc_status compare_rest(work *k) {
-    const exc_tensor **edited = NULL;
-    EXC_TRY(edited_names(k, &edited));
-    list_spans(k, edited, true);
+    list_spans(k, true);
     k->same = exc_alloc(k->ctx, k->n_same ? k->n_same : 1, sizeof *k->same, "pieces to compare");
-    if (k->same) list_spans(k, edited, false);
-    exc_release(edited);
     if (!k->same) return EXC_ERR_MEMORY;
+    list_spans(k, false);
     k->first_bad = k->n_same;
     /* a slice at a time, so that progress is told and a wish to stop is heard */
     for (size_t at = 0, step = 256; at < k->n_same; at += step) {
@@ -152,21 +133,21 @@ static exc_status compare_rest(work *k) {
     return EXC_OK;
 }
 
-static exc_status compare_edited(void *user, const exc_edited *e, size_t at, const void *src, const void *dst) {
+static exc_status compare_edited(void *user, const exc_edited *e, const exc_edited_range *r, const void *dst) {
     work *k = user;
-    const exc_weight *w = e->w[at];
-    const exc_tensor *t = w->tensor;
-    const exc_tensors *f = k->files[t->shard];
-    const uint8_t *old = k->a->files->files[t->shard]->map + t->begin, *got = f->map + t->begin;
-    size_t n = (size_t)(t->end - t->begin), unit = exc_dtype_bits(t->dtype) / 8;
-    (void)src;
+    const exc_weight *w = e->w[r->at[0]];
+    const exc_tensors *f = k->files[r->file];
+    const uint8_t *old = k->a->files->files[r->file]->map + r->begin, *got = f->map + r->begin;
+    size_t n = (size_t)(r->end - r->begin), unit = exc_dtype_bits(w->tensor->dtype) / 8;
+    char name[256];
     k->compared += n;
     if (!memcmp(got, dst, n)) return EXC_OK;
+    exc_weight_label(w, name, sizeof name);
     if (!memcmp(got, old, n))
-        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected the edited tensor, found it unedited", f->path, t->name);
-    int64_t i = (int64_t)(first_difference(got, dst, n) / unit);
-    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected what the plan gives, found a difference at [%lld,%lld]", f->path, t->name,
-                    (long long)(i / w->in), (long long)(i % w->in));
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected the edited tensor, found it unedited", f->path, name);
+    int64_t i = (int64_t)(first_difference(got, dst, n) / unit), row = w->out_step > w->in_step ? w->out_step : w->in_step;
+    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected what the plan gives, found a difference at [%lld,%lld]", f->path, name,
+                    (long long)(i / row), (long long)(i % row));
 }
 
 /* -------------------------------------------------------------------------------------------------------- side files */

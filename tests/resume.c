@@ -280,7 +280,7 @@ static void check_tags(const char *html) {
             assert_true(depth < 64);
             strcpy(stack[depth++], name);
             if (!strcmp(name, "script") || !strcmp(name, "style")) {
-                char end[16];
+                char end[sizeof name + 4];
                 snprintf(end, sizeof end, "</%s>", name);
                 p = strstr(p, end);
                 assert_non_null(p);

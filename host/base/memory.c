@@ -1,9 +1,10 @@
 /* memory.c - checked allocation and the growing byte string.
  *
- * Sizes are products of untrusted numbers, so the product is checked here once for everyone. Blocks are 64-byte aligned
- * (one cache line, one AVX-512 register). Large blocks ask for huge pages: first touch of fresh memory costs 3 GB/s with
- * 4 KB pages and over 20 GB/s with 2 MB pages on the machines this was measured on. exc_alloc_fail_at() lets tests make
- * the n-th allocation fail, until success, and look at the state after each. */
+ * Sizes are products of untrusted numbers, so the product is checked here once for everyone. Blocks are
+ * 64-byte aligned (one cache line, one AVX-512 register). Large blocks ask for huge pages: first touch of
+ * fresh memory costs 3 GB/s with 4 KB pages and over 20 GB/s with 2 MB pages on the machines this was
+ * measured on. exc_alloc_fail_at() lets tests make the n-th allocation fail, until success, and look at the
+ * state after each. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,19 +18,18 @@ static _Atomic uint64_t fail_countdown;
 
 void exc_alloc_fail_at(uint64_t n) { atomic_store(&fail_countdown, n); }
 
-static bool fails_now(void)
-{
+static bool fails_now(void) {
     uint64_t n = atomic_load(&fail_countdown);
     return n && atomic_fetch_sub(&fail_countdown, 1) == 1;
 }
 
 bool exc_mul(size_t a, size_t b, size_t *out) { return !__builtin_mul_overflow(a, b, out); }
 
-static void *get(exc_ctx *ctx, size_t count, size_t size, const char *what, bool zero)
-{
+static void *get(exc_ctx *ctx, size_t count, size_t size, const char *what, bool zero) {
     size_t bytes;
     if (!exc_mul(count, size, &bytes) || bytes > SIZE_MAX / 2) {
-        exc_fail(ctx, EXC_ERR_MEMORY, "%s: %zu x %zu bytes is more than memory can address", what, count, size);
+        exc_fail(ctx, EXC_ERR_MEMORY, "%s: %zu x %zu bytes is more than memory can address", what, count,
+                 size);
         return NULL;
     }
     size_t align = bytes >= 4 * HUGE_PAGE ? HUGE_PAGE : 64;
@@ -44,24 +44,26 @@ static void *get(exc_ctx *ctx, size_t count, size_t size, const char *what, bool
     return p;
 }
 
-void *exc_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what) { return get(ctx, count, size, what, false); }
+void *exc_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what) {
+    return get(ctx, count, size, what, false);
+}
 
-void *exc_zalloc(exc_ctx *ctx, size_t count, size_t size, const char *what) { return get(ctx, count, size, what, true); }
+void *exc_zalloc(exc_ctx *ctx, size_t count, size_t size, const char *what) {
+    return get(ctx, count, size, what, true);
+}
 
 void exc_release(void *p) { free(p); }
 
 void exc_free(void *p) { free(p); }
 
-char *exc_strdup(exc_ctx *ctx, const char *s)
-{
+char *exc_strdup(exc_ctx *ctx, const char *s) {
     size_t n = strlen(s) + 1;
     char *copy = exc_alloc(ctx, n, 1, "text");
     if (copy) memcpy(copy, s, n);
     return copy;
 }
 
-static bool reserve(exc_buf *b, size_t more)
-{
+static bool reserve(exc_buf *b, size_t more) {
     if (b->failed) return false;
     if (b->cap - b->len > more) return true;
     size_t cap = b->cap ? b->cap : 256;
@@ -82,8 +84,7 @@ static bool reserve(exc_buf *b, size_t more)
     return true;
 }
 
-void exc_buf_put(exc_buf *b, const void *bytes, size_t n)
-{
+void exc_buf_put(exc_buf *b, const void *bytes, size_t n) {
     if (!reserve(b, n)) return;
     if (n) memcpy(b->data + b->len, bytes, n);
     b->len += n;
@@ -92,8 +93,7 @@ void exc_buf_put(exc_buf *b, const void *bytes, size_t n)
 
 void exc_buf_puts(exc_buf *b, const char *s) { exc_buf_put(b, s, strlen(s)); }
 
-void exc_buf_printf(exc_buf *b, const char *fmt, ...)
-{
+void exc_buf_printf(exc_buf *b, const char *fmt, ...) {
     va_list ap, again;
     va_start(ap, fmt);
     va_copy(again, ap);
@@ -108,8 +108,7 @@ void exc_buf_printf(exc_buf *b, const char *fmt, ...)
     va_end(again);
 }
 
-void exc_buf_free(exc_buf *b)
-{
+void exc_buf_free(exc_buf *b) {
     free(b->data);
     memset(b, 0, sizeof *b);
 }

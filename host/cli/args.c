@@ -1,5 +1,6 @@
-/* args.c - options from tables. Long names only, plus -o, -q, -v, -h: values follow as the next word or after '='. Numbers
- * are parsed whole or refused; an unknown option gets the nearest known one. Everything wrong is one line and exit code 2. */
+/* args.c - options from tables. Long names only, plus -o, -q, -v, -h: values follow as the next word or after
+ * '='. Numbers are parsed whole or refused; an unknown option gets the nearest known one. Everything wrong is
+ * one line and exit code 2. */
 #include <errno.h>
 #include <limits.h>
 #include <stdarg.h>
@@ -12,15 +13,17 @@
 #include "cli.h"
 
 #define COMMON 9
-static void common(cli *c, cli_option out[COMMON])
-{
+static void common(cli *c, cli_option out[COMMON]) {
     const cli_option table[COMMON] = {
         CLI_HEAD("every verb"),
         {"--json", CLI_FLAG, &c->json, NULL, "one JSON object a line on stdout, same facts as the text"},
-        {"--backend", CLI_TEXT, &c->backend, "cpu|cuda", "where work runs; a named one that is absent is an error. Default: the first usable"},
-        {"--threads", CLI_INT, &c->threads, "N", "CPU threads; any number gives the same bits. Default: all cores"},
+        {"--backend", CLI_TEXT, &c->backend, "cpu|cuda",
+         "where work runs; a named one that is absent is an error. Default: the first usable"},
+        {"--threads", CLI_INT, &c->threads, "N",
+         "CPU threads; any number gives the same bits. Default: all cores"},
         {"--gpus", CLI_TEXT, &c->gpus, "LIST", "devices of the cuda backend. Default: 0"},
-        {"--reproducible", CLI_FLAG, &c->reproducible, NULL, "same logits, states, replies and sums, bit for bit, for any batching too"},
+        {"--reproducible", CLI_FLAG, &c->reproducible, NULL,
+         "same logits, states, replies and sums, bit for bit, for any batching too"},
         {"--force", CLI_FLAG, &c->force, NULL, "overwrite existing outputs"},
         {"-q", CLI_FLAG, &c->quiet, NULL, "no progress, no warnings"},
         {"-v", CLI_FLAG, &c->verbose, NULL, "also informational messages"},
@@ -28,8 +31,7 @@ static void common(cli *c, cli_option out[COMMON])
     memcpy(out, table, sizeof table);
 }
 
-int cli_usage(cli *c, const char *fmt, ...)
-{
+int cli_usage(cli *c, const char *fmt, ...) {
     va_list ap;
     va_start(ap, fmt);
     fprintf(stderr, "excise %s: ", c->verb->name);
@@ -39,8 +41,7 @@ int cli_usage(cli *c, const char *fmt, ...)
     return c->code = 2;
 }
 
-static void help_rows(const cli_option *o, int n)
-{
+static void help_rows(const cli_option *o, int n) {
     for (int i = 0; i < n && (o[i].name || o[i].help); i++) {
         if (!o[i].name) {
             printf("\n%s\n", o[i].help);
@@ -52,8 +53,7 @@ static void help_rows(const cli_option *o, int n)
     }
 }
 
-void cli_help(const cli_verb *verb, const cli_option *options)
-{
+void cli_help(const cli_verb *verb, const cli_option *options) {
     cli none = {0};
     cli_option rows[COMMON];
     common(&none, rows);
@@ -62,16 +62,14 @@ void cli_help(const cli_verb *verb, const cli_option *options)
     help_rows(rows, COMMON);
 }
 
-static const cli_option *find(const cli_option *o, int n, const char *name, size_t len)
-{
+static const cli_option *find(const cli_option *o, int n, const char *name, size_t len) {
     for (int i = 0; i < n && (o[i].name || o[i].help); i++)
         if (o[i].name && strlen(o[i].name) == len && !strncmp(o[i].name, name, len)) return &o[i];
     return NULL;
 }
 
 /* edit distance, for did-you-mean; names are short */
-static int distance(const char *a, const char *b)
-{
+static int distance(const char *a, const char *b) {
     int row[64], n = (int)strlen(b);
     if (n > 62) return 99;
     for (int j = 0; j <= n; j++) row[j] = j;
@@ -89,8 +87,7 @@ static int distance(const char *a, const char *b)
     return row[n];
 }
 
-static const char *nearest(const cli_option *o, int n, const char *name, const char *best, int *score)
-{
+static const char *nearest(const cli_option *o, int n, const char *name, const char *best, int *score) {
     for (int i = 0; i < n && (o[i].name || o[i].help); i++) {
         if (!o[i].name) continue;
         int d = distance(name, o[i].name);
@@ -102,17 +99,21 @@ static const char *nearest(const cli_option *o, int n, const char *name, const c
     return best;
 }
 
-static int store(cli *c, const cli_option *o, const char *value)
-{
+static int store(cli *c, const cli_option *o, const char *value) {
     char *end = NULL;
     errno = 0;
     switch (o->kind) {
-    case CLI_FLAG: *(int *)o->to = 1; return 0;
-    case CLI_TEXT: *(const char **)o->to = value; return 0;
+    case CLI_FLAG:
+        *(int *)o->to = 1;
+        return 0;
+    case CLI_TEXT:
+        *(const char **)o->to = value;
+        return 0;
     case CLI_INT: {
         long v = strtol(value, &end, 10);
         if (errno || end == value || *end || v < 0 || v > INT_MAX)
-            return cli_usage(c, "%s: expected a whole number from 0 to %d, found %s", o->name, INT_MAX, value);
+            return cli_usage(c, "%s: expected a whole number from 0 to %d, found %s", o->name, INT_MAX,
+                             value);
         *(int *)o->to = (int)v;
         return 0;
     }
@@ -127,15 +128,16 @@ static int store(cli *c, const cli_option *o, const char *value)
         double v = strtod(value, &end);
         if (errno || end == value || *end || !(v > -1e300 && v < 1e300))
             return cli_usage(c, "%s: expected a number, found %s", o->name, value);
-        if (o->kind == CLI_REAL) *(double *)o->to = v;
-        else *(float *)o->to = (float)v;
+        if (o->kind == CLI_REAL)
+            *(double *)o->to = v;
+        else
+            *(float *)o->to = (float)v;
         return 0;
     }
     }
 }
 
-static exc_status open_context(cli *c)
-{
+static exc_status open_context(cli *c) {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     opt.backend = c->backend;
     opt.threads = c->threads;
@@ -145,8 +147,7 @@ static exc_status open_context(cli *c)
     return exc_ctx_create(&opt, &c->ctx);
 }
 
-int cli_begin(cli *c, const cli_option *options, int least, int most)
-{
+int cli_begin(cli *c, const cli_option *options, int least, int most) {
     cli_option shared[COMMON];
     common(c, shared);
     c->rest = c->argv; /* positional words move to the front, in place */
@@ -196,13 +197,13 @@ int cli_begin(cli *c, const cli_option *options, int least, int most)
 }
 
 /* The library asks again when it writes; this saves hours of work for nothing. */
-int cli_output(cli *c, const char *path)
-{
+int cli_output(cli *c, const char *path) {
     struct stat sb;
     if (!lstat(path, &sb)) {
         if (c->force && !S_ISDIR(sb.st_mode)) return 0;
         fprintf(stderr, "excise %s: %s: %s\n", c->verb->name, path,
-                c->force ? "expected a file to overwrite, found a folder" : "output exists; nothing is overwritten without --force");
+                c->force ? "expected a file to overwrite, found a folder"
+                         : "output exists; nothing is overwritten without --force");
         return c->code = 2;
     }
     const char *slash = strrchr(path, '/');
@@ -214,8 +215,7 @@ int cli_output(cli *c, const char *path)
     return c->code = 1;
 }
 
-int cli_done(cli *c, exc_status st)
-{
+int cli_done(cli *c, exc_status st) {
     cli_progress_end(c);
     if (st == EXC_OK) return 0;
     const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
@@ -223,8 +223,7 @@ int cli_done(cli *c, exc_status st)
     return exc_status_exit(st);
 }
 
-int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *))
-{
+int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *)) {
     cli_progress_end(c);
     if (st == EXC_OK && json) {
         if (c->json) {
@@ -241,8 +240,7 @@ int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *))
 }
 
 /* Both folders are made canonical, the common part is dropped, and ".." climbs the rest. */
-char *cli_relative(const char *file, const char *to)
-{
+char *cli_relative(const char *file, const char *to) {
     char folder[PATH_MAX], a[PATH_MAX], b[PATH_MAX], out[2 * PATH_MAX] = "";
     const char *slash = strrchr(to, '/');
     snprintf(folder, sizeof folder, "%.*s", slash ? (int)(slash - to + (slash == to)) : 1, slash ? to : ".");

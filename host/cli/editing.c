@@ -5,21 +5,25 @@
 
 #include "cli.h"
 
-int verb_plan(cli *c)
-{
+int verb_plan(cli *c) {
     exc_plan_options po = EXC_PLAN_OPTIONS;
     const char *out = NULL;
     const cli_option options[] = {
         CLI_HEAD("input and output"),
-        {"-o", CLI_TEXT, &out, "FILE", "plan to write (JSON); it names the directions file relative to itself"},
+        {"-o", CLI_TEXT, &out, "FILE",
+         "plan to write (JSON); it names the directions file relative to itself"},
         CLI_HEAD("what to edit"),
-        {"--roles", CLI_TEXT, &po.roles, "LIST", "of expert_down, shared_down, dense_down, attn_out. Default: all the model has"},
+        {"--roles", CLI_TEXT, &po.roles, "LIST",
+         "of expert_down, shared_down, dense_down, attn_out. Default: all the model has"},
         {"--layers", CLI_TEXT, &po.layers, "LIST", "numbers and ranges, as 0,4-40. Default: all"},
-        {"--select", CLI_TEXT, &po.select, "RULE", "experts: all, top:N (output score), logratio:N, q:X. Default: all"},
+        {"--select", CLI_TEXT, &po.select, "RULE",
+         "experts: all, top:N (output score), logratio:N, q:X. Default: all"},
         CLI_HEAD("how"),
         {"--strength", CLI_TEXT, &po.strength, "X[,X..]", "one number, or one a layer. Default: 1"},
-        {"--basis", CLI_TEXT, &po.basis, "ROW", "one row of the directions for all layers (a fraction interpolates). Default: layer l uses row l+1"},
-        {"--norm", CLI_TEXT, &po.norm, "RULE", "lengths to restore: none, column, row (row puts part of the direction back). Default: none"},
+        {"--basis", CLI_TEXT, &po.basis, "ROW",
+         "one row of the directions for all layers (a fraction interpolates). Default: layer l uses row l+1"},
+        {"--norm", CLI_TEXT, &po.norm, "RULE",
+         "lengths to restore: none, column, row (row puts part of the direction back). Default: none"},
         CLI_END};
     if (cli_begin(c, options, 3, 3)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
@@ -43,16 +47,14 @@ int verb_plan(cli *c)
 }
 
 /* Per role and layer; the tensor list is for --json, where there may be thousands. */
-static void apply_text(const json_t *facts)
-{
+static void apply_text(const json_t *facts) {
     json_t *brief = json_copy((json_t *)facts);
     json_object_del(brief, "tensors");
     cli_show(brief);
     json_decref(brief);
 }
 
-int verb_apply(cli *c)
-{
+int verb_apply(cli *c) {
     exc_apply_options ao = EXC_APPLY_OPTIONS;
     const char *out = NULL, *round = "rn";
     const cli_option options[] = {
@@ -60,8 +62,10 @@ int verb_apply(cli *c)
         {"-o", CLI_TEXT, &out, "DIR", "checkpoint to write"},
         {"--dry-run", CLI_FLAG, &ao.dry_run, NULL, "compute and report everything, write nothing"},
         {"--round", CLI_TEXT, &round, "RULE", "rn: to nearest even. Default: rn"},
-        {"--sidecar", CLI_FLAG, &ao.sidecar, NULL, "router biases the family cannot store go to excise/sidecar.safetensors"},
-        {"--allow-nonfinite", CLI_FLAG, &ao.allow_nonfinite, NULL, "edit tensors that hold NaN or infinity"}, CLI_END};
+        {"--sidecar", CLI_FLAG, &ao.sidecar, NULL,
+         "router biases the family cannot store go to excise/sidecar.safetensors"},
+        {"--allow-nonfinite", CLI_FLAG, &ao.allow_nonfinite, NULL, "edit tensors that hold NaN or infinity"},
+        CLI_END};
     if (cli_begin(c, options, 2, 2)) return c->code;
     if (!out && !ao.dry_run) return cli_usage(c, "expected -o DIR or --dry-run");
     if (strcmp(round, "rn")) return cli_usage(c, "--round: expected rn, found %s", round);
@@ -75,12 +79,12 @@ int verb_apply(cli *c)
     return code;
 }
 
-int verb_verify(cli *c)
-{
+int verb_verify(cli *c) {
     const char *path = NULL;
-    const cli_option options[] = {
-        CLI_HEAD("input"),
-        {"--plan", CLI_TEXT, &path, "FILE", "plan the checkpoint should follow. Default: OUT_DIR/excise/plan.json"}, CLI_END};
+    const cli_option options[] = {CLI_HEAD("input"),
+                                  {"--plan", CLI_TEXT, &path, "FILE",
+                                   "plan the checkpoint should follow. Default: OUT_DIR/excise/plan.json"},
+                                  CLI_END};
     if (cli_begin(c, options, 2, 2)) return c->code;
     exc_plan *plan = NULL;
     char *json = NULL;

@@ -9,25 +9,27 @@
 #include "cli.h"
 #include "opening.h"
 
-int verb_evaluate(cli *c)
-{
+int verb_evaluate(cli *c) {
     cli_model m = CLI_MODEL, ref = CLI_MODEL;
     exc_evaluate_options eo = EXC_EVALUATE_OPTIONS;
     const char *against = NULL;
     const cli_option options[] = {
         CLI_HEAD("what is compared"),
-        {"--against", CLI_TEXT, &against, "DIR", "the model before the edit. Default: MODEL itself when --plan is given"},
+        {"--against", CLI_TEXT, &against, "DIR",
+         "the model before the edit. Default: MODEL itself when --plan is given"},
         CLI_HEAD("texts"),
         {"--target", CLI_TEXT, &eo.target, "FILE", "prompts that show the behaviour"},
         {"--baseline", CLI_TEXT, &eo.baseline, "FILE", "prompts that do not"},
         {"--neutral", CLI_TEXT, &eo.neutral, "FILE", "plain text, raw, for KL and perplexity"},
-        {"--markers", CLI_TEXT, &eo.markers, "FILE", "one phrase a line; a reply is marked when it contains one"},
+        {"--markers", CLI_TEXT, &eo.markers, "FILE",
+         "one phrase a line; a reply is marked when it contains one"},
         {"--answers", CLI_TEXT, &eo.answers, "FILE", "JSON lines {\"request\",\"answer\"}"},
         {"--system", CLI_TEXT, &eo.system, "TEXT", "system message in front of every prompt"},
         {"--max-new", CLI_INT, &eo.max_new, "N", "tokens of a reply at most. Default: 48"},
         {"--examples", CLI_INT, &eo.examples, "N", "example replies to show. Default: 4"},
         {"--seed", CLI_U64, &eo.seed, "N", "of the resampled intervals. Default: 0"},
-        CLI_LENS(m), CLI_END};
+        CLI_LENS(m),
+        CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!eo.target && !eo.baseline && !eo.neutral)
         return cli_usage(c, "expected at least one of --target, --baseline, --neutral");
@@ -43,8 +45,7 @@ int verb_evaluate(cli *c)
     return code;
 }
 
-int verb_run(cli *c)
-{
+int verb_run(cli *c) {
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     char *json = NULL;
@@ -52,20 +53,18 @@ int verb_run(cli *c)
     return cli_result(c, st, json, cli_show_run);
 }
 
-int verb_report(cli *c)
-{
+int verb_report(cli *c) {
     const char *out = NULL;
     const cli_option options[] = {
-        CLI_HEAD("input and output"),
-        {"-o", CLI_TEXT, &out, "FILE", "page to write (HTML)"}, CLI_END};
+        CLI_HEAD("input and output"), {"-o", CLI_TEXT, &out, "FILE", "page to write (HTML)"}, CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
     return cli_done(c, exc_report(c->ctx, c->rest[0], out, c->force));
 }
 
-/* The harness is a program of its own beside this one: it reaches into the kernels, which this one must not. */
-int verb_bench(cli *c)
-{
+/* The harness is a program of its own beside this one: it reaches into the kernels, which this one must not.
+ */
+int verb_bench(cli *c) {
     const cli_option options[] = {CLI_END};
     if (c->argc && (!strcmp(c->argv[0], "-h") || !strcmp(c->argv[0], "--help"))) {
         cli_help(c->verb, options);
@@ -82,8 +81,7 @@ int verb_bench(cli *c)
     return 1;
 }
 
-int verb_version(cli *c)
-{
+int verb_version(cli *c) {
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 0, 0)) return c->code;
     char *json = NULL;

@@ -1,6 +1,7 @@
-/* progress.c - events on stderr. On a terminal one line is redrawn at most six times a second with rate and time left; else
- * a whole line every ten seconds, so that a batch log stays readable. Ctrl-C asks the library to stop at the next safe point;
- * a second one ends the process at once (files are consistent then too: nothing unfinished has its final name). */
+/* progress.c - events on stderr. On a terminal one line is redrawn at most six times a second with rate and
+ * time left; else a whole line every ten seconds, so that a batch log stays readable. Ctrl-C asks the library
+ * to stop at the next safe point; a second one ends the process at once (files are consistent then too:
+ * nothing unfinished has its final name). */
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,54 +13,48 @@
 
 static volatile sig_atomic_t stop;
 
-static void on_signal(int sig)
-{
+static void on_signal(int sig) {
     if (stop) _exit(130);
     stop = 1;
 }
 
-void cli_catch_signals(void)
-{
+void cli_catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal};
     sigemptyset(&action.sa_mask);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sigaction(SIGUSR1, &action, NULL); /* batch systems warn with it before they preempt */
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);          /* a file limit is an error message, not a death */
+    signal(SIGXFSZ, SIG_IGN); /* a file limit is an error message, not a death */
 }
 
-double cli_clock(void)
-{
+double cli_clock(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static void scaled(char *out, size_t n, double v)
-{
+static void scaled(char *out, size_t n, double v) {
     const char *unit[] = {"", " k", " M", " G", " T"};
     int i = 0;
     while (v >= 10000 && i < 4) v /= 1000, i++;
     snprintf(out, n, v < 100 && i ? "%.1f%s" : "%.0f%s", v, unit[i]);
 }
 
-void cli_progress_end(cli *c)
-{
+void cli_progress_end(cli *c) {
     if (c->progress.open) fprintf(stderr, "\r\033[K");
     c->progress.open = 0;
 }
 
-int cli_event(void *user, const exc_event *event)
-{
+int cli_event(void *user, const exc_event *event) {
     cli *c = user;
     int tty = isatty(STDERR_FILENO);
     if (event->kind != EXC_EVENT_PROGRESS) {
         if (c->quiet || (event->kind == EXC_EVENT_INFO && !c->verbose)) return stop;
         cli_progress_end(c);
         int colour = tty && !getenv("NO_COLOR") && event->kind == EXC_EVENT_WARNING;
-        fprintf(stderr, "%s%s%s%s\n", colour ? "\033[33m" : "", event->kind == EXC_EVENT_WARNING ? "warning: " : "",
-                event->text, colour ? "\033[0m" : "");
+        fprintf(stderr, "%s%s%s%s\n", colour ? "\033[33m" : "",
+                event->kind == EXC_EVENT_WARNING ? "warning: " : "", event->text, colour ? "\033[0m" : "");
         return stop;
     }
     if (c->quiet) return stop;

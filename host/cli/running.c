@@ -5,8 +5,7 @@
 #include "cli.h"
 #include "opening.h"
 
-int verb_inspect(cli *c)
-{
+int verb_inspect(cli *c) {
     const cli_option options[] = {CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     char *json = NULL;
@@ -15,22 +14,24 @@ int verb_inspect(cli *c)
 }
 
 /* "logits,hidden,routing" in any order */
-static int parse_emit(cli *c, const char *list, exc_forward_options *opt)
-{
+static int parse_emit(cli *c, const char *list, exc_forward_options *opt) {
     opt->emit_logits = opt->emit_hidden = opt->emit_routing = 0;
     for (const char *p = list; *p;) {
         size_t n = strcspn(p, ",");
-        if (n == 6 && !strncmp(p, "logits", n)) opt->emit_logits = 1;
-        else if (n == 6 && !strncmp(p, "hidden", n)) opt->emit_hidden = 1;
-        else if (n == 7 && !strncmp(p, "routing", n)) opt->emit_routing = 1;
-        else return cli_usage(c, "--emit: expected a list of logits, hidden, routing, found %.*s", (int)n, p);
+        if (n == 6 && !strncmp(p, "logits", n))
+            opt->emit_logits = 1;
+        else if (n == 6 && !strncmp(p, "hidden", n))
+            opt->emit_hidden = 1;
+        else if (n == 7 && !strncmp(p, "routing", n))
+            opt->emit_routing = 1;
+        else
+            return cli_usage(c, "--emit: expected a list of logits, hidden, routing, found %.*s", (int)n, p);
         p += n + (p[n] == ',');
     }
     return 0;
 }
 
-int verb_forward(cli *c)
-{
+int verb_forward(cli *c) {
     cli_model m = CLI_MODEL;
     exc_prompt_options po = EXC_PROMPT_OPTIONS;
     exc_forward_options fo = EXC_FORWARD_OPTIONS;
@@ -41,7 +42,8 @@ int verb_forward(cli *c)
         {"-o", CLI_TEXT, &out, "FILE", "safetensors to write"},
         {"--emit", CLI_TEXT, &emit, "LIST", "of logits, hidden, routing. Default: logits"},
         {"--generate", CLI_INT, &fo.generate, "N", "also N greedy tokens a prompt. Default: 0"},
-        CLI_PROMPTS(po), CLI_LENS(m),
+        CLI_PROMPTS(po),
+        CLI_LENS(m),
         {"--batch-tokens", CLI_INT, &fo.batch_tokens, "N", "tokens a step. Default: chosen"},
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
@@ -59,8 +61,7 @@ int verb_forward(cli *c)
     return code;
 }
 
-int verb_generate(cli *c)
-{
+int verb_generate(cli *c) {
     cli_model m = CLI_MODEL;
     exc_prompt_options po = EXC_PROMPT_OPTIONS;
     exc_generate_options go = EXC_GENERATE_OPTIONS;
@@ -75,7 +76,9 @@ int verb_generate(cli *c)
         {"--top-p", CLI_FLOAT, &go.top_p, "X", "smallest set of this probability. Default: 1"},
         {"--seed", CLI_U64, &go.seed, "N", "token i of prompt p depends on (seed, p, i) only. Default: 0"},
         {"--batch", CLI_INT, &go.batch, "N", "sequences at once. Default: chosen"},
-        CLI_PROMPTS(po), CLI_LENS(m), CLI_END};
+        CLI_PROMPTS(po),
+        CLI_LENS(m),
+        CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!file || !out) return cli_usage(c, "expected --prompts FILE and -o FILE");
     if (go.temperature < 0 || go.top_p < 0 || go.top_p > 1)
@@ -92,8 +95,7 @@ int verb_generate(cli *c)
     return code;
 }
 
-int verb_tokenize(cli *c)
-{
+int verb_tokenize(cli *c) {
     const char *file = NULL, *out = NULL;
     int chat = 0;
     const cli_option options[] = {

@@ -1,12 +1,12 @@
-/* studying.c - verbs from prompts to directions: capture, merge, contrast, directions; and the model options they share. */
+/* studying.c - verbs from prompts to directions: capture, merge, contrast, directions; and the model options
+ * they share. */
 #include <stdio.h>
 #include <string.h>
 
 #include "cli.h"
 #include "opening.h"
 
-int cli_compute(cli *c, const char *text, exc_compute *out)
-{
+int cli_compute(cli *c, const char *text, exc_compute *out) {
     *out = EXC_COMPUTE_BF16;
     if (!text || !strcmp(text, "bf16")) return 1;
     *out = EXC_COMPUTE_F32;
@@ -15,8 +15,7 @@ int cli_compute(cli *c, const char *text, exc_compute *out)
     return 0;
 }
 
-exc_status cli_model_open(cli *c, cli_model *m, const char *dir)
-{
+exc_status cli_model_open(cli *c, cli_model *m, const char *dir) {
     exc_model_options mo = EXC_MODEL_OPTIONS;
     if (!cli_compute(c, m->compute, &mo.compute)) return EXC_ERR_USAGE;
     if (m->plan_path) {
@@ -28,14 +27,12 @@ exc_status cli_model_open(cli *c, cli_model *m, const char *dir)
     return exc_model_open(c->ctx, dir, &mo, &m->model);
 }
 
-void cli_model_close(cli_model *m)
-{
+void cli_model_close(cli_model *m) {
     exc_model_free(m->model);
     exc_plan_free(m->plan);
 }
 
-int verb_capture(cli *c)
-{
+int verb_capture(cli *c) {
     cli_model m = CLI_MODEL;
     exc_prompt_options po = EXC_PROMPT_OPTIONS;
     exc_capture_options co = EXC_CAPTURE_OPTIONS;
@@ -47,11 +44,15 @@ int verb_capture(cli *c)
         {"-o", CLI_TEXT, &out, "FILE", "stats to write (safetensors)"},
         CLI_HEAD("capture"),
         {"--decode", CLI_INT, &co.decode, "N", "feed N greedy tokens back and observe them too. Default: 0"},
-        {"--no-out", CLI_FLAG, &co.no_out, NULL, "leave output sums out; they follow from the intermediate sums"},
+        {"--no-out", CLI_FLAG, &co.no_out, NULL,
+         "leave output sums out; they follow from the intermediate sums"},
         {"--batch-tokens", CLI_INT, &co.batch_tokens, "N", "tokens a step. Default: chosen"},
-        CLI_PROMPTS(po), CLI_LENS(m), CLI_END};
+        CLI_PROMPTS(po),
+        CLI_LENS(m),
+        CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
-    if (!target || !baseline || !out) return cli_usage(c, "expected --target FILE, --baseline FILE and -o FILE");
+    if (!target || !baseline || !out)
+        return cli_usage(c, "expected --target FILE, --baseline FILE and -o FILE");
     if (cli_output(c, out)) return c->code;
     exc_prompts *t = NULL, *b = NULL;
     exc_stats *stats = NULL;
@@ -69,12 +70,11 @@ int verb_capture(cli *c)
     return code;
 }
 
-int verb_merge(cli *c)
-{
+int verb_merge(cli *c) {
     const char *out = NULL;
-    const cli_option options[] = {
-        CLI_HEAD("input and output"),
-        {"-o", CLI_TEXT, &out, "FILE", "stats to write: the sum of all inputs"}, CLI_END};
+    const cli_option options[] = {CLI_HEAD("input and output"),
+                                  {"-o", CLI_TEXT, &out, "FILE", "stats to write: the sum of all inputs"},
+                                  CLI_END};
     if (cli_begin(c, options, 1, 1 << 20)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
     if (cli_output(c, out)) return c->code;
@@ -91,18 +91,19 @@ int verb_merge(cli *c)
     return cli_done(c, st);
 }
 
-int verb_contrast(cli *c)
-{
+int verb_contrast(cli *c) {
     exc_contrast_options co = EXC_CONTRAST_OPTIONS;
     const char *dirs_path = NULL, *out = NULL;
     const cli_option options[] = {
         CLI_HEAD("input and output"),
         {"-o", CLI_TEXT, &out, "FILE", "experts table, .csv or .jsonl by its name"},
-        {"--directions", CLI_TEXT, &dirs_path, "FILE", "adds the projection of each expert's output difference"},
+        {"--directions", CLI_TEXT, &dirs_path, "FILE",
+         "adds the projection of each expert's output difference"},
         CLI_HEAD("statistics"),
         {"--alpha", CLI_REAL, &co.alpha, "X", "smoothing of the log-ratio. Default: 0.5"},
         {"--resamples", CLI_INT, &co.resamples, "N", "bootstrap draws of whole prompts. Default: 1000"},
-        {"--seed", CLI_U64, &co.seed, "N", "of the draws. Default: 0"}, CLI_END};
+        {"--seed", CLI_U64, &co.seed, "N", "of the draws. Default: 0"},
+        CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
     exc_stats *stats = NULL;
@@ -117,24 +118,26 @@ int verb_contrast(cli *c)
     return code;
 }
 
-int verb_directions(cli *c)
-{
+int verb_directions(cli *c) {
     exc_directions_options opt = EXC_DIRECTIONS_OPTIONS;
     const char *method = "mean", *out = NULL;
     const cli_option options[] = {
         CLI_HEAD("input and output"),
         {"-o", CLI_TEXT, &out, "FILE", "directions to write (safetensors)"},
         CLI_HEAD("method"),
-        {"--method", CLI_TEXT, &method, "NAME", "mean, projected, svd (uncentred) or whitened. Default: mean"},
+        {"--method", CLI_TEXT, &method, "NAME",
+         "mean, projected, svd (uncentred) or whitened. Default: mean"},
         {"--rank", CLI_INT, &opt.rank, "K", "vectors a layer. Default: 1"},
-        {"--per-expert", CLI_FLAG, &opt.per_expert, NULL, "also a basis for every expert, from output sums"}, CLI_END};
+        {"--per-expert", CLI_FLAG, &opt.per_expert, NULL, "also a basis for every expert, from output sums"},
+        CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
     static const char *const names[] = {"mean", "projected", "svd", "whitened"};
     int found = -1;
     for (int i = 0; i < 4; i++)
         if (!strcmp(method, names[i])) found = i;
-    if (found < 0) return cli_usage(c, "--method: expected mean, projected, svd or whitened, found %s", method);
+    if (found < 0)
+        return cli_usage(c, "--method: expected mean, projected, svd or whitened, found %s", method);
     opt.method = (exc_method)found;
     if (cli_output(c, out)) return c->code;
     exc_stats *stats = NULL;

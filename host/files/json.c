@@ -12,7 +12,8 @@
 
 #define DEFAULT_LIMIT ((size_t)64 << 20)
 
-static exc_status parse(exc_ctx *ctx, const char *what, const char *text, size_t n, size_t flags, json_t **root) {
+static exc_status parse(exc_ctx *ctx, const char *what, const char *text, size_t n, size_t flags,
+                        json_t **root) {
     json_error_t e;
     *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | flags, &e);
     if (*root) return EXC_OK;

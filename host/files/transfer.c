@@ -61,8 +61,8 @@ struct exc_mover {
     exc_ctx writer; /* only its error text: the caller's context belongs to the caller's thread */
 };
 
-/* bytes that a range takes in a buffer, and where in them it begins: congruent to the file, but never less aligned than the
- * widest dtype */
+/* bytes that a range takes in a buffer, and where in them it begins: congruent to the file, but never less
+ * aligned than the widest dtype */
 static size_t taken(const exc_range *r) {
     return ((size_t)(r->end - r->begin) + ALIGN - 1) / ALIGN * ALIGN + ALIGN;
 }

@@ -12,10 +12,12 @@ typedef struct exc_transfer {
     uint64_t done, total; /* bytes, for progress */
 } exc_transfer;
 
-/* the bytes of file number `index` of `from` into the new file `to`, with its ranges filled; synced to the disk */
+/* the bytes of file number `index` of `from` into the new file `to`, with its ranges filled; synced to the
+ * disk */
 typedef struct exc_mover exc_mover;
 exc_status exc_mover_open(exc_ctx *ctx, const exc_transfer *t, exc_mover **out);
-exc_status exc_mover_file(exc_mover *m, exc_transfer *t, const exc_checkpoint *from, int index, const char *to);
+exc_status exc_mover_file(exc_mover *m, exc_transfer *t, const exc_checkpoint *from, int index,
+                          const char *to);
 void exc_mover_close(exc_mover *m); /* waits for what is being written */
 
 /* a whole plain file, by clone or by copy; not synced */

@@ -28,7 +28,7 @@ typedef struct capture {
     int32_t *observe[2];           /* [tokens] 1: observed in prefill */
     const int32_t **observe_of[2]; /* [P] into observe */
     int64_t observed[2], ended[2];
-    double *x, *y; /* [4,I], [4,H]: one expert's sums of all groups */
+    double *x, *y;            /* [4,I], [4,H]: one expert's sums of all groups */
     double *shared_mid[2][2]; /* [M,Ishared] sums before the shared experts' down_proj, or NULL */
 } capture;
 
@@ -143,7 +143,8 @@ static exc_status make_stats(capture *c) {
     }
     memcpy(sizes.fingerprint, a->fingerprint, sizeof sizes.fingerprint);
     snprintf(options, sizeof options,
-             "{\"decode\":%d,\"no_out\":%s,\"reproducible\":%s,\"compute\":\"%s\",\"plan\":\"%s\",\"observed\":\"" RULE "\"}",
+             "{\"decode\":%d,\"no_out\":%s,\"reproducible\":%s,\"compute\":\"%s\",\"plan\":\"%s\","
+             "\"observed\":\"" RULE "\"}",
              c->opt.decode, c->opt.no_out ? "true" : "false", c->ctx->queue.reproducible ? "true" : "false",
              c->m->compute == EXC_COMPUTE_F32 ? "f32" : "bf16",
              !c->m->has_lens    ? "none"
@@ -164,8 +165,10 @@ static exc_status make_shared(capture *c) {
     if (!p->shared_inner) return EXC_OK;
     for (int i = 0; i < 4; i++) {
         double **in = &c->shared_mid[i / 2][i % 2], **out = &c->s->group[i / 2][i % 2].shared_out_sum;
-        *in = exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->shared_inner), sizeof **in, "sums of shared experts");
-        *out = exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->hidden), sizeof **out, "sums of shared experts");
+        *in = exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->shared_inner), sizeof **in,
+                         "sums of shared experts");
+        *out =
+            exc_zalloc(c->ctx, (size_t)(p->moe_layers * p->hidden), sizeof **out, "sums of shared experts");
         if (!*in || !*out) return EXC_ERR_MEMORY;
     }
     return EXC_OK;
@@ -249,8 +252,9 @@ static void warn_inexact(const capture *c) {
         int64_t n = exc_field_count(&all[i]), beyond = 0;
         for (int64_t k = 0; k < n; k++) beyond += fabs(sum[k]) >= limit;
         if (beyond)
-            exc_warn(c->ctx, "capture: %s: %lld sums are beyond %.2g: bits may depend on the batching after all", all[i].name,
-                     (long long)beyond, limit);
+            exc_warn(c->ctx,
+                     "capture: %s: %lld sums are beyond %.2g: bits may depend on the batching after all",
+                     all[i].name, (long long)beyond, limit);
     }
 }
 

@@ -214,7 +214,8 @@ static void put_same_replies(const judging *j, json_t *result) {
 
 enum { KL, NLL_BEFORE, NLL_AFTER, TOP, ROUTES };
 
-/* ratio of two sums over units, and its interval; one stream for all, so that before and after see the same draws */
+/* ratio of two sums over units, and its interval; one stream for all, so that before and after see the same
+ * draws */
 static exc_status ratio(const judging *j, const exc_unit *u, int64_t n, int what, double *value, double *lo,
                         double *hi) {
     double *num = exc_alloc(j->ctx, (size_t)n, sizeof *num, "sums by prompt"),

@@ -1,10 +1,11 @@
-/* plan.c - the plan as a file: a readable list of edits, {"excise_plan":1,"model":{..},"directions":FILE,"edits":[..]}, read
- * strictly, kept as it was read, and written back unchanged.
+/* plan.c - the plan as a file: a readable list of edits,
+ * {"excise_plan":1,"model":{..},"directions":FILE,"edits":[..]}, read strictly, kept as it was read, and
+ * written back unchanged.
  *
- * Strict means: a key, op or role that is not known, a key that its op would ignore, a list of the wrong length or
- * a number out of range is refused by name. An edit that silently does less than its author meant is worse than none,
- * because the result still looks like a model. What depends on the model (layers, experts, rows) is checked by
- * compiled.c when the plan meets one. */
+ * Strict means: a key, op or role that is not known, a key that its op would ignore, a list of the wrong
+ * length or a number out of range is refused by name. An edit that silently does less than its author meant
+ * is worse than none, because the result still looks like a model. What depends on the model (layers,
+ * experts, rows) is checked by compiled.c when the plan meets one. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +15,8 @@
 #define FORMAT 1
 #define MAX_NUMBERS 65536 /* layers or experts of one list; keeps "0-999999999" from asking for memory */
 
-static const char *const op_name[] = {"project", "project_input", "router_project", "scale", "mask", "router_scale", "router_bias"};
+static const char *const op_name[] = {"project", "project_input", "router_project", "scale",
+                                      "mask",    "router_scale",  "router_bias"};
 static const char *const norm_name[] = {"none", "column", "row"};
 
 /* roles a plan may name, and which side of each is the residual stream's */
@@ -23,7 +25,8 @@ static const exc_role plan_roles[] = {EXC_ROLE_EXPERT_DOWN, EXC_ROLE_EXPERT_GATE
                                       EXC_ROLE_ROUTER,      EXC_ROLE_EMBED,       EXC_ROLE_LM_HEAD};
 
 static bool reads_stream(exc_role r) {
-    return r == EXC_ROLE_EXPERT_GATE || r == EXC_ROLE_EXPERT_UP || r == EXC_ROLE_ROUTER || r == EXC_ROLE_LM_HEAD;
+    return r == EXC_ROLE_EXPERT_GATE || r == EXC_ROLE_EXPERT_UP || r == EXC_ROLE_ROUTER ||
+           r == EXC_ROLE_LM_HEAD;
 }
 
 static const char *shown(const json_t *v) {
@@ -34,7 +37,8 @@ static const char *shown(const json_t *v) {
     return text;
 }
 
-static exc_status wrong(exc_ctx *ctx, const char *what, const char *key, const char *expected, const json_t *v) {
+static exc_status wrong(exc_ctx *ctx, const char *what, const char *key, const char *expected,
+                        const json_t *v) {
     return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected %s, found %s", what, key, expected, shown(v));
 }
 
@@ -44,7 +48,8 @@ static const json_t *present(const json_t *o, const char *key) {
     return json_is_null(v) ? NULL : v;
 }
 
-/* ------------------------------------------------------------------------------------------------ lists of numbers */
+/* ------------------------------------------------------------------------------------------------ lists of
+ * numbers */
 
 typedef struct list {
     int64_t *v, n, cap;
@@ -52,7 +57,8 @@ typedef struct list {
 
 static exc_status push(exc_ctx *ctx, const char *what, const char *key, list *l, int64_t x) {
     if (l->n == MAX_NUMBERS)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %d numbers, found more", what, key, MAX_NUMBERS);
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at most %d numbers, found more", what, key,
+                        MAX_NUMBERS);
     if (l->n == l->cap) {
         int64_t cap = l->cap ? 2 * l->cap : 64, *v = exc_alloc(ctx, (size_t)cap, sizeof *v, key);
         if (!v) return EXC_ERR_MEMORY;
@@ -89,8 +95,8 @@ static exc_status push_text(exc_ctx *ctx, const char *what, const char *key, lis
         if (*p++ != ',') break;
         p += strspn(p, " ");
     }
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected numbers and ranges such as 4-40, found \"%s\"", what, key,
-                    exc_show(text, strlen(text)));
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected numbers and ranges such as 4-40, found \"%s\"",
+                    what, key, exc_show(text, strlen(text)));
 }
 
 static int ascending(const void *a, const void *b) {
@@ -99,7 +105,8 @@ static int ascending(const void *a, const void *b) {
 }
 
 static exc_status check_list(exc_ctx *ctx, const char *what, const char *key, const list *l) {
-    if (!l->n) return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at least one number, found none", what, key);
+    if (!l->n)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected at least one number, found none", what, key);
     int64_t *sorted = exc_alloc(ctx, (size_t)l->n, sizeof *sorted, key), twice = -1;
     if (!sorted) return EXC_ERR_MEMORY;
     memcpy(sorted, l->v, (size_t)l->n * sizeof *sorted);
@@ -108,10 +115,12 @@ static exc_status check_list(exc_ctx *ctx, const char *what, const char *key, co
         if (sorted[i] == sorted[i - 1]) twice = sorted[i];
     exc_release(sorted);
     if (twice < 0) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected each number once, found %lld twice", what, key, (long long)twice);
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected each number once, found %lld twice", what, key,
+                    (long long)twice);
 }
 
-static exc_status give_list(exc_ctx *ctx, const char *what, const char *key, exc_status st, list *l, int64_t **out, int64_t *n) {
+static exc_status give_list(exc_ctx *ctx, const char *what, const char *key, exc_status st, list *l,
+                            int64_t **out, int64_t *n) {
     if (st == EXC_OK) st = check_list(ctx, what, key, l);
     if (st != EXC_OK) {
         exc_release(l->v);
@@ -122,26 +131,32 @@ static exc_status give_list(exc_ctx *ctx, const char *what, const char *key, exc
     return EXC_OK;
 }
 
-exc_status exc_numbers(exc_ctx *ctx, const char *what, const char *key, const json_t *v, int64_t **out, int64_t *n) {
+exc_status exc_numbers(exc_ctx *ctx, const char *what, const char *key, const json_t *v, int64_t **out,
+                       int64_t *n) {
     list l = {0};
     exc_status st = EXC_OK;
     if (!json_is_array(v)) return wrong(ctx, what, key, "a list of numbers and ranges such as \"4-40\"", v);
     for (size_t i = 0; i < json_array_size(v) && st == EXC_OK; i++) {
         const json_t *e = json_array_get(v, i);
-        if (json_is_integer(e) && json_integer_value(e) >= 0) st = push(ctx, what, key, &l, json_integer_value(e));
-        else if (json_is_string(e)) st = push_text(ctx, what, key, &l, json_string_value(e));
-        else st = wrong(ctx, what, key, "numbers from 0 and ranges such as \"4-40\"", e);
+        if (json_is_integer(e) && json_integer_value(e) >= 0)
+            st = push(ctx, what, key, &l, json_integer_value(e));
+        else if (json_is_string(e))
+            st = push_text(ctx, what, key, &l, json_string_value(e));
+        else
+            st = wrong(ctx, what, key, "numbers from 0 and ranges such as \"4-40\"", e);
     }
     return give_list(ctx, what, key, st, &l, out, n);
 }
 
-exc_status exc_numbers_text(exc_ctx *ctx, const char *what, const char *key, const char *text, int64_t **out, int64_t *n) {
+exc_status exc_numbers_text(exc_ctx *ctx, const char *what, const char *key, const char *text, int64_t **out,
+                            int64_t *n) {
     list l = {0};
     return give_list(ctx, what, key, push_text(ctx, what, key, &l, text), &l, out, n);
 }
 
 /* a list of finite reals */
-static exc_status reals(exc_ctx *ctx, const char *what, const char *key, const json_t *v, double **out, int64_t *n) {
+static exc_status reals(exc_ctx *ctx, const char *what, const char *key, const json_t *v, double **out,
+                        int64_t *n) {
     size_t count = json_array_size(v);
     if (!count) return wrong(ctx, what, key, "a list of numbers", v);
     double *x = exc_alloc(ctx, count, sizeof *x, key);
@@ -159,7 +174,8 @@ static exc_status reals(exc_ctx *ctx, const char *what, const char *key, const j
     return EXC_OK;
 }
 
-/* ------------------------------------------------------------------------------------------------------- one edit */
+/* ------------------------------------------------------------------------------------------------------- one
+ * edit */
 
 static int find_name(const char *const *names, int n, const char *name) {
     for (int i = 0; i < n; i++)
@@ -179,7 +195,8 @@ static exc_status read_op(exc_ctx *ctx, const char *what, const json_t *o, exc_e
     const json_t *v = present(o, "op");
     int op = json_is_string(v) ? find_name(op_name, (int)EXC_COUNT(op_name), json_string_value(v)) : -1;
     if (op < 0)
-        return wrong(ctx, what, "op", "project, project_input, router_project, scale, mask, router_scale or router_bias", v);
+        return wrong(ctx, what, "op",
+                     "project, project_input, router_project, scale, mask, router_scale or router_bias", v);
     e->op = (exc_edit_op)op;
     return EXC_OK;
 }
@@ -198,15 +215,20 @@ static exc_status read_role(exc_ctx *ctx, const char *what, const json_t *o, exc
         }
     if (!known)
         return wrong(ctx, what, "role",
-                     "expert_down, expert_gate, expert_up, shared_down, dense_down, attn_out, router, embed or lm_head", v);
+                     "expert_down, expert_gate, expert_up, shared_down, dense_down, attn_out, router, embed "
+                     "or lm_head",
+                     v);
     const char *rule = NULL;
-    if (is_router_op(e->op) && e->role != EXC_ROLE_ROUTER) rule = "the role router";
+    if (is_router_op(e->op) && e->role != EXC_ROLE_ROUTER)
+        rule = "the role router";
     else if (e->op == EXC_EDIT_PROJECT && !exc_role_writes(e->role))
-        rule = "a role that writes the residual stream (expert_down, shared_down, dense_down, attn_out, embed)";
+        rule =
+            "a role that writes the residual stream (expert_down, shared_down, dense_down, attn_out, embed)";
     else if (e->op == EXC_EDIT_PROJECT_INPUT && !reads_stream(e->role))
         rule = "a role that reads the residual stream (expert_gate, expert_up, router, lm_head)";
     if (!rule) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s: role: %s expected %s, found %s", what, op_name[e->op], rule, exc_role_name(e->role));
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: role: %s expected %s, found %s", what, op_name[e->op], rule,
+                    exc_role_name(e->role));
 }
 
 static exc_status read_strength(exc_ctx *ctx, const char *what, const json_t *o, exc_edit *e) {
@@ -215,7 +237,8 @@ static exc_status read_strength(exc_ctx *ctx, const char *what, const json_t *o,
     if (e->by_layer) {
         EXC_TRY(reals(ctx, what, "strength", v, &e->strength, &e->n_strength));
         if (!e->n_layers || e->n_strength == e->n_layers) return EXC_OK;
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: strength: expected one number or as many as layers (%lld), found %lld", what,
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: strength: expected one number or as many as layers (%lld), found %lld", what,
                         (long long)e->n_layers, (long long)e->n_strength);
     }
     if (v && !(json_is_number(v) && isfinite(json_number_value(v)) && fabs(json_number_value(v)) <= 1e30))
@@ -233,12 +256,15 @@ static exc_status read_basis(exc_ctx *ctx, const char *what, const json_t *o, ex
     const json_t *v = present(o, "basis"), *norm = present(o, "norm");
     e->norm = EXC_NORM_NONE;
     if (norm) {
-        int i = json_is_string(norm) ? find_name(norm_name, (int)EXC_COUNT(norm_name), json_string_value(norm)) : -1;
+        int i = json_is_string(norm)
+                    ? find_name(norm_name, (int)EXC_COUNT(norm_name), json_string_value(norm))
+                    : -1;
         if (i < 0) return wrong(ctx, what, "norm", "\"none\", \"column\" or \"row\"", norm);
         e->norm = (exc_norm_restore)i;
     }
     if (!v) return EXC_OK;
-    if (!json_is_number(v) || !(json_number_value(v) >= 0)) return wrong(ctx, what, "basis", "a row number from 0, or a fraction between two", v);
+    if (!json_is_number(v) || !(json_number_value(v) >= 0))
+        return wrong(ctx, what, "basis", "a row number from 0, or a fraction between two", v);
     e->has_basis = 1;
     e->basis = json_number_value(v);
     return EXC_OK;
@@ -252,10 +278,11 @@ static exc_status refuse_idle(exc_ctx *ctx, const char *what, const json_t *o, c
     if (!projects(e->op) && present(o, "basis")) idle = "basis";
     if (!projects(e->op) && e->norm != EXC_NORM_NONE) idle = "norm";
     if (e->op == EXC_EDIT_ROUTER_BIAS && strength) idle = "strength";
-    if (e->op == EXC_EDIT_MASK && strength && (json_is_array(strength) || json_number_value(strength) != 1)) idle = "strength";
+    if (e->op == EXC_EDIT_MASK && strength && (json_is_array(strength) || json_number_value(strength) != 1))
+        idle = "strength";
     if (!idle) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected no such key for %s, found %s", what, idle, op_name[e->op],
-                    shown(json_object_get(o, idle)));
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected no such key for %s, found %s", what, idle,
+                    op_name[e->op], shown(json_object_get(o, idle)));
 }
 
 static exc_status read_values(exc_ctx *ctx, const char *what, const json_t *o, exc_edit *e) {
@@ -264,13 +291,15 @@ static exc_status read_values(exc_ctx *ctx, const char *what, const json_t *o, e
     if (!json_is_array(v)) return wrong(ctx, what, "values", "a list with a number for each expert", v);
     EXC_TRY(reals(ctx, what, "values", v, &e->values, &e->n_values));
     if (!e->n_experts || e->n_values == e->n_experts) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_INPUT, "%s: values: expected as many numbers as experts (%lld), found %lld", what,
-                    (long long)e->n_experts, (long long)e->n_values);
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: values: expected as many numbers as experts (%lld), found %lld",
+                    what, (long long)e->n_experts, (long long)e->n_values);
 }
 
 static exc_status read_edit(exc_ctx *ctx, const char *what, const json_t *o, exc_edit *e) {
-    static const char *const keys[] = {"op", "role", "layers", "experts", "strength", "basis", "norm", "values", NULL};
-    if (!json_is_object(o)) return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found %s", what, shown(o));
+    static const char *const keys[] = {"op",    "role", "layers", "experts", "strength",
+                                       "basis", "norm", "values", NULL};
+    if (!json_is_object(o))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected an object, found %s", what, shown(o));
     EXC_TRY(exc_json_keys(ctx, o, what, keys));
     EXC_TRY(read_op(ctx, what, o, e));
     EXC_TRY(read_role(ctx, what, o, e));
@@ -283,7 +312,8 @@ static exc_status read_edit(exc_ctx *ctx, const char *what, const json_t *o, exc
     return read_values(ctx, what, o, e);
 }
 
-/* ------------------------------------------------------------------------------------------------------- the plan */
+/* ------------------------------------------------------------------------------------------------------- the
+ * plan */
 
 static exc_status read_model(exc_ctx *ctx, const char *what, const json_t *model, exc_plan *p) {
     static const char *const keys[] = {"fingerprint", "family", "name", NULL};
@@ -305,7 +335,8 @@ static exc_status read_plan(exc_ctx *ctx, const char *what, exc_plan *p) {
     const json_t *o = p->source, *edits;
     const char *directions;
     int64_t format;
-    if (!json_is_object(o)) return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected a plan (an object), found %s", what, shown(o));
+    if (!json_is_object(o))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected a plan (an object), found %s", what, shown(o));
     EXC_TRY(exc_json_keys(ctx, o, what, keys));
     EXC_TRY(exc_json_int(ctx, o, what, "excise_plan", FORMAT, FORMAT, &format));
     EXC_TRY(read_model(ctx, what, present(o, "model"), p));
@@ -313,7 +344,8 @@ static exc_status read_plan(exc_ctx *ctx, const char *what, exc_plan *p) {
     if (directions && !(p->directions = exc_strdup(ctx, directions))) return EXC_ERR_MEMORY;
     edits = json_object_get(o, "edits");
     if (!json_is_array(edits)) return wrong(ctx, what, "edits", "a list of edits", edits);
-    if (!json_array_size(edits)) return exc_fail(ctx, EXC_ERR_INPUT, "%s: edits: expected at least one edit, found none", what);
+    if (!json_array_size(edits))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: edits: expected at least one edit, found none", what);
     p->edits = exc_zalloc(ctx, json_array_size(edits), sizeof *p->edits, "edits");
     if (!p->edits) return EXC_ERR_MEMORY;
     for (size_t i = 0; i < json_array_size(edits); i++) {
@@ -331,8 +363,10 @@ exc_status exc_plan_parse(exc_ctx *ctx, const char *what, const json_t *source, 
     if (!p) return EXC_ERR_MEMORY;
     p->source = json_incref((json_t *)(uintptr_t)source);
     exc_status st = read_plan(ctx, what, p);
-    if (st == EXC_OK) *out = p;
-    else exc_plan_free(p);
+    if (st == EXC_OK)
+        *out = p;
+    else
+        exc_plan_free(p);
     return st;
 }
 
@@ -352,7 +386,8 @@ void exc_plan_free(exc_plan *p) {
     exc_release(p);
 }
 
-/* ---------------------------------------------------------------------------------------------------------- files */
+/* ----------------------------------------------------------------------------------------------------------
+ * files */
 
 /* the directions file lies where the plan says, seen from the plan */
 static exc_status load_dirs(exc_ctx *ctx, exc_plan *p) {
@@ -360,11 +395,13 @@ static exc_status load_dirs(exc_ctx *ctx, exc_plan *p) {
     for (int64_t i = 0; i < p->n_edits; i++) needed = needed || projects(p->edits[i].op);
     if (!needed) return EXC_OK;
     if (!p->directions)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: directions: expected a file for the edits that project, found none", p->path);
+        return exc_fail(ctx, EXC_ERR_INPUT,
+                        "%s: directions: expected a file for the edits that project, found none", p->path);
     const char *slash = strrchr(p->path, '/');
     char *folder = NULL, *path = NULL;
     exc_status st = EXC_OK;
-    if (p->directions[0] == '/' || !slash) path = exc_strdup(ctx, p->directions);
+    if (p->directions[0] == '/' || !slash)
+        path = exc_strdup(ctx, p->directions);
     else {
         folder = exc_strdup(ctx, p->path);
         if (folder) folder[slash - p->path + (slash == p->path)] = 0;
@@ -390,8 +427,10 @@ exc_status exc_plan_load(exc_ctx *ctx, const char *path, exc_plan **plan) {
     EXC_TRY(st);
     p->path = exc_strdup(ctx, path);
     st = p->path ? load_dirs(ctx, p) : EXC_ERR_MEMORY;
-    if (st == EXC_OK) *plan = p;
-    else exc_plan_free(p);
+    if (st == EXC_OK)
+        *plan = p;
+    else
+        exc_plan_free(p);
     return st;
 }
 
@@ -443,7 +482,8 @@ exc_status exc_plan_json(exc_ctx *ctx, const exc_plan *plan, char **json) {
     return *json ? EXC_OK : EXC_ERR_MEMORY;
 }
 
-/* ------------------------------------------------------------------------------------------------------ directions */
+/* ------------------------------------------------------------------------------------------------------
+ * directions */
 
 static exc_status copy_floats(exc_ctx *ctx, const float *from, int64_t n, float **to) {
     if (!from) return EXC_OK;
@@ -456,7 +496,8 @@ static exc_status copy_arrays(exc_ctx *ctx, const exc_dirs *from, exc_dirs *d) {
     EXC_TRY(copy_floats(ctx, from->basis, d->rows * d->rank * d->hidden, &d->basis));
     EXC_TRY(copy_floats(ctx, from->singular, d->rows * d->rank, &d->singular));
     EXC_TRY(copy_floats(ctx, from->mean_difference, d->rows * d->hidden, &d->mean_difference));
-    EXC_TRY(copy_floats(ctx, from->expert_basis, d->moe_layers * d->experts * d->rank * d->hidden, &d->expert_basis));
+    EXC_TRY(copy_floats(ctx, from->expert_basis, d->moe_layers * d->experts * d->rank * d->hidden,
+                        &d->expert_basis));
     if (from->options && !(d->options = exc_strdup(ctx, from->options))) return EXC_ERR_MEMORY;
     return EXC_OK;
 }
@@ -468,7 +509,9 @@ exc_status exc_dirs_copy(exc_ctx *ctx, const exc_dirs *from, exc_dirs **out) {
     d->basis = d->singular = d->mean_difference = d->expert_basis = NULL;
     d->options = NULL;
     exc_status st = copy_arrays(ctx, from, d);
-    if (st == EXC_OK) *out = d;
-    else exc_dirs_free(d);
+    if (st == EXC_OK)
+        *out = d;
+    else
+        exc_dirs_free(d);
     return st;
 }

@@ -1,8 +1,10 @@
-/* planner.c - a plan from what was measured: which roles, layers and experts, along which directions, how strongly.
+/* planner.c - a plan from what was measured: which roles, layers and experts, along which directions, how
+ * strongly.
  *
- * The plan is written as JSON first and then read by the same strict reader as a file, so that a plan made here can be nothing
- * that a file could not say. Experts are chosen over all selected layers at once: the N with the largest output score or the
- * largest log-ratio, or all with a false discovery rate of at most X; other roles are edited whole. */
+ * The plan is written as JSON first and then read by the same strict reader as a file, so that a plan made
+ * here can be nothing that a file could not say. Experts are chosen over all selected layers at once: the N
+ * with the largest output score or the largest log-ratio, or all with a false discovery rate of at most X;
+ * other roles are edited whole. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,17 +30,19 @@ typedef struct planner {
     double *strength;          /* [n_layers], or one */
     bool by_layer;
     rule rule;
-    double limit;              /* N or X */
+    double limit; /* N or X */
     pick *picks;
     int64_t n_picks;
     json_t *edits, *facts;
 } planner;
 
 static exc_status usage(planner *k, const char *option, const char *expected, const char *found) {
-    return exc_fail(k->ctx, EXC_ERR_USAGE, "plan: %s: expected %s, found \"%s\"", option, expected, exc_show(found, strlen(found)));
+    return exc_fail(k->ctx, EXC_ERR_USAGE, "plan: %s: expected %s, found \"%s\"", option, expected,
+                    exc_show(found, strlen(found)));
 }
 
-/* ---------------------------------------------------------------------------------------------------------- options */
+/* ----------------------------------------------------------------------------------------------------------
+ * options */
 
 static bool has_role(const planner *k, exc_role role, int64_t layer) {
     int64_t out, in;
@@ -47,7 +51,8 @@ static bool has_role(const planner *k, exc_role role, int64_t layer) {
 
 static exc_status read_layers(planner *k) {
     k->some_layers = k->opt->layers != NULL;
-    if (k->some_layers) EXC_TRY(exc_numbers_text(k->ctx, "plan", "layers", k->opt->layers, &k->layers, &k->n_layers));
+    if (k->some_layers)
+        EXC_TRY(exc_numbers_text(k->ctx, "plan", "layers", k->opt->layers, &k->layers, &k->n_layers));
     else {
         k->n_layers = k->s->layers;
         k->layers = exc_alloc(k->ctx, (size_t)k->n_layers, sizeof *k->layers, "layers");
@@ -56,8 +61,8 @@ static exc_status read_layers(planner *k) {
     }
     for (int64_t i = 0; i < k->n_layers; i++)
         if (k->layers[i] >= k->s->layers)
-            return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: layers: expected layers 0..%lld, found %lld", (long long)k->s->layers - 1,
-                            (long long)k->layers[i]);
+            return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: layers: expected layers 0..%lld, found %lld",
+                            (long long)k->s->layers - 1, (long long)k->layers[i]);
     return EXC_OK;
 }
 
@@ -69,7 +74,8 @@ static exc_status read_strength(planner *k) {
     for (;; p++) {
         char *end;
         double x = strtod(p, &end);
-        if (end == p || !isfinite(x)) return usage(k, "strength", "a number or a comma list of numbers", text);
+        if (end == p || !isfinite(x))
+            return usage(k, "strength", "a number or a comma list of numbers", text);
         if (n < k->n_layers) k->strength[n] = x;
         n++;
         p = end + strspn(end, " ");
@@ -78,12 +84,16 @@ static exc_status read_strength(planner *k) {
     }
     k->by_layer = strchr(text, ',') != NULL;
     if (!k->by_layer || n == k->n_layers) return EXC_OK;
-    return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: strength: expected one number or as many as layers (%lld), found %lld", (long long)k->n_layers,
-                    (long long)n);
+    return exc_fail(k->ctx, EXC_ERR_INPUT,
+                    "plan: strength: expected one number or as many as layers (%lld), found %lld",
+                    (long long)k->n_layers, (long long)n);
 }
 
 static exc_status read_select(planner *k) {
-    static const struct { const char *head; rule rule; } rules[] = {{"top:", RULE_TOP}, {"logratio:", RULE_RATIO}, {"q:", RULE_Q}};
+    static const struct {
+        const char *head;
+        rule rule;
+    } rules[] = {{"top:", RULE_TOP}, {"logratio:", RULE_RATIO}, {"q:", RULE_Q}};
     const char *text = k->opt->select;
     if (!text || !strcmp(text, "all")) return EXC_OK;
     for (size_t i = 0; i < EXC_COUNT(rules); i++) {
@@ -93,12 +103,14 @@ static exc_status read_select(planner *k) {
         k->rule = rules[i].rule;
         k->limit = strtod(text + n, &end);
         bool good = end != text + n && !*end && k->limit > 0;
-        if (good && (k->rule == RULE_Q ? k->limit <= 1 : k->limit == floor(k->limit) && k->limit < 1e9)) return EXC_OK;
+        if (good && (k->rule == RULE_Q ? k->limit <= 1 : k->limit == floor(k->limit) && k->limit < 1e9))
+            return EXC_OK;
     }
     return usage(k, "select", "all, top:N, logratio:N or q:X (N from 1, X in 0..1)", text);
 }
 
-/* -------------------------------------------------------------------------------------------------------- selection */
+/* --------------------------------------------------------------------------------------------------------
+ * selection */
 
 static int largest_first(const void *a, const void *b) {
     const pick *x = a, *y = b;
@@ -121,25 +133,36 @@ static bool selected_layer(const planner *k, int64_t layer) {
 
 /* candidates with a number, best first; what the rule keeps; then in order of place */
 static exc_status choose(planner *k, const exc_experts *t) {
-    const double *value = k->rule == RULE_TOP ? t->score : k->rule == RULE_RATIO ? t->phase[EXC_PREFILL].log_ratio : t->phase[EXC_PREFILL].q;
+    const double *value = k->rule == RULE_TOP     ? t->score
+                          : k->rule == RULE_RATIO ? t->phase[EXC_PREFILL].log_ratio
+                                                  : t->phase[EXC_PREFILL].q;
     if (!value)
-        return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: select %s: expected stats with output sums (.out_sum), found none (captured with --no-out)",
+        return exc_fail(k->ctx, EXC_ERR_INPUT,
+                        "plan: select %s: expected stats with output sums (.out_sum), found none (captured "
+                        "with --no-out)",
                         k->opt->select);
     k->picks = exc_alloc(k->ctx, (size_t)(t->moe_layers * t->experts), sizeof *k->picks, "selected experts");
     if (!k->picks) return EXC_ERR_MEMORY;
     for (int64_t m = 0; m < t->moe_layers; m++)
         for (int64_t e = 0; e < t->experts; e++) {
             double x = value[m * t->experts + e];
-            bool wanted = isfinite(x) && selected_layer(k, k->stats->layer_of[m]) && (k->rule != RULE_Q || x <= k->limit);
+            bool wanted = isfinite(x) && selected_layer(k, k->stats->layer_of[m]) &&
+                          (k->rule != RULE_Q || x <= k->limit);
             if (wanted) k->picks[k->n_picks++] = (pick){m, e, x};
         }
     qsort(k->picks, (size_t)k->n_picks, sizeof *k->picks, largest_first);
     if (k->rule != RULE_Q && (double)k->n_picks > k->limit) k->n_picks = (int64_t)k->limit;
-    if (!k->n_picks) return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: select %s: expected at least one expert, found none", k->opt->select);
+    if (!k->n_picks)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: select %s: expected at least one expert, found none",
+                        k->opt->select);
     json_t *list = json_array();
     for (int64_t i = 0; i < k->n_picks; i++)
-        json_array_append_new(list, json_pack("{s:I,s:I,s:f}", "layer", (json_int_t)k->stats->layer_of[k->picks[i].row], "expert",
-                                              (json_int_t)k->picks[i].expert, k->rule == RULE_TOP ? "score" : k->rule == RULE_RATIO ? "log_ratio" : "q",
+        json_array_append_new(list, json_pack("{s:I,s:I,s:f}", "layer",
+                                              (json_int_t)k->stats->layer_of[k->picks[i].row], "expert",
+                                              (json_int_t)k->picks[i].expert,
+                                              k->rule == RULE_TOP     ? "score"
+                                              : k->rule == RULE_RATIO ? "log_ratio"
+                                                                      : "q",
                                               k->picks[i].value));
     json_object_set_new(k->facts, "selected", list);
     qsort(k->picks, (size_t)k->n_picks, sizeof *k->picks, by_place);
@@ -149,25 +172,32 @@ static exc_status choose(planner *k, const exc_experts *t) {
 static exc_status select_experts(planner *k) {
     exc_experts t;
     if (k->rule == RULE_ALL) return EXC_OK;
-    if (!k->stats) return exc_fail(k->ctx, EXC_ERR_USAGE, "plan: select %s: expected stats to select by, found none", k->opt->select);
+    if (!k->stats)
+        return exc_fail(k->ctx, EXC_ERR_USAGE, "plan: select %s: expected stats to select by, found none",
+                        k->opt->select);
     EXC_TRY(exc_experts_make(k->ctx, k->stats, k->dirs, NULL, &t));
     exc_status st = choose(k, &t);
     exc_experts_free(&t);
     return st;
 }
 
-/* ------------------------------------------------------------------------------------------------------------- edits */
+/* -------------------------------------------------------------------------------------------------------------
+ * edits */
 
-static json_t *number(double x) { return x == floor(x) && fabs(x) < 1e15 ? json_integer((json_int_t)x) : json_real(x); }
+static json_t *number(double x) {
+    return x == floor(x) && fabs(x) < 1e15 ? json_integer((json_int_t)x) : json_real(x);
+}
 
 static exc_status put_common(planner *k, json_t *edit) {
     if (k->opt->basis) {
         char *end;
         double row = strtod(k->opt->basis, &end);
-        if (end == k->opt->basis || *end || !(row >= 0)) return usage(k, "basis", "a row number from 0, or a fraction between two", k->opt->basis);
+        if (end == k->opt->basis || *end || !(row >= 0))
+            return usage(k, "basis", "a row number from 0, or a fraction between two", k->opt->basis);
         json_object_set_new(edit, "basis", number(row));
     }
-    if (k->opt->norm && strcmp(k->opt->norm, "none")) json_object_set_new(edit, "norm", json_string(k->opt->norm));
+    if (k->opt->norm && strcmp(k->opt->norm, "none"))
+        json_object_set_new(edit, "norm", json_string(k->opt->norm));
     json_array_append(k->edits, edit);
     return EXC_OK;
 }
@@ -186,8 +216,10 @@ static exc_status whole_role(planner *k, exc_role role, int64_t *found) {
         ++*found;
     }
     if (k->some_layers || k->by_layer) json_object_set(edit, "layers", layers);
-    if (k->by_layer) json_object_set(edit, "strength", strength);
-    else json_object_set_new(edit, "strength", number(k->strength[0]));
+    if (k->by_layer)
+        json_object_set(edit, "strength", strength);
+    else
+        json_object_set_new(edit, "strength", number(k->strength[0]));
     exc_status st = *found ? put_common(k, edit) : EXC_OK;
     json_decref(layers);
     json_decref(strength);
@@ -207,7 +239,8 @@ static exc_status selected_role(planner *k, exc_role role, int64_t *found) {
     for (int64_t i = 0; i < k->n_picks && st == EXC_OK;) {
         int64_t row = k->picks[i].row, layer = k->stats->layer_of[row];
         json_t *edit = new_edit(role), *experts = json_array();
-        for (; i < k->n_picks && k->picks[i].row == row; i++) json_array_append_new(experts, json_integer(k->picks[i].expert));
+        for (; i < k->n_picks && k->picks[i].row == row; i++)
+            json_array_append_new(experts, json_integer(k->picks[i].expert));
         json_object_set_new(edit, "layers", json_pack("[I]", (json_int_t)layer));
         json_object_set_new(edit, "experts", experts);
         json_object_set_new(edit, "strength", number(strength_of(k, layer)));
@@ -229,12 +262,17 @@ static exc_status one_model(planner *k, exc_role role, int64_t *found) {
 
 static exc_status one_role(planner *k, exc_role role, bool asked) {
     int64_t found = 0;
-    if (!exc_role_by_layer(role)) EXC_TRY(one_model(k, role, &found));
-    else if (k->rule != RULE_ALL && exc_role_by_expert(role)) EXC_TRY(selected_role(k, role, &found));
-    else EXC_TRY(whole_role(k, role, &found));
+    if (!exc_role_by_layer(role))
+        EXC_TRY(one_model(k, role, &found));
+    else if (k->rule != RULE_ALL && exc_role_by_expert(role))
+        EXC_TRY(selected_role(k, role, &found));
+    else
+        EXC_TRY(whole_role(k, role, &found));
     if (!found && asked)
-        return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: roles: expected roles that the selected layers of this model (%s) have, found %s",
-                        k->a->family->model_type, exc_role_name(role));
+        return exc_fail(
+            k->ctx, EXC_ERR_INPUT,
+            "plan: roles: expected roles that the selected layers of this model (%s) have, found %s",
+            k->a->family->model_type, exc_role_name(role));
     return EXC_OK;
 }
 
@@ -247,10 +285,12 @@ static exc_status asked_roles(planner *k) {
         exc_role role;
         if (!exc_role_find(name, &role) || !exc_role_writes(role) || seen[role])
             st = exc_fail(k->ctx, EXC_ERR_INPUT,
-                          "plan: roles: expected roles that write the residual stream, each once (expert_down, shared_down, dense_down, "
+                          "plan: roles: expected roles that write the residual stream, each once "
+                          "(expert_down, shared_down, dense_down, "
                           "attn_out, embed), found %s",
                           exc_show(name, strlen(name)));
-        else st = one_role(k, role, true);
+        else
+            st = one_role(k, role, true);
         if (st == EXC_OK) seen[role] = true;
     }
     exc_release(copy);
@@ -258,19 +298,23 @@ static exc_status asked_roles(planner *k) {
 }
 
 static exc_status all_roles(planner *k) {
-    for (exc_role role = EXC_ROLE_EXPERT_DOWN; role <= EXC_ROLE_ATTN_OUT; role++) EXC_TRY(one_role(k, role, false));
+    for (exc_role role = EXC_ROLE_EXPERT_DOWN; role <= EXC_ROLE_ATTN_OUT; role++)
+        EXC_TRY(one_role(k, role, false));
     return EXC_OK;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- the plan */
+/* ----------------------------------------------------------------------------------------------------------
+ * the plan */
 
 static exc_status check_origin(planner *k) {
     if (k->stats && strcmp(k->stats->fingerprint, k->a->fingerprint))
-        return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: stats: expected those of %s (fingerprint %s), found those of %s", k->a->files->dir,
-                        k->a->fingerprint, k->stats->fingerprint);
+        return exc_fail(k->ctx, EXC_ERR_INPUT,
+                        "plan: stats: expected those of %s (fingerprint %s), found those of %s",
+                        k->a->files->dir, k->a->fingerprint, k->stats->fingerprint);
     if (!k->dirs->fingerprint[0] || !strcmp(k->dirs->fingerprint, k->a->fingerprint)) return EXC_OK;
-    return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: directions: expected those of %s (fingerprint %s), found those of %s", k->a->files->dir,
-                    k->a->fingerprint, k->dirs->fingerprint);
+    return exc_fail(k->ctx, EXC_ERR_INPUT,
+                    "plan: directions: expected those of %s (fingerprint %s), found those of %s",
+                    k->a->files->dir, k->a->fingerprint, k->dirs->fingerprint);
 }
 
 static exc_status build(planner *k, exc_plan **plan) {
@@ -280,9 +324,10 @@ static exc_status build(planner *k, exc_plan **plan) {
     EXC_TRY(read_select(k));
     EXC_TRY(select_experts(k));
     EXC_TRY(k->opt->roles ? asked_roles(k) : all_roles(k));
-    json_t *source = json_pack("{s:i,s:{s:s,s:s},s:s,s:O}", "excise_plan", 1, "model", "family", k->a->family->model_type, "fingerprint",
-                               k->a->fingerprint, "directions", k->opt->directions ? k->opt->directions : "directions.safetensors", "edits",
-                               k->edits);
+    json_t *source =
+        json_pack("{s:i,s:{s:s,s:s},s:s,s:O}", "excise_plan", 1, "model", "family", k->a->family->model_type,
+                  "fingerprint", k->a->fingerprint, "directions",
+                  k->opt->directions ? k->opt->directions : "directions.safetensors", "edits", k->edits);
     if (!source) return exc_fail(k->ctx, EXC_ERR_MEMORY, "plan: no memory");
     exc_status st = exc_plan_parse(k->ctx, "plan", source, plan);
     json_decref(source);
@@ -301,7 +346,10 @@ static exc_status describe(planner *k, const exc_plan *plan, char **json) {
         experts += k->a->items[i].role == EXC_ROLE_EXPERT_DOWN;
     }
     exc_compiled_free(c);
-    if (!edited) return exc_fail(k->ctx, EXC_ERR_INPUT, "plan: expected edits that change something, found none (strength 0, or no direction)");
+    if (!edited)
+        return exc_fail(
+            k->ctx, EXC_ERR_INPUT,
+            "plan: expected edits that change something, found none (strength 0, or no direction)");
     json_object_set_new(k->facts, "edits", json_integer(plan->n_edits));
     json_object_set_new(k->facts, "select", json_string(k->opt->select ? k->opt->select : "all"));
     json_object_set_new(k->facts, "tensors", json_integer(edited));
@@ -314,8 +362,8 @@ static exc_status describe(planner *k, const exc_plan *plan, char **json) {
     return *json ? EXC_OK : EXC_ERR_MEMORY;
 }
 
-exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *stats, const exc_dirs *dirs, const exc_plan_options *options,
-                         exc_plan **plan, char **json) {
+exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *stats, const exc_dirs *dirs,
+                         const exc_plan_options *options, exc_plan **plan, char **json) {
     exc_plan_options opt = EXC_PLAN_OPTIONS;
     planner k = {.ctx = ctx, .stats = stats, .dirs = dirs, .opt = &opt};
     exc_atlas *a = NULL;
@@ -323,10 +371,12 @@ exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *s
     exc_clear(ctx);
     *plan = NULL;
     if (json) *json = NULL;
-    if (!model_dir || !dirs) return exc_fail(ctx, EXC_ERR_USAGE, "plan: expected a model folder and directions");
+    if (!model_dir || !dirs)
+        return exc_fail(ctx, EXC_ERR_USAGE, "plan: expected a model folder and directions");
     if (options) {
         if (options->size < sizeof options->size || options->size > sizeof opt)
-            return exc_fail(ctx, EXC_ERR_USAGE, "plan: options.size: expected at most %zu, found %zu", sizeof opt, options->size);
+            return exc_fail(ctx, EXC_ERR_USAGE, "plan: options.size: expected at most %zu, found %zu",
+                            sizeof opt, options->size);
         memcpy(&opt, options, options->size);
     }
     EXC_TRY(exc_atlas_open(ctx, model_dir, &a));

@@ -33,7 +33,7 @@ bool exc_same_trimmed(const char *a, const char *b);
 typedef struct exc_answers {
     struct exc_answer {
         char *request, *answer;
-    } *items;
+    } * items;
     size_t count;
 } exc_answers;
 exc_status exc_answers_read(exc_ctx *ctx, const char *path, exc_answers *out);

@@ -485,7 +485,8 @@ static exc_status check_same(exc_ctx *ctx, const exc_stats *a, const exc_stats *
         return exc_fail(ctx, EXC_ERR_INPUT, "stats cannot be added: only one of them has .out_sum");
     for (int i = 0; i < 4; i++)
         if (!a->group[i / 2][i % 2].shared_out_sum != !b->group[i / 2][i % 2].shared_out_sum)
-            return exc_fail(ctx, EXC_ERR_INPUT, "stats cannot be added: only one of them has %s.%s.shared_out_sum",
+            return exc_fail(ctx, EXC_ERR_INPUT,
+                            "stats cannot be added: only one of them has %s.%s.shared_out_sum",
                             label_name[i / 2], phase_name[i % 2]);
     if (strcmp(a->options, b->options))
         return exc_fail(ctx, EXC_ERR_INPUT, "stats cannot be added: expected options %s, found %s",

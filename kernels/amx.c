@@ -86,7 +86,7 @@ TARGET static void multiply(const void *tile, int rows, const exc_weights *w, in
     _tile_release();
 }
 
-const exc_tile exc_tile_amx[1] = {{ROWS, BLOCK, 2, gather, multiply, exc_store_avx512, exc_gate_avx512}};
+const exc_tile exc_tile_amx[1] = {{ROWS, BLOCK, 2, BLOCK * 32, gather, multiply, exc_store_avx512, exc_gate_avx512}};
 #else
 typedef int exc_no_amx; /* an empty file is not C */
 #endif

@@ -6,7 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "tile.h"
+#include "codes.h"
 
 #define ROWS 14
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq")))
@@ -222,6 +222,110 @@ BODY void wide_f32(const void *tile, int rows, const exc_weights *w, int64_t k, 
     keep(sum, rows, out);
 }
 
+/* ------------------------------------------------------------------------------------------------------------- codes
+ *
+ * Two inputs of 16 outputs: 16 words of e4m3 or 16 bytes of fp4. For dot products they become bf16: an e4m3 moves into place and
+ * gets another bias, its subnormal numbers and all fp4 are looked up by vpermw, which minds five bits of an index. For f32 the
+ * shifted code is a number 2^-120 too small, or picks one of sixteen. Codes are whole operands: the scale is applied to
+ * the sums of a span, which are added up in `out`; fewer rows than for bf16 leave registers for the decoding. */
+
+#define CODE_ROWS 12
+
+BODY_DOT __m512bh codes_bf16(const uint8_t *w, int dtype) {
+    if (dtype == EXC_F4) {
+        __m512i table = _mm512_set_epi16(-0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080, -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040,
+                                         0x4000, 0x3fc0, 0x3f80, 0x3f00, 0, -0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080,
+                                         -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0);
+        __m512i b = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w));
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), table);
+    }
+    __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    __m512i c = _mm512_cvtepu8_epi16(_mm256_load_si256((const __m256i *)w)), size = _mm512_slli_epi16(c, 4);
+    size = _mm512_add_epi16(_mm512_and_si512(size, _mm512_set1_epi16(0x7f0)), _mm512_set1_epi16(0x3c00));
+    size = _mm512_mask_permutexvar_epi16(size, _mm512_testn_epi16_mask(c, _mm512_set1_epi16(0x78)), c, small);
+    return (__m512bh)_mm512_ternarylogic_epi32(size, _mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000), 0xf8); /* a | b & c */
+}
+
+BODY __m512 e4m3(__m512i top) {
+    __m512i u = _mm512_and_si512(_mm512_srai_epi32(top, 4), _mm512_set1_epi32((int)0x87f00000u));
+    return _mm512_mul_ps(_mm512_castsi512_ps(u), _mm512_set1_ps(0x1p120f));
+}
+
+BODY void codes_f32(const uint8_t *w, int dtype, __m512 *even, __m512 *odd) {
+    if (dtype == EXC_F8_E4M3) {
+        __m512i c = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i *)w));
+        *even = e4m3(_mm512_slli_epi32(c, 24));
+        *odd = e4m3(_mm512_slli_epi32(c, 16));
+    } else {
+        __m512 table = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+        __m512i c = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w));
+        *even = _mm512_permutexvar_ps(c, table);
+        *odd = _mm512_permutexvar_ps(_mm512_srli_epi32(c, 4), table);
+    }
+}
+
+BODY __m512 scales_of(const uint8_t *scale, int dtype, int64_t span) {
+    if (dtype == EXC_F8_E4M3) return _mm512_set1_ps(((const float *)(const void *)scale)[span]);
+    __m512i e = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)(scale + span * EXC_PANEL)));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(e, 23), _mm512_set1_epi32(0x00400000)));
+}
+
+/* out = (or +=) sums times the scales of a span of both panels */
+BODY void fold(__m512 (*sum)[2], int rows, const uint8_t *const scale[2], int dtype, int64_t span, float (*out)[EXC_PAIR]) {
+    for (int p = 0; p < 2; p++) {
+        __m512 f = scales_of(scale[p], dtype, span);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            float *to = out[r] + p * EXC_PANEL;
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[r][p], f, span ? _mm512_loadu_ps(to) : _mm512_setzero_ps()));
+        }
+    }
+}
+
+BODY_DOT void dot_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
+    const uint8_t *const scale[2] = {a + exc_code_bytes(k, dtype), b + exc_code_bytes(k, dtype)};
+    const int64_t ahead = w->step, length = exc_scale_span(dtype), line = dtype == EXC_F4 ? 16 : 32;
+    const int32_t *x = tile;
+    for (int64_t first = 0, span = 0; first < k; first += length, span++) {
+        int64_t last = first + length < k ? first + length : k;
+        __m512 sum[CODE_ROWS][2];
+        clear(sum, rows);
+        for (int64_t i = first; i < last; i += 2, a += line, b += line, c += ahead, d += ahead, x += rows) {
+            __m512bh wa = codes_bf16(a, dtype), wb = codes_bf16(b, dtype);
+            fetch(c, d);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                __m512bh v = (__m512bh)_mm512_set1_epi32(x[r]);
+                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, wa);
+                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, wb);
+            }
+        }
+        fold(sum, rows, scale, dtype, span, out);
+    }
+}
+
+BODY void wide_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
+    const uint8_t *const scale[2] = {a + exc_code_bytes(k, dtype), b + exc_code_bytes(k, dtype)};
+    const int64_t ahead = w->step, length = exc_scale_span(dtype), line = dtype == EXC_F4 ? 16 : 32;
+    const float *x = tile;
+    for (int64_t first = 0, span = 0; first < k; first += length, span++) {
+        int64_t last = first + length < k ? first + length : k;
+        __m512 sum[CODE_ROWS][2];
+        clear(sum, rows);
+        for (int64_t i = first; i < last; i += 2, a += line, b += line, c += ahead, d += ahead, x += 2 * rows) {
+            __m512 ea, oa, eb, ob;
+            codes_f32(a, dtype, &ea, &oa);
+            codes_f32(b, dtype, &eb, &ob);
+            fetch(c, d);
+            step(x, ea, eb, rows, sum);
+            step(x + rows, oa, ob, rows, sum);
+        }
+        fold(sum, rows, scale, dtype, span, out);
+    }
+}
+
 /* the height must be a constant for its sums to be registers */
 #define CHOOSE(body)                                  \
     switch (rows) {                                   \
@@ -253,13 +357,53 @@ TARGET static void multiply_f32(const void *tile, int rows, const exc_weights *w
     CHOOSE(wide_f32)
 }
 
-const exc_tile exc_tile_avx512[3] = {
-    {ROWS, 2, 4, gather_bf16, multiply_bf16, exc_store_avx512, exc_gate_avx512},
-    {ROWS, 2, 4, gather_f32, multiply_bf16, exc_store_avx512, gate_f32},
-    {ROWS, 2, 4, gather_f32, multiply_f32, exc_store_avx512, gate_f32},
+#define CHOOSE_CODES(body, dtype)                              \
+    switch (rows) {                                            \
+    case 1: body(tile, 1, w, k, dtype, out); break;            \
+    case 2: body(tile, 2, w, k, dtype, out); break;            \
+    case 3: body(tile, 3, w, k, dtype, out); break;            \
+    case 4: body(tile, 4, w, k, dtype, out); break;            \
+    case 5: body(tile, 5, w, k, dtype, out); break;            \
+    case 6: body(tile, 6, w, k, dtype, out); break;            \
+    case 7: body(tile, 7, w, k, dtype, out); break;            \
+    case 8: body(tile, 8, w, k, dtype, out); break;            \
+    case 9: body(tile, 9, w, k, dtype, out); break;            \
+    case 10: body(tile, 10, w, k, dtype, out); break;          \
+    case 11: body(tile, 11, w, k, dtype, out); break;          \
+    default: body(tile, 12, w, k, dtype, out);                 \
+    }
+
+TARGET_DOT static void dot_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(dot_codes, EXC_F8_E4M3)
+}
+
+TARGET_DOT static void dot_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(dot_codes, EXC_F4)
+}
+
+TARGET static void multiply_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(wide_codes, EXC_F8_E4M3)
+}
+
+TARGET static void multiply_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(wide_codes, EXC_F4)
+}
+
+const exc_tile exc_tile_avx512[EXC_TILES] = {
+    [EXC_TILE_BF16_BF16] = {ROWS, 2, 4, 64, gather_bf16, multiply_bf16, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_F32_BF16] = {ROWS, 2, 4, 64, gather_f32, multiply_bf16, exc_store_avx512, gate_f32},
+    [EXC_TILE_F32_F32] = {ROWS, 2, 4, 128, gather_f32, multiply_f32, exc_store_avx512, gate_f32},
+    [EXC_TILE_BF16_F8] = {CODE_ROWS, 2, 4, 32, gather_bf16, multiply_f8, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_F32_F8] = {CODE_ROWS, 2, 4, 32, gather_f32, multiply_f8, exc_store_avx512, gate_f32},
+    [EXC_TILE_BF16_F4] = {CODE_ROWS, 2, 4, 16, gather_bf16, multiply_f4, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_F32_F4] = {CODE_ROWS, 2, 4, 16, gather_f32, multiply_f4, exc_store_avx512, gate_f32},
 };
 
-const exc_tile exc_tile_dot[1] = {{ROWS, 2, 2, gather_pairs, multiply_dot, exc_store_avx512, exc_gate_avx512}};
+const exc_tile exc_tile_dot[EXC_TILES] = {
+    [EXC_TILE_BF16_BF16] = {ROWS, 2, 2, 64, gather_pairs, multiply_dot, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_BF16_F8] = {CODE_ROWS, 2, 2, 32, gather_pairs, dot_f8, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_BF16_F4] = {CODE_ROWS, 2, 2, 16, gather_pairs, dot_f4, exc_store_avx512, exc_gate_avx512},
+};
 #else
 typedef int exc_no_avx512; /* an empty file is not C */
 #endif

@@ -4,7 +4,7 @@
  * that sum, because the map is linear. A few rows a matrix (labels x phases), thousands of matrices: the
  * weights are read once, 16 outputs (a panel) at a time, and every product and sum is f64. Panels are
  * independent tasks. */
-#include "ops.h"
+#include "codes.h"
 
 #define ROWS 8 /* rows that share one read of a panel: 8 x 16 f64 accumulators */
 
@@ -46,6 +46,18 @@ static void panel_f32(const float *w, int64_t k, const double *const *x, int64_t
         }
 }
 
+/* codes by their scale are exact in f64 */
+static void panel_codes(const uint8_t *w, int dtype, int64_t k, const double *const *x, int64_t rows,
+                        double (*sum)[EXC_PANEL]) {
+    for (int64_t i = 0; i < k; i++) {
+        double v[EXC_PANEL];
+        for (int o = 0; o < EXC_PANEL; o++)
+            v[o] = (double)exc_panel_code(w, dtype, i, o) * (double)exc_panel_scale(w, dtype, k, i, o);
+        for (int64_t r = 0; r < rows; r++)
+            for (int o = 0; o < EXC_PANEL; o++) sum[r][o] += v[o] * x[r][i];
+    }
+}
+
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
     const struct exc_matvec_args *a = j->a;
@@ -59,6 +71,8 @@ static void run(void *arg, size_t task, int worker) {
     for (int64_t r = 0; r < rows; r++) x[r] = a->x + (first + r) * k;
     if (a->w->dtype == EXC_BF16)
         panel_bf16((const uint16_t *)w, k, x, rows, sum);
+    else if (exc_is_coded(a->w->dtype))
+        panel_codes(w, a->w->dtype, k, x, rows, sum);
     else
         panel_f32((const float *)w, k, x, rows, sum);
     for (int64_t r = 0; r < rows; r++)
@@ -67,8 +81,8 @@ static void run(void *arg, size_t task, int worker) {
 }
 
 exc_status exc_cpu_matvec(exc_queue *q, const struct exc_matvec_args *a) {
-    if (a->rows < 0 || !a->w || !a->w->data || (a->w->dtype != EXC_BF16 && a->w->dtype != EXC_F32))
-        return EXC_ERR_USAGE;
+    if (a->rows < 0 || !a->w || !a->w->data) return EXC_ERR_USAGE;
+    if (a->w->dtype != EXC_BF16 && a->w->dtype != EXC_F32 && !exc_is_coded(a->w->dtype)) return EXC_ERR_USAGE;
     if (!a->rows) return EXC_OK;
     job j = {a, (a->w->n + EXC_PANEL - 1) / EXC_PANEL};
     q->parallel(q, (size_t)(j.panels * ((a->rows + ROWS - 1) / ROWS)), run, &j);

@@ -9,11 +9,12 @@
 /* A weight matrix [n out, k in] laid out for the matmul: panels of 16 outputs. bf16: within a panel, for each pair of
  * inputs (2i, 2i+1) sixteen outputs x two values (64 bytes), k padded with zeros to a multiple of 32, n to one of 16. This is
  * what vdpbf16ps (AVX-512), tdpbf16ps (AMX) and, by shift and mask, AVX2 eat directly, and oneDNN's BA16a16b2a.
- * f32: for each input sixteen outputs (64 bytes), same padding. */
+ * f32: for each input sixteen outputs (64 bytes), same padding. Quantised weights stay as they are stored: e4m3 and fp4 codes by
+ * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h). */
 typedef struct exc_packed {
     const void *data; /* 64-byte aligned; NULL: absent */
     int64_t n, k;     /* logical sizes */
-    int dtype;        /* EXC_BF16 or EXC_F32 */
+    int dtype;        /* EXC_BF16, EXC_F32, EXC_F8_E4M3 or EXC_F4 */
 } exc_packed;
 #define EXC_PANEL 16
 size_t exc_packed_bytes(int64_t n, int64_t k, int dtype); /* pack.c */

@@ -4,7 +4,7 @@
  * faster set is tested against, and what runs where no faster one may. */
 #include <string.h>
 
-#include "tile.h"
+#include "codes.h"
 
 #define ROWS 4
 #define CHUNK_BYTES ((size_t)512 << 10) /* gathered rows of a chunk: half of a second-level cache of 1 MB */
@@ -42,20 +42,65 @@ static void multiply_f32(const void *tile, int rows, const exc_weights *both, in
                 for (int o = 0; o < EXC_PANEL; o++) out[r][p * EXC_PANEL + o] += w[p][o] * x[r];
 }
 
-const exc_tile exc_tile_generic[3] = {
-    {ROWS, 2, 4, gather_bf16, multiply_bf16, store, gate_bf16},
-    {ROWS, 2, 4, gather_f32, multiply_bf16, store, gate_f32},
-    {ROWS, 2, 4, gather_f32, multiply_f32, store, gate_f32},
+/* both panels under one scale, inputs i .. i+n-1, added to out */
+static void span_codes(const float *x, int rows, const uint8_t *const *now, int64_t i, int64_t n, int64_t k, int dtype,
+                       float (*out)[EXC_PAIR]) {
+    float sum[ROWS][EXC_PAIR] = {{0}};
+    for (int64_t j = i; j < i + n; j++)
+        for (int o = 0; o < EXC_PAIR; o++) {
+            float w = exc_panel_code(now[o / EXC_PANEL], dtype, j, o % EXC_PANEL);
+            for (int r = 0; r < rows; r++) sum[r][o] += w * x[(j - i) * rows + r];
+        }
+    for (int o = 0; o < EXC_PAIR; o++) {
+        float scale = exc_panel_scale(now[o / EXC_PANEL], dtype, k, i, o % EXC_PANEL);
+        for (int r = 0; r < rows; r++) out[r][o] += sum[r][o] * scale;
+    }
+}
+
+static void multiply_codes(const float *x, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+    int64_t span = exc_scale_span(dtype);
+    memset(out, 0, (size_t)rows * sizeof *out);
+    for (int64_t i = 0; i < k; i += span, x += span * rows)
+        span_codes(x, rows, w->now, i, k - i < span ? k - i : span, k, dtype, out);
+}
+
+static void multiply_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    multiply_codes(tile, rows, w, k, EXC_F8_E4M3, out);
+}
+
+static void multiply_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    multiply_codes(tile, rows, w, k, EXC_F4, out);
+}
+
+const exc_tile exc_tile_generic[EXC_TILES] = {
+    [EXC_TILE_BF16_BF16] = {ROWS, 2, 4, 64, gather_bf16, multiply_bf16, store, gate_bf16},
+    [EXC_TILE_F32_BF16] = {ROWS, 2, 4, 64, gather_f32, multiply_bf16, store, gate_f32},
+    [EXC_TILE_F32_F32] = {ROWS, 2, 4, 128, gather_f32, multiply_f32, store, gate_f32},
+    [EXC_TILE_BF16_F8] = {ROWS, 2, 4, 32, gather_bf16, multiply_f8, store, gate_bf16},
+    [EXC_TILE_F32_F8] = {ROWS, 2, 4, 32, gather_f32, multiply_f8, store, gate_f32},
+    [EXC_TILE_BF16_F4] = {ROWS, 2, 4, 16, gather_bf16, multiply_f4, store, gate_bf16},
+    [EXC_TILE_F32_F4] = {ROWS, 2, 4, 16, gather_f32, multiply_f4, store, gate_f32},
 };
 
+static int tile_number(int act, int weights) {
+    if (act != EXC_BF16 && act != EXC_F32) return -1;
+    int wide = act == EXC_F32;
+    switch (weights) {
+    case EXC_BF16: return EXC_TILE_BF16_BF16 + wide;
+    case EXC_F32: return wide ? EXC_TILE_F32_F32 : -1;
+    case EXC_F8_E4M3: return EXC_TILE_BF16_F8 + wide;
+    case EXC_F4: return EXC_TILE_BF16_F4 + wide;
+    default: return -1;
+    }
+}
+
 const exc_tile *exc_tile_for(int act, int weights) {
-    if ((act != EXC_BF16 && act != EXC_F32) || (weights != EXC_BF16 && weights != EXC_F32)) return NULL;
-    if (act == EXC_BF16 && weights != EXC_BF16) return NULL;
-    int i = act == EXC_BF16 ? 0 : weights == EXC_BF16 ? 1 : 2;
+    int i = tile_number(act, weights);
+    if (i < 0) return NULL;
 #if defined(__x86_64__)
     enum exc_isa level = exc_isa_level();
-    if (level >= EXC_ISA_AMX && i == 0) return exc_tile_amx;
-    if (level >= EXC_ISA_AVX512BF16 && i == 0) return exc_tile_dot;
+    if (level >= EXC_ISA_AMX && i == EXC_TILE_BF16_BF16) return exc_tile_amx;
+    if (level >= EXC_ISA_AVX512BF16 && exc_tile_dot[i].rows) return &exc_tile_dot[i];
     if (level >= EXC_ISA_AVX512) return &exc_tile_avx512[i];
     if (level >= EXC_ISA_AVX2) return &exc_tile_avx2[i];
 #endif
@@ -101,7 +146,7 @@ static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t row
     int64_t tiles = (rows + s->tile->rows - 1) / s->tile->rows;
     /* a panel line a step, spread over the tiles; a single tile is bound by memory, and the processor's own prefetch, which sees
      * two long streams, keeps that busier than we can */
-    w.step = tiles > 1 ? (64 + tiles - 1) / tiles : 0;
+    w.step = tiles > 1 ? (s->tile->line + tiles - 1) / tiles : 0;
     for (int64_t r = 0, n; r < rows; r += n) {
         n = tile_height(s->tile, r, rows);
         s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);

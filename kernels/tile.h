@@ -27,6 +27,7 @@ typedef struct exc_tile {
     int rows;     /* tallest tile */
     int k_step;   /* a gathered row is padded with zeros to a multiple of this many inputs */
     size_t width; /* bytes of a gathered input */
+    int line;     /* bytes of a panel that k_step inputs take */
     /* rows (pointers to k values of act) -> tile; may write up to 64 bytes behind it */
     void (*gather)(const void *const *row, int rows, int64_t k, void *tile);
     /* out[r][0..15] = row r times panel now[0], out[r][16..31] = times now[1] */
@@ -44,8 +45,14 @@ typedef struct exc_tile {
 /* NULL: operands outside the contract (bf16 activations with f32 weights) */
 const exc_tile *exc_tile_for(int act, int weights);
 
-/* tables by instruction set: [0] bf16 x bf16, [1] f32 x bf16, [2] f32 x f32; dot (vdpbf16ps) and AMX have only the first */
-extern const exc_tile exc_tile_generic[3], exc_tile_avx2[3], exc_tile_avx512[3], exc_tile_dot[1], exc_tile_amx[1];
+/* tables by instruction set: activations x weights */
+enum {
+    EXC_TILE_BF16_BF16, EXC_TILE_F32_BF16, EXC_TILE_F32_F32, EXC_TILE_BF16_F8, EXC_TILE_F32_F8, EXC_TILE_BF16_F4, EXC_TILE_F32_F4,
+    EXC_TILES
+};
+extern const exc_tile exc_tile_generic[EXC_TILES], exc_tile_avx2[EXC_TILES], exc_tile_avx512[EXC_TILES];
+/* vdpbf16ps: the three with bf16 activations; AMX: bf16 weights only, it has no registers to decode in */
+extern const exc_tile exc_tile_dot[EXC_TILES], exc_tile_amx[1];
 /* what follows a tile, with AVX-512 (avx512.c), for bf16 activations: AMX has no arithmetic of its own for it */
 void exc_store_avx512(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
                       const float *add, float (*square)[EXC_PANEL]);

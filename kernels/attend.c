@@ -3,7 +3,8 @@
  * A unit of work is one KV head of one sequence and a block of up to 64 query rows: the query heads that share the KV head, token
  * by token. Keys come in blocks of 64, ascending; each block is unpacked once to f32 for all rows, multiplied, softened
  * online (running maximum and sum) and applied to the values. A row's arithmetic is a chain over its own visible keys:
- * neither its neighbours nor the batch show in its bits.
+ * neither its neighbours nor the batch show in its bits. Keys before the window of a unit's first row are never read. A
+ * sink joins the maximum and the sum when a row is finished.
  *
  * Long caches are cut into spans of 1024 keys. A span starts its own maximum, sum and output, and spans are merged in
  * ascending order; so one token's long cache may be spread over threads and gives the bits of a single thread. */
@@ -37,7 +38,7 @@ typedef struct room {
 
 typedef struct unit {
     int64_t sequence, kv, token, tokens; /* query tokens token .. token+tokens-1 of the sequence */
-    int64_t visible;                     /* keys its first token sees */
+    int64_t visible;                     /* cached tokens up to its first one: that token sees the last `window` of them */
     int64_t rows;
 } unit;
 
@@ -46,7 +47,7 @@ static size_t carve(const job *j, float *at, room *r) {
     r->q = at, at += ROWS * j->width;
     r->keys = at, at += EXC_KEYS * j->width;
     r->values = at, at += EXC_KEYS * j->width;
-    r->scores = at, at += ROWS * EXC_KEYS;
+    r->scores = at, at += ROWS * EXC_KEYS + LANES; /* soften fills up its last vector */
     r->out = at, at += ROWS * j->width;
     r->total = at, at += ROWS * j->width;
     return (size_t)(at - start) * sizeof(float);
@@ -80,61 +81,88 @@ static const void *cached(const job *j, const void *cache, const unit *u, int64_
     return (const uint8_t *)cache + (size_t)((row * a->kv_heads + u->kv) * a->head_dim) * j->size;
 }
 
-/* keys of [from, from+64) that a row sees */
-static int seen(const job *j, const unit *u, int64_t row, int64_t from) {
-    int64_t n = u->visible + row / j->group - from;
-    return n < 0 ? 0 : n > EXC_KEYS ? EXC_KEYS : (int)n;
+/* keys of the unit: from the first that its first token sees to the last of its last token */
+static int64_t first_key(const job *j, const unit *u) {
+    return j->a->window && u->visible > j->a->window ? u->visible - j->a->window : 0;
 }
 
-/* out[row..row+n) += scores x values: as many keys as all n rows see together, the rest row by row */
-static void apply(const job *j, const unit *u, room *r, int64_t row, int n, int64_t from) {
-    int common = seen(j, u, row, from);
+static int64_t end_key(const unit *u) { return u->visible + u->tokens - 1; }
+
+/* a stretch of keys within a block, and how many of them lie before the first (`before`) and up to the last (`seen`) key that
+ * a row sees */
+typedef struct stretch {
+    int64_t from;
+    int n;
+} stretch;
+
+static int within(const stretch *k, int64_t key) {
+    return key < k->from ? 0 : key - k->from > k->n ? k->n : (int)(key - k->from);
+}
+
+static int before(const job *j, const unit *u, int64_t row, const stretch *k) {
+    return j->a->window ? within(k, u->visible + row / j->group - j->a->window) : 0;
+}
+
+static int seen(const job *j, const unit *u, int64_t row, const stretch *k) {
+    return within(k, u->visible + row / j->group);
+}
+
+/* out [width] of one row += its scores of keys [first, last) x values */
+static void apply_row(const job *j, room *r, int64_t row, int first, int last, int64_t at, int vectors) {
+    if (first >= last) return;
+    j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, 1, r->values + first * j->width + at, j->width,
+                      last - first, r->out + row * j->width + at, j->width, vectors, 1);
+}
+
+/* out[row..row+n) += scores x values: the keys that all n rows see together, what a row sees before and behind them alone */
+static void apply(const job *j, const unit *u, room *r, int64_t row, int n, const stretch *k) {
+    int first = before(j, u, row + n - 1, k), last = seen(j, u, row, k);
+    if (last < first) last = first;
     for (int64_t at = 0; at < j->width; at += EXC_KEYS) {
         int vectors = (int)(exc_least(EXC_KEYS, j->width - at) / LANES);
-        float *out = r->out + row * j->width + at;
-        if (common)
-            j->with->multiply(r->scores + row * EXC_KEYS, EXC_KEYS, n, r->values + at, j->width, common, out, j->width,
-                              vectors, 1);
-        for (int i = 1; i < n; i++) {
-            int own = seen(j, u, row + i, from);
-            if (own > common)
-                j->with->multiply(r->scores + (row + i) * EXC_KEYS + common, EXC_KEYS, 1,
-                                  r->values + common * j->width + at, j->width, own - common, out + i * j->width, j->width,
-                                  vectors, 1);
+        for (int i = 0; i < n; i++) {
+            int own = seen(j, u, row + i, k);
+            apply_row(j, r, row + i, before(j, u, row + i, k), own < first ? own : first, at, vectors);
         }
+        if (first < last)
+            j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, n, r->values + first * j->width + at, j->width,
+                              last - first, r->out + row * j->width + at, j->width, vectors, 1);
+        for (int i = 0; i < n; i++) apply_row(j, r, row + i, last, seen(j, u, row + i, k), at, vectors);
     }
 }
 
-static void block(const job *j, const unit *u, room *r, int64_t from) {
+static void block(const job *j, const unit *u, room *r, const stretch *k) {
     const struct exc_attend_args *a = j->a;
-    int most = seen(j, u, u->rows - 1, from);
     int64_t stride = a->kv_heads * a->head_dim;
-    j->with->turn(cached(j, a->cache_k, u, from), stride, a->act, most, a->head_dim, r->keys);
-    j->with->widen(cached(j, a->cache_v, u, from), stride, a->act, most, a->head_dim, j->width, r->values);
+    j->with->turn(cached(j, a->cache_k, u, k->from), stride, a->act, k->n, a->head_dim, r->keys);
+    j->with->widen(cached(j, a->cache_v, u, k->from), stride, a->act, k->n, a->head_dim, j->width, r->values);
     for (int64_t row = 0; row < u->rows; row += 4) {
-        int n = (int)exc_least(4, u->rows - row), last = seen(j, u, row + n - 1, from);
-        if (!last) continue;
+        int n = (int)exc_least(4, u->rows - row), last = seen(j, u, row + n - 1, k);
+        if (before(j, u, row, k) >= last) continue;
         float *scores = r->scores + row * EXC_KEYS;
         j->with->multiply(r->q + row * j->width, j->width, n, r->keys, EXC_KEYS, a->head_dim, scores, EXC_KEYS,
                           (last + LANES - 1) / LANES, 0);
         for (int i = 0; i < n; i++) {
-            int own = seen(j, u, row + i, from);
+            int first = before(j, u, row + i, k), own = seen(j, u, row + i, k) - first;
             float factor = 1.0f;
-            if (own) j->with->soften(scores + i * EXC_KEYS, own, a->scale, &r->m[row + i], &r->sum[row + i], &factor);
+            if (own > 0)
+                j->with->soften(scores + i * EXC_KEYS + first, own, a->scale, &r->m[row + i], &r->sum[row + i], &factor);
             if (factor != 1.0f) j->with->scale(r->out + (row + i) * j->width, j->width, factor);
         }
-        apply(j, u, r, row, n, from);
+        apply(j, u, r, row, n, k);
     }
 }
 
-static int64_t keys_of(const unit *u) { return u->visible + u->tokens - 1; }
-
-/* one span of keys into r->out, m, sum */
+/* the keys of one span that the unit sees into r->out, m, sum; blocks begin at multiples of 64 whoever shares the unit */
 static void span(const job *j, const unit *u, room *r, int64_t from) {
-    int64_t end = exc_least(from + SPAN, keys_of(u));
+    int64_t end = exc_least(from + SPAN, end_key(u)), first = first_key(j, u);
     memset(r->out, 0, (size_t)(u->rows * j->width) * sizeof(float));
     for (int64_t row = 0; row < u->rows; row++) r->m[row] = -__builtin_inff(), r->sum[row] = 0;
-    for (; from < end; from += EXC_KEYS) block(j, u, r, from);
+    for (int64_t next; from < end; from = next) {
+        next = exc_least(from + EXC_KEYS, end);
+        int64_t start = from < first ? first : from;
+        if (start < next) block(j, u, r, &(stretch){start, (int)(next - start)});
+    }
 }
 
 /* adds a span's result of one row to the row's total; a row that saw nothing of the span adds nothing */
@@ -148,10 +176,19 @@ static void merge(const job *j, float *total, float *total_m, float *total_sum, 
     *total_m = top;
 }
 
-static void finish(const job *j, const unit *u, const float *total, const float *sum) {
-    for (int64_t row = 0; row < u->rows; row++)
-        j->with->round(total + row * j->width, j->a->head_dim, 1.0f / sum[row],
-                       (uint8_t *)j->a->out + query_at(j, u, row), j->a->act);
+/* one row's output: total / sum, where a sink counts as one more key of that score, without a value */
+static void finish(const job *j, const unit *u, int64_t row, const float *total, float m, float sum) {
+    float by = 1.0f;
+    if (j->a->sinks) {
+        float sink = j->a->sinks[u->kv * j->group + row % j->group], top = m > sink ? m : sink;
+        by = exc_exp_down(m - top);
+        sum = sum * by + exc_exp_down(sink - top);
+    }
+    j->with->round(total, j->a->head_dim, by / sum, (uint8_t *)j->a->out + query_at(j, u, row), j->a->act);
+}
+
+static void finish_all(const job *j, const unit *u, const float *total, const float *m, const float *sum) {
+    for (int64_t row = 0; row < u->rows; row++) finish(j, u, row, total + row * j->width, m[row], sum[row]);
 }
 
 static void load_queries(const job *j, const unit *u, room *r) {
@@ -161,23 +198,24 @@ static void load_queries(const job *j, const unit *u, room *r) {
 }
 
 static void whole(const job *j, const unit *u, room *r) {
+    int64_t from = first_key(j, u) / SPAN * SPAN;
     load_queries(j, u, r);
-    span(j, u, r, 0);
-    if (keys_of(u) <= SPAN) {
-        finish(j, u, r->out, r->sum);
+    span(j, u, r, from);
+    if (end_key(u) <= from + SPAN) {
+        finish_all(j, u, r->out, r->m, r->sum);
         return;
     }
     size_t bytes = (size_t)u->rows * sizeof(float);
     memcpy(r->total, r->out, bytes * (size_t)j->width);
     memcpy(r->total_m, r->m, bytes);
     memcpy(r->total_sum, r->sum, bytes);
-    for (int64_t from = SPAN; from < keys_of(u); from += SPAN) {
+    while ((from += SPAN) < end_key(u)) {
         span(j, u, r, from);
         for (int64_t row = 0; row < u->rows; row++)
             merge(j, r->total + row * j->width, &r->total_m[row], &r->total_sum[row], r->out + row * j->width, r->m[row],
                   r->sum[row]);
     }
-    finish(j, u, r->total, r->total_sum);
+    finish_all(j, u, r->total, r->total_m, r->total_sum);
 }
 
 static void run_whole(void *arg, size_t task, int worker) {
@@ -190,7 +228,7 @@ static void run_whole(void *arg, size_t task, int worker) {
     }
 }
 
-/* where row 0 of a span's result of a unit is kept: out [width], m, sum a row */
+/* where row 0 of a unit's result of its s-th span is kept: out [width], m, sum a row */
 static float *kept(const job *j, size_t i, int64_t s) {
     return j->partial + ((int64_t)i * j->spans + s) * ROWS * (j->width + 2);
 }
@@ -200,11 +238,12 @@ static void run_span(void *arg, size_t task, int worker) {
     size_t i = task / (size_t)j->spans;
     int64_t s = (int64_t)(task % (size_t)j->spans);
     unit u = unit_at(j, i);
-    if (s * SPAN >= keys_of(&u)) return;
+    int64_t from = (first_key(j, &u) / SPAN + s) * SPAN;
+    if (from >= end_key(&u)) return;
     room r;
     carve(j, j->q->scratch[worker], &r);
     load_queries(j, &u, &r);
-    span(j, &u, &r, s * SPAN);
+    span(j, &u, &r, from);
     float *to = kept(j, i, s);
     for (int64_t row = 0; row < u.rows; row++, to += j->width + 2) {
         memcpy(to, r.out + row * j->width, (size_t)j->width * sizeof(float));
@@ -217,16 +256,20 @@ static void run_merge(void *arg, size_t task, int worker) {
     const job *j = arg;
     (void)worker;
     unit u = unit_at(j, task);
-    int64_t step = j->width + 2;
+    int64_t step = j->width + 2, spans = (end_key(&u) + SPAN - 1) / SPAN - first_key(j, &u) / SPAN;
     for (int64_t row = 0; row < u.rows; row++) {
         float *total = kept(j, task, 0) + row * step;
-        for (int64_t s = 1; s * SPAN < keys_of(&u); s++) {
+        for (int64_t s = 1; s < spans; s++) {
             float *out = kept(j, task, s) + row * step;
             merge(j, total, total + j->width, total + j->width + 1, out, out[j->width], out[j->width + 1]);
         }
-        j->with->round(total, j->a->head_dim, 1.0f / total[j->width + 1],
-                       (uint8_t *)j->a->out + query_at(j, &u, row), j->a->act);
+        finish(j, &u, row, total, total[j->width], total[j->width + 1]);
     }
+}
+
+/* most keys that a unit of a sequence of this length may see */
+static int64_t most_keys(const job *j, int64_t length) {
+    return j->a->window && j->a->window < length ? exc_least(length, j->a->window + j->tokens - 1) : length;
 }
 
 /* lists the query blocks; false when worker 0's scratch cannot hold the list */
@@ -242,14 +285,15 @@ static int plan(job *j) {
     for (int64_t s = 0; s < a->sequences; s++) {
         int64_t n = a->q_begin[s + 1] - a->q_begin[s];
         j->first[s + 1] = j->first[s] + (n + j->tokens - 1) / j->tokens;
-        flops += 4.0 * (double)(a->q_heads * a->head_dim) * (double)n * (double)a->length[s];
-        if (n && a->length[s] > longest) longest = a->length[s];
+        int64_t keys = most_keys(j, a->length[s]);
+        flops += 4.0 * (double)(a->q_heads * a->head_dim) * (double)n * (double)keys;
+        if (n && keys > longest) longest = keys;
     }
     j->units = (size_t)(j->first[a->sequences] * a->kv_heads);
     if (!j->units) return 1;
     double per_unit = flops / (double)j->units;
     j->per_task = per_unit >= TASK_FLOPS ? 1 : (size_t)(TASK_FLOPS / (per_unit + 1)) + 1;
-    int64_t spans = (longest + SPAN - 1) / SPAN;
+    int64_t spans = (longest + SPAN - 1) / SPAN + (a->window > 0); /* a window may begin within a span */
     list = (list + 63) / 64 * 64;
     size_t need = j->units * (size_t)spans * ROWS * (size_t)(j->width + 2) * sizeof(float);
     if (spans < 2 || j->units >= SPREAD_BELOW || need > room_left - list) return 1;
@@ -261,7 +305,7 @@ static int plan(job *j) {
 exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
     if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads || a->head_dim < 1)
         return EXC_ERR_USAGE;
-    if (a->act != EXC_F32 && a->act != EXC_BF16) return EXC_ERR_USAGE;
+    if ((a->act != EXC_F32 && a->act != EXC_BF16) || a->window < 0) return EXC_ERR_USAGE;
     job j = {.a = a, .with = exc_heads_for(), .q = q, .group = a->q_heads / a->kv_heads};
     room r;
     j.width = (a->head_dim + LANES - 1) / LANES * LANES;

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "helpers.h"
 
@@ -303,6 +304,8 @@ typedef struct ragged {
     int64_t tokens, cache;
     void *q, *k, *v, *out;
     int act;
+    int64_t window;
+    float *sinks;
 } ragged;
 
 static ragged ragged_make(const int64_t (*shape)[2], int64_t n, int64_t qh, int64_t kh, int64_t d, int act) {
@@ -328,12 +331,32 @@ static ragged ragged_make(const int64_t (*shape)[2], int64_t n, int64_t qh, int6
     return r;
 }
 
-static void ragged_free(ragged *r) { free(r->q), free(r->k), free(r->v), free(r->out); }
+/* a window, and NaN in all that lies before the first key that a query of a sequence sees */
+static void ragged_narrow(ragged *r, int64_t window) {
+    int64_t width = r->kv_heads * r->head_dim;
+    r->window = window;
+    for (int64_t s = 0; s < r->sequences; s++) {
+        int64_t unseen = r->length[s] - (r->q_begin[s + 1] - r->q_begin[s]) + 1 - window;
+        for (int64_t i = 0; i < unseen * width; i++) {
+            write_as(r->k, r->act, r->cache_begin[s] * width + i, NAN);
+            write_as(r->v, r->act, r->cache_begin[s] * width + i, NAN);
+        }
+    }
+}
+
+/* sinks above, among and below the scores, and one that is not there */
+static void ragged_sink(ragged *r) {
+    r->sinks = normals(r->q_heads, 31, 2);
+    r->sinks[0] = 40;
+    r->sinks[r->q_heads - 1] = -INFINITY;
+}
+
+static void ragged_free(ragged *r) { free(r->q), free(r->k), free(r->v), free(r->out), free(r->sinks); }
 
 static void ragged_run(const ragged *r, int threads, void *out) {
     float scale = 1 / sqrtf((float)r->head_dim);
     struct exc_attend_args a = {r->q, r->k, r->v, r->q_begin, r->cache_begin, r->length, r->sequences, r->q_heads, r->kv_heads,
-                                r->head_dim, scale, out, r->act};
+                                r->head_dim, scale, r->window, r->sinks, out, r->act};
     assert_int_equal(exc_cpu_attend(queue_of(threads), &a), EXC_OK);
 }
 
@@ -344,8 +367,9 @@ static void attend_check(const ragged *r) {
         for (int64_t t = r->q_begin[s]; t < r->q_begin[s + 1]; t++)
             for (int64_t h = 0; h < r->q_heads; h++) {
                 int64_t n = r->length[s] - (r->q_begin[s + 1] - t) + 1, kv = h / (r->q_heads / r->kv_heads);
-                double top = -INFINITY, sum = 0;
-                for (int64_t j = 0; j < n; j++) {
+                int64_t first = r->window && n > r->window ? n - r->window : 0;
+                double sink = r->sinks ? (double)r->sinks[h] : -INFINITY, top = sink, sum;
+                for (int64_t j = first; j < n; j++) {
                     p[j] = 0;
                     for (int64_t i = 0; i < D; i++)
                         p[j] += value(r->q, r->act, (t * r->q_heads + h) * D + i) *
@@ -353,10 +377,11 @@ static void attend_check(const ragged *r) {
                     p[j] *= scale;
                     top = fmax(top, p[j]);
                 }
-                for (int64_t j = 0; j < n; j++) sum += p[j] = exp(p[j] - top);
+                sum = exp(sink - top);
+                for (int64_t j = first; j < n; j++) sum += p[j] = exp(p[j] - top);
                 for (int64_t i = 0; i < D; i++) {
                     double want = 0;
-                    for (int64_t j = 0; j < n; j++)
+                    for (int64_t j = first; j < n; j++)
                         want += p[j] / sum * value(r->v, r->act, ((r->cache_begin[s] + j) * r->kv_heads + kv) * D + i);
                     close_to(value(r->out, r->act, (t * r->q_heads + h) * D + i), want, 3e-6 + ulp_of(r->act) / 2, 3e-6,
                              "attend");
@@ -385,10 +410,54 @@ static void attend_body(void) {
 
 static void attend_ragged(void **state) { at_every_level(attend_body); }
 
+static void window_body(void) {
+    static const int64_t windows[] = {1, 2, 7, 63, 64, 65, 128, 1000};
+    for (size_t w = 0; w < EXC_COUNT(windows); w++)
+        for (int with_sinks = 0; with_sinks < 2; with_sinks++) {
+            ragged r = ragged_make(shapes, 8, with_sinks ? 2 : 6, 2, 24, w & 1 ? EXC_F32 : EXC_BF16);
+            size_t bytes = (size_t)(r.tokens * r.q_heads * r.head_dim) * size_of(r.act);
+            ragged_narrow(&r, windows[w]);
+            if (with_sinks) ragged_sink(&r);
+            ragged_run(&r, 2, r.out);
+            attend_check(&r);
+            guarded(r.out, bytes);
+            ragged_free(&r);
+        }
+}
+
+static void attend_windows_and_sinks(void **state) { at_every_level(window_body); }
+
+/* pages in front of the window cannot be read at all */
+static void unread_body(void) {
+    static const int64_t one[][2] = {{1, 3000}};
+    ragged r = ragged_make(one, 1, 4, 2, 16, EXC_F32);
+    int64_t row = 2 * 16 * 4, page = 4096, hidden = (3001 - 70) * row / page * page;
+    size_t bytes = (size_t)(r.cache * row);
+    void *copy[2];
+    for (int i = 0; i < 2; i++) {
+        copy[i] = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        assert_ptr_not_equal(copy[i], MAP_FAILED);
+        memcpy(copy[i], i ? r.v : r.k, bytes);
+        assert_int_equal(mprotect(copy[i], (size_t)hidden, PROT_NONE), 0);
+    }
+    ragged behind = r;
+    behind.k = copy[0];
+    behind.v = copy[1];
+    behind.window = 70;
+    ragged_run(&behind, 2, r.out);
+    r.window = 70;
+    attend_check(&r);
+    for (int i = 0; i < 2; i++) munmap(copy[i], bytes);
+    ragged_free(&r);
+}
+
+static void attend_reads_only_the_window(void **state) { at_every_level(unread_body); }
+
 /* a prompt in one piece, in two pieces, token by token: the same bits */
-static void pieces_body(void) {
+static void pieces_of(int64_t window) {
     static const int64_t all[][2] = {{150, 150}};
     ragged r = ragged_make(all, 1, 4, 2, 32, EXC_BF16);
+    if (window) ragged_narrow(&r, window), ragged_sink(&r);
     size_t token = (size_t)(4 * 32 * 2);
     ragged_run(&r, 2, r.out);
     uint8_t *again = get(150 * token);
@@ -406,13 +475,22 @@ static void pieces_body(void) {
     ragged_free(&r);
 }
 
+static void pieces_body(void) {
+    pieces_of(0);
+    pieces_of(1);
+    pieces_of(37);
+    pieces_of(100);
+}
+
 static void attend_same_bits_in_pieces(void **state) { at_every_level(pieces_body); }
 
 /* long caches are spread over tasks when the batch is small, not when it is large: the same bits */
-static void spans_body(void) {
+static void spans_of(int64_t window) {
     static const int64_t one[][2] = {{3, 3000}}, many[][2] = {{3, 3000}, {160, 160}, {160, 160}, {160, 160}, {160, 160}};
     ragged a = ragged_make(one, 1, 4, 2, 16, EXC_F32), b = ragged_make(many, 5, 4, 2, 16, EXC_F32);
     size_t kv = (size_t)(3000 + 1) * 2 * 16 * 4, rows = 3 * 4 * 16 * 4;
+    a.window = b.window = window;
+    if (window) ragged_sink(&a), ragged_sink(&b);
     memcpy(b.q, a.q, rows);
     memcpy(b.k, a.k, kv);
     memcpy(b.v, a.v, kv);
@@ -423,6 +501,13 @@ static void spans_body(void) {
     assert_memory_equal(a.out, b.out, rows);
     ragged_free(&a);
     ragged_free(&b);
+}
+
+static void spans_body(void) {
+    spans_of(0);
+    spans_of(128);
+    spans_of(951);  /* from the middle of one span to the end */
+    spans_of(2000);
 }
 
 static void attend_long_caches(void **state) { at_every_level(spans_body); }
@@ -696,6 +781,8 @@ int main(void) {
         cmocka_unit_test(lens_projects),
         cmocka_unit_test(rope_turns_and_stores),
         cmocka_unit_test(attend_ragged),
+        cmocka_unit_test(attend_windows_and_sinks),
+        cmocka_unit_test(attend_reads_only_the_window),
         cmocka_unit_test(attend_same_bits_in_pieces),
         cmocka_unit_test(attend_long_caches),
         cmocka_unit_test(attend_nan_stays_where_it_is_seen),

@@ -28,9 +28,9 @@ TARGET void exc_store_avx512(const float (*out)[EXC_PAIR], int rows, int cols, f
     }
 }
 
-/* x / (1 + exp(-x)); exponents are held within +-87, where all steps stay normal numbers, and NaN passes through */
-BODY __m512 silu(__m512 x) {
-    __m512 t = _mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_sub_ps(_mm512_setzero_ps(), x));
+/* x / (1 + exp(-alpha x)); exponents are held within +-87, where all steps stay normal numbers, and NaN passes through */
+BODY __m512 swish(__m512 x, __m512 alpha) {
+    __m512 t = _mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_fnmadd_ps(alpha, x, _mm512_setzero_ps()));
     t = _mm512_max_ps(_mm512_set1_ps(-87.0f), t);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, _mm512_set1_ps(1.44269504f)), 8);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), t);
@@ -56,12 +56,24 @@ BODY __m512i round_bf16(__m512 v) {
     return _mm512_srli_epi32(_mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000)), 16);
 }
 
-BODY void gate(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, int act, const uint8_t *seen,
-               float *sum) {
+/* NaN passes: min and max return their second operand when one is NaN */
+BODY __m512 clamped(__m512 g, __m512 u, __m512 alpha, __m512 limit) {
+    g = _mm512_min_ps(limit, g);
+    u = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit), _mm512_min_ps(limit, u));
+    return _mm512_mul_ps(swish(g, alpha), _mm512_add_ps(u, _mm512_set1_ps(1.0f)));
+}
+
+BODY void gate(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride, int act,
+               const uint8_t *seen, float *sum) {
     __mmask16 some = cols >= 16 ? 0xffff : (__mmask16)((1u << cols) - 1);
-    __m512 total = _mm512_loadu_ps(sum);
+    __m512 total = _mm512_loadu_ps(sum), one = _mm512_set1_ps(1.0f);
+    __m512 alpha = _mm512_set1_ps(how->fn.alpha), limit = _mm512_set1_ps(how->fn.limit);
+    __m512 gate_bias = how->gate_bias ? _mm512_maskz_loadu_ps(some, how->gate_bias) : _mm512_setzero_ps();
+    __m512 up_bias = how->up_bias ? _mm512_maskz_loadu_ps(some, how->up_bias) : _mm512_setzero_ps();
     for (int r = 0; r < rows; r++) {
-        __m512 v = _mm512_mul_ps(silu(_mm512_loadu_ps(out[r])), _mm512_loadu_ps(out[r] + EXC_PANEL));
+        __m512 g = _mm512_add_ps(_mm512_loadu_ps(out[r]), gate_bias);
+        __m512 u = _mm512_add_ps(_mm512_loadu_ps(out[r] + EXC_PANEL), up_bias);
+        __m512 v = how->fn.kind == EXC_GLU_CLAMPED ? clamped(g, u, alpha, limit) : _mm512_mul_ps(swish(g, one), u);
         if (act == EXC_BF16) {
             __m512i half = round_bf16(v);
             _mm256_mask_storeu_epi16((uint16_t *)mid + r * stride, some, _mm512_cvtepi32_epi16(half));
@@ -74,14 +86,14 @@ BODY void gate(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int6
     _mm512_storeu_ps(sum, total);
 }
 
-TARGET void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
-                            float *sum) {
-    gate(out, rows, cols, mid, stride, EXC_BF16, seen, sum);
+TARGET void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride,
+                            const uint8_t *seen, float *sum) {
+    gate(out, rows, cols, how, mid, stride, EXC_BF16, seen, sum);
 }
 
-TARGET static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,
+TARGET static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride,
                             const uint8_t *seen, float *sum) {
-    gate(out, rows, cols, mid, stride, EXC_F32, seen, sum);
+    gate(out, rows, cols, how, mid, stride, EXC_F32, seen, sum);
 }
 
 /* ------------------------------------------------------------------------------------------------------------ gather */

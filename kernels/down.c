@@ -1,4 +1,4 @@
-/* down.c - second half of the experts: y f32 [rows,H] = mid [rows,I] Wd^T by expert, with fused capture of |y[r]|^2.
+/* down.c - second half of the experts: y f32 [rows,H] = mid [rows,I] Wd^T + bias by expert, with fused capture of |y[r]|^2.
  *
  * The squares are taken from the tile while it is stored: f32 by lane over a piece's columns, then one number a row and piece,
  * added up in f64 by row at the end. Pieces of an expert may run on different threads, so their numbers meet in a small
@@ -62,7 +62,8 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
         if (left <= 0) continue;
         float *y = a->y + (s->piece.row + first) * a->hidden + col;
         s->j->tile->store((const float (*)[EXC_PAIR])(out[0] + half * EXC_PANEL), rows,
-                          (int)(left < EXC_PANEL ? left : EXC_PANEL), y, a->hidden, NULL, NULL, square);
+                          (int)(left < EXC_PANEL ? left : EXC_PANEL), y, a->hidden,
+                          a->bias ? a->bias + s->piece.expert * a->hidden + col : NULL, NULL, square);
         exc_ask_rows(y + rows * a->hidden, a->hidden * 4, rows, EXC_PANEL * 4);
     }
     if (square && p == s->piece.last - 1) finish(s, square, first, rows);

@@ -1,4 +1,4 @@
-/* glu.c - first half of the experts: mid [rows,I] = silu(x Wg^T) * (x Wu^T), rows gathered by expert, with fused capture.
+/* glu.c - first half of the experts: mid [rows,I] of gate x Wg^T and up x Wu^T, rows gathered by expert, with fused capture.
  *
  * A tile multiplies a panel of gate and the same panel of up, so that both factors of 16 outputs meet in
  * registers; the product is rounded to the activation dtype, stored, and, for observed rows, added to the
@@ -72,10 +72,14 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
     uint8_t *seen = a->mid_sum ? s->seen + first % s->chunk : NULL;
     if (seen && p == s->piece.first)
         for (int i = 0; i < rows; i++) seen[i] = a->slot[token(a, r + i)] >= 0;
+    int64_t bias = s->piece.expert * a->inner + col;
+    exc_gated how = {.fn = a->activation,
+                     .gate_bias = a->gate_bias ? a->gate_bias + bias : NULL,
+                     .up_bias = a->up_bias ? a->up_bias + bias : NULL};
     size_t row_bytes = (size_t)a->inner * s->j->act_bytes;
     uint8_t *mid = (uint8_t *)a->mid + (size_t)r * row_bytes + (size_t)col * s->j->act_bytes;
     int in_blocks = seen && !s->j->add;
-    s->j->tile->gate(out, rows, cols, mid, a->inner, in_blocks ? seen : NULL, s->sum);
+    s->j->tile->gate(out, rows, cols, &how, mid, a->inner, in_blocks ? seen : NULL, s->sum);
     exc_ask_rows(mid + (size_t)rows * row_bytes, (int64_t)row_bytes, rows, EXC_PANEL * (int)s->j->act_bytes);
     if (seen && s->j->add)
         s->j->add(mid, row_bytes, a->act, rows, cols, seen, a->mid_sum + s->piece.expert * a->inner + col);
@@ -104,6 +108,7 @@ static void run(void *arg, size_t task, int worker) {
 exc_status exc_cpu_glu(exc_queue *q, const struct exc_glu_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
     if (!a->gate || !a->up || a->gate->dtype != a->up->dtype || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
+    if (a->activation.kind != EXC_GLU_SILU && a->activation.kind != EXC_GLU_CLAMPED) return EXC_ERR_USAGE;
     job j = {.a = a, .tile = exc_tile_for(a->act, a->gate->dtype), .q = q};
     if (!j.tile) return EXC_ERR_USAGE;
     if (q->reproducible) j.add = add_for();

@@ -24,6 +24,14 @@ size_t exc_packed_bytes(int64_t n, int64_t k, int dtype); /* pack.c */
 #define EXC_SQUARE_UNIT 0x1p-20
 #define EXC_EXACT_UNITS 0x1p53 /* f64 sums are exact below this many units */
 
+/* What makes one activation of gate g and up u. Clamped: g = min(g, limit), u = clamp(u, -limit, limit), then
+ * g * sigmoid(alpha * g) * (u + 1). */
+enum { EXC_GLU_SILU = 0, EXC_GLU_CLAMPED = 1 };
+typedef struct exc_activation {
+    int kind;           /* EXC_GLU_SILU: g * sigmoid(g) * u */
+    float alpha, limit; /* of EXC_GLU_CLAMPED */
+} exc_activation;
+
 enum { EXC_SIDE_OUT = 0, EXC_SIDE_IN = 1 };
 enum { EXC_GRAM_SAMPLES = 0, EXC_GRAM_WIDTH = 1 };
 size_t exc_subspace_bytes(int64_t layers, int64_t samples, int64_t width, int64_t rank, int workers); /* subspace.c */

@@ -23,6 +23,12 @@ typedef struct exc_weights {
     int64_t step;
 } exc_weights;
 
+/* How gate and up of a panel become activations: biases point at the panel's first column, or NULL. */
+typedef struct exc_gated {
+    exc_activation fn;
+    const float *gate_bias, *up_bias;
+} exc_gated;
+
 typedef struct exc_tile {
     int rows;     /* tallest tile */
     int k_step;   /* a gathered row is padded with zeros to a multiple of this many inputs */
@@ -36,10 +42,10 @@ typedef struct exc_tile {
      * [rows,16] or NULL gets the squares of y added by lane */
     void (*store)(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
                   const float *add, float (*square)[EXC_PANEL]);
-    /* mid[r, 0..cols) = silu(out[r][i]) * out[r][16+i], stored as act; where seen[r], added to sum f32 [16] as stored;
+    /* mid[r, 0..cols) of gate out[r][i] and up out[r][16+i], stored as act; where seen[r], added to sum f32 [16] as stored;
      * seen may be NULL */
-    void (*gate)(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
-                 float *sum);
+    void (*gate)(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride,
+                 const uint8_t *seen, float *sum);
 } exc_tile;
 
 /* NULL: operands outside the contract (bf16 activations with f32 weights) */
@@ -56,8 +62,8 @@ extern const exc_tile exc_tile_dot[EXC_TILES], exc_tile_amx[1];
 /* what follows a tile, with AVX-512 (avx512.c), for bf16 activations: AMX has no arithmetic of its own for it */
 void exc_store_avx512(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride, const float *bias,
                       const float *add, float (*square)[EXC_PANEL]);
-void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, const uint8_t *seen,
-                     float *sum);
+void exc_gate_avx512(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride,
+                     const uint8_t *seen, float *sum);
 
 /* One sweep: `rows` rows times panel pairs [first,last). Rows are gathered a chunk at a time (as many as stay in the
  * second-level cache), then every pair is multiplied with all tiles of the chunk, in ascending rows. */
@@ -184,7 +190,16 @@ EXC_INLINE float exc_exp(float x) {
     return p * exc_from_bits((exc_to_bits(shifted) << 23) + 0x3f800000u);
 }
 
-EXC_INLINE float exc_silu(float x) { return x / (1.0f + exc_exp(-x)); }
+/* x * sigmoid(alpha * x) */
+EXC_INLINE float exc_swish(float x, float alpha) { return x / (1.0f + exc_exp(-alpha * x)); }
+
+/* comparisons that let NaN through */
+EXC_INLINE float exc_clamped_glu(float g, float u, float alpha, float limit) {
+    g = g > limit ? limit : g;
+    u = u > limit ? limit : u;
+    u = u < -limit ? -limit : u;
+    return exc_swish(g, alpha) * (u + 1.0f);
+}
 
 EXC_INLINE void exc_store_body(const float (*out)[EXC_PAIR], int rows, int cols, float *y, int64_t stride,
                                const float *bias, const float *add, float (*square)[EXC_PANEL]) {
@@ -202,17 +217,25 @@ EXC_INLINE void exc_store_body(const float (*out)[EXC_PAIR], int rows, int cols,
     }
 }
 
-EXC_INLINE void exc_gate_body(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride, int act,
-                              const uint8_t *seen, float *sum) {
+EXC_INLINE void exc_gate_body(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid,
+                              int64_t stride, int act, const uint8_t *seen, float *sum) {
+    float gate_bias[EXC_PANEL] = {0}, up_bias[EXC_PANEL] = {0}, alpha = how->fn.alpha, limit = how->fn.limit;
+    if (how->gate_bias) __builtin_memcpy(gate_bias, how->gate_bias, (size_t)cols * sizeof(float));
+    if (how->up_bias) __builtin_memcpy(up_bias, how->up_bias, (size_t)cols * sizeof(float));
     for (int r = 0; r < rows; r++) {
-        float v[EXC_PANEL];
-        for (int i = 0; i < EXC_PANEL; i++) v[i] = exc_silu(out[r][i]) * out[r][EXC_PANEL + i];
+        float v[EXC_PANEL], g[EXC_PANEL], u[EXC_PANEL];
+        for (int i = 0; i < EXC_PANEL; i++) g[i] = out[r][i] + gate_bias[i];
+        for (int i = 0; i < EXC_PANEL; i++) u[i] = out[r][EXC_PANEL + i] + up_bias[i];
+        if (how->fn.kind == EXC_GLU_CLAMPED)
+            for (int i = 0; i < EXC_PANEL; i++) v[i] = exc_clamped_glu(g[i], u[i], alpha, limit);
+        else
+            for (int i = 0; i < EXC_PANEL; i++) v[i] = exc_swish(g[i], 1.0f) * u[i];
         if (act == EXC_BF16) {
             uint16_t half[EXC_PANEL], *to = (uint16_t *)mid + r * stride;
             for (int i = 0; i < EXC_PANEL; i++) {
-                uint32_t u = exc_round_bf16(v[i]);
-                half[i] = (uint16_t)u;
-                v[i] = exc_from_bits(u << 16);
+                uint32_t bits = exc_round_bf16(v[i]);
+                half[i] = (uint16_t)bits;
+                v[i] = exc_from_bits(bits << 16);
             }
             if (cols == EXC_PANEL) __builtin_memcpy(to, half, sizeof half);
             else __builtin_memcpy(to, half, (size_t)cols * 2);
@@ -242,13 +265,13 @@ EXC_INLINE void exc_gather_body(const void *const *row, int rows, int64_t k, int
                              const float *bias, const float *add, float (*square)[EXC_PANEL]) {                     \
         exc_store_body(out, rows, cols, y, stride, bias, add, square);                                              \
     }                                                                                                                \
-    target static void gate_bf16(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,       \
-                                 const uint8_t *seen, float *sum) {                                                 \
-        exc_gate_body(out, rows, cols, mid, stride, EXC_BF16, seen, sum);                                           \
+    target static void gate_bf16(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, \
+                                 int64_t stride, const uint8_t *seen, float *sum) {                                 \
+        exc_gate_body(out, rows, cols, how, mid, stride, EXC_BF16, seen, sum);                                      \
     }                                                                                                                \
-    target static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, void *mid, int64_t stride,        \
-                                const uint8_t *seen, float *sum) {                                                  \
-        exc_gate_body(out, rows, cols, mid, stride, EXC_F32, seen, sum);                                            \
+    target static void gate_f32(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid,  \
+                                int64_t stride, const uint8_t *seen, float *sum) {                                  \
+        exc_gate_body(out, rows, cols, how, mid, stride, EXC_F32, seen, sum);                                       \
     }
 
 #endif

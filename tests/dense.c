@@ -295,12 +295,15 @@ static void permute_is_stable(void **state) {
 typedef struct experts_case {
     int act, weights;
     int64_t tokens, top_k, experts, hidden, inner;
-    int skew; /* 1: half of all choices are expert 0 */
+    int skew;    /* 1: half of all choices are expert 0 */
+    int clamped; /* 1: biases everywhere and a clamped activation whose bounds are hit often */
 } experts_case;
 
 typedef struct experts {
     const experts_case *c;
     void *x, *gate_w, *up_w, *down_w;
+    float *gate_bias, *up_bias, *down_bias; /* [E,I], [E,I], [E,H] or NULL */
+    exc_activation activation;
     exc_packed *gate, *up, *down; /* [E] */
     int32_t *ids, *row_of, *pair_of, *slot;
     int64_t *offset, rows;
@@ -326,6 +329,12 @@ static experts experts_make(const experts_case *c) {
     x.gate_w = random_array(c->weights, E * I * H, 22, 1 / sqrtf((float)H));
     x.up_w = random_array(c->weights, E * I * H, 23, 1 / sqrtf((float)H));
     x.down_w = random_array(c->weights, E * I * H, 24, 1 / sqrtf((float)I));
+    if (c->clamped) {
+        x.gate_bias = random_array(EXC_F32, E * I, 26, 0.5f);
+        x.up_bias = random_array(EXC_F32, E * I, 27, 0.5f);
+        x.down_bias = random_array(EXC_F32, E * H, 28, 0.5f);
+        x.activation = (exc_activation){EXC_GLU_CLAMPED, 1.702f, 0.75f};
+    }
     x.gate = pack_all(x.gate_w, c->weights, E, I, H);
     x.up = pack_all(x.up_w, c->weights, E, I, H);
     x.down = pack_all(x.down_w, c->weights, E, H, I);
@@ -348,7 +357,8 @@ static experts experts_make(const experts_case *c) {
 }
 
 static void experts_free(experts *x) {
-    void *all[] = {x->x, x->gate_w, x->up_w, x->down_w, x->ids, x->row_of, x->pair_of, x->slot, x->offset};
+    void *all[] = {x->x,   x->gate_w, x->up_w,    x->down_w, x->gate_bias, x->up_bias, x->down_bias,
+                   x->ids, x->row_of, x->pair_of, x->slot,   x->offset};
     for (size_t i = 0; i < EXC_COUNT(all); i++) free(all[i]);
     unpack_all(x->gate, x->c->experts);
     unpack_all(x->up, x->c->experts);
@@ -364,13 +374,17 @@ static void check_glu(const experts *x, const void *mid) {
     for (int64_t r = 0; r < x->rows; r++)
         for (int64_t i = 0; i < I; i++) {
             int64_t e = expert_of(x, r), t = x->pair_of[r] / c->top_k;
-            double g = 0, u = 0;
+            double g = c->clamped ? (double)x->gate_bias[e * I + i] : 0, u = c->clamped ? (double)x->up_bias[e * I + i] : 0;
             for (int64_t h = 0; h < H; h++) {
                 double v = value(x->x, c->act, t * H + h);
                 g += v * value(x->gate_w, c->weights, (e * I + i) * H + h);
                 u += v * value(x->up_w, c->weights, (e * I + i) * H + h);
             }
-            double want = g / (1 + exp(-g)) * u, got = value(mid, c->act, r * I + i);
+            double want = g / (1 + exp(-g)) * u, got = value(mid, c->act, r * I + i), limit = (double)x->activation.limit;
+            if (c->clamped) {
+                double low = fmin(g, limit);
+                want = low / (1 + exp((double)-x->activation.alpha * low)) * (fmax(fmin(u, limit), -limit) + 1);
+            }
             /* g and u err by sqrt(H) 2^-24 of their size, which is 1 */
             double tolerance = 8 * sqrt((double)H) * 0x1p-24 * (fabs(g) + fabs(u) + 1) +
                                fabs(want) * (c->act == EXC_BF16 ? 0x1.01p-8 : 0x1p-21);
@@ -384,7 +398,7 @@ static void check_down(const experts *x, const void *mid, const float *y) {
     int64_t H = c->hidden, I = c->inner;
     for (int64_t r = 0; r < x->rows; r++)
         for (int64_t h = 0; h < H; h++) {
-            double want = 0, size = 0;
+            double want = c->clamped ? (double)x->down_bias[expert_of(x, r) * H + h] : 0, size = 0;
             for (int64_t i = 0; i < I; i++) {
                 double v = value(mid, c->act, r * I + i) * value(x->down_w, c->weights, (expert_of(x, r) * H + h) * I + i);
                 want += v;
@@ -428,12 +442,13 @@ static void experts_against_f64(const experts_case *c) {
             int to = capture && threads > 1;
             for (int64_t i = 0; i < E * I; i++) sum[to][i] = 1;
             for (int64_t e = 0; e < E; e++) square[to][e] = 1;
-            struct exc_glu_args g = {.x = x.x, .act = c->act, .gate = x.gate, .up = x.up, .offset = x.offset,
-                                     .pair_of = x.pair_of, .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H,
+            struct exc_glu_args g = {.x = x.x, .act = c->act, .gate = x.gate, .up = x.up,
+                                     .gate_bias = x.gate_bias, .up_bias = x.up_bias, .activation = x.activation,
+                                     .offset = x.offset, .pair_of = x.pair_of, .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H,
                                      .inner = I, .mid = mid[to], .slot = capture ? x.slot : NULL,
                                      .mid_sum = capture ? sum[to] : NULL};
-            struct exc_down_args d = {.mid = mid[to], .act = c->act, .down = x.down, .offset = x.offset, .pair_of = x.pair_of,
-                                      .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H, .inner = I,
+            struct exc_down_args d = {.mid = mid[to], .act = c->act, .down = x.down, .bias = x.down_bias, .offset = x.offset,
+                                      .pair_of = x.pair_of, .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H, .inner = I,
                                       .y = y[to], .slot = capture ? x.slot : NULL, .sqnorm_sum = capture ? square[to] : NULL};
             assert_int_equal(exc_cpu_glu(queue_of(threads), &g), EXC_OK);
             assert_int_equal(exc_cpu_down(queue_of(threads), &d), EXC_OK);
@@ -531,23 +546,24 @@ static void experts_same_bits_for_any_split(void **state) { at_every_level(split
 
 static void experts_shapes(void) {
     static const int kinds[][2] = {{EXC_BF16, EXC_BF16}, {EXC_F32, EXC_BF16}, {EXC_F32, EXC_F32}};
-    for (int d = 0; d < 3; d++) {
-        experts_against_f64(&(experts_case){kinds[d][0], kinds[d][1], 1, 1, 1, 1, 1, 0});
-        experts_against_f64(&(experts_case){kinds[d][0], kinds[d][1], 1, 8, 16, 127, 33, 0});
-        experts_against_f64(&(experts_case){kinds[d][0], kinds[d][1], 31, 2, 5, 33, 31, 0});
-        experts_against_f64(&(experts_case){kinds[d][0], kinds[d][1], 127, 4, 7, 48, 65, 1});
-        experts_against_f64(&(experts_case){kinds[d][0], kinds[d][1], 0, 4, 7, 48, 65, 0});
+    for (int d = 0; d < 6; d++) {
+        int act = kinds[d % 3][0], weights = kinds[d % 3][1], clamped = d / 3;
+        experts_against_f64(&(experts_case){act, weights, 1, 1, 1, 1, 1, 0, clamped});
+        experts_against_f64(&(experts_case){act, weights, 1, 8, 16, 127, 33, 0, clamped});
+        experts_against_f64(&(experts_case){act, weights, 31, 2, 5, 33, 31, 0, clamped});
+        experts_against_f64(&(experts_case){act, weights, 127, 4, 7, 48, 65, 1, clamped});
+        experts_against_f64(&(experts_case){act, weights, 0, 4, 7, 48, 65, 0, clamped});
     }
     /* several pieces an expert, several blocks of rows, chunks of gathered rows */
-    experts_against_f64(&(experts_case){EXC_BF16, EXC_BF16, 300, 2, 3, 320, 70, 1});
-    experts_against_f64(&(experts_case){EXC_F32, EXC_BF16, 1200, 1, 2, 40, 18, 1});
+    experts_against_f64(&(experts_case){EXC_BF16, EXC_BF16, 300, 2, 3, 320, 70, 1, 1});
+    experts_against_f64(&(experts_case){EXC_F32, EXC_BF16, 1200, 1, 2, 40, 18, 1, 0});
 }
 
 static void experts_at_every_level(void **state) { at_every_level(experts_shapes); }
 
 /* a dense MLP is one expert, pair_of NULL, and equals the same thing routed */
 static void dense_is_one_expert(void) {
-    experts_case c = {EXC_BF16, EXC_BF16, 45, 1, 1, 64, 48, 0};
+    experts_case c = {EXC_BF16, EXC_BF16, 45, 1, 1, 64, 48, 0, 0};
     experts x = experts_make(&c);
     size_t bytes = (size_t)(x.rows * c.inner) * 2;
     uint8_t *a = get(bytes), *b = get(bytes);

@@ -43,6 +43,8 @@ static const exc_module *opened(const char *path)
     void *lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!lib) {
         snprintf(why, sizeof why, "%s", dlerror());
+        for (char *c = why; *c; c++)
+            if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ') *c = ' '; /* it is quoted in JSON */
         return NULL;
     }
     union { void *object; exc_module_open_fn function; } entry = {dlsym(lib, "exc_module_open")};

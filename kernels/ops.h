@@ -14,7 +14,7 @@ extern "C" {
  * inputs (2i, 2i+1) sixteen outputs x two values (64 bytes), k padded with zeros to a multiple of 32, n to one of 16. This is
  * what vdpbf16ps (AVX-512), tdpbf16ps (AMX) and, by shift and mask, AVX2 eat directly, and oneDNN's BA16a16b2a.
  * f32: for each input sixteen outputs (64 bytes), same padding. Quantised weights stay as they are stored: e4m3 and fp4 codes by
- * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h). 
+ * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h).
  * On a device the same bytes are plain rows, [n to whole 16][k to whole 32] row-major, padding zero; the scales of quantised
  * weights follow all codes. */
 typedef struct exc_packed {

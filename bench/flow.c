@@ -155,8 +155,8 @@ static void attend_row(bench *b, const char *name, const char *shape, int64_t se
     fill_bf16(b, v, (size_t)(C * KV * D), 1, 67);
     for (int64_t s = 0; s <= sequences; s++) begin[s] = s * queries;
     for (int64_t s = 0; s < sequences; s++) base[s] = s * length, len[s] = length;
-    struct exc_attend_args a = {.q = q, .cache_k = k, .cache_v = v, .q_begin = begin, .cache_begin = base, .length = len, .sequences = sequences,
-        .q_heads = Q, .kv_heads = KV, .head_dim = D, .scale = 0.0883883f, .out = out, .act = EXC_BF16};
+    struct exc_attend_args a = {.q = q, .cache_k = k, .key_stride = KV * D, .cache_v = v, .value_stride = KV * D, .q_begin = begin, .cache_begin = base, .length = len, .sequences = sequences,
+        .q_heads = Q, .kv_heads = KV, .head_dim = D, .value_dim = D, .scale = 0.0883883f, .out = out, .act = EXC_BF16};
     run_attend(b, &a);
     double visible = (double)length - ((double)queries - 1) / 2;
     row r = {.name = name, .shape = shape, .against = against, .error = attend_error(&a, q, k, v), .limit = 0x1p-6,

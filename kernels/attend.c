@@ -1,9 +1,9 @@
 /* attend.c - causal softmax attention of a ragged batch against the KV cache; prefill and decode are one code path.
  *
- * A unit of work is one KV head of one sequence and a block of up to 64 query rows: the query heads that share the KV head, token
- * by token. Keys come in blocks of 64, ascending; each block is unpacked once to f32 for all rows, multiplied, softened
- * online (running maximum and sum) and applied to the values. A row's arithmetic is a chain over its own visible keys:
- * neither its neighbours nor the batch show in its bits. Keys before the window of a unit's first row are never read. A
+ * A unit of work is one KV head of one sequence and a block of up to 64 query rows: the query heads that share the KV head (a
+ * part of them, where they are more), token by token. Keys come in blocks of 64, ascending; each block is unpacked once to
+ * f32 for all rows, multiplied, softened online (running maximum and sum) and applied to the values. A row's arithmetic is
+ * a chain over its own visible keys: neither its neighbours nor the batch show in its bits. Keys before the window of a unit's first row are never read. A
  * sink joins the maximum and the sum when a row is finished.
  *
  * Long caches are cut into spans of 1024 keys. A span starts its own maximum, sum and output, and spans are merged in
@@ -22,22 +22,25 @@ typedef struct job {
     const struct exc_attend_args *a;
     const exc_heads *with;
     exc_queue *q;
-    int64_t group, tokens; /* query heads of a KV head; query tokens of a unit */
-    int64_t width;         /* head_dim up to a multiple of 16 */
+    int64_t group;         /* query heads of a KV head */
+    int64_t part, parts;   /* of them in a unit; units that share a KV head */
+    int64_t tokens, rows;  /* most query tokens and rows of a unit */
+    int64_t width, wide;   /* head_dim and value_dim up to a multiple of 16 */
     int64_t *first;        /* [sequences+1] query blocks before each sequence */
     size_t units, per_task, size;
     int64_t spans;         /* most spans of a unit when spread, else 0 */
-    float *partial;        /* [units][spans][ROWS][width + 2] */
+    float *partial;        /* [units][spans][rows][wide + 2] */
 } job;
 
 /* a worker's block of scratch */
 typedef struct room {
-    float *q, *keys, *values, *scores, *out, *total; /* [ROWS,width] [width,64] [64,width] [ROWS,64] [ROWS,width] twice */
+    float *q, *keys, *values, *scores, *out, *total; /* [ROWS,width] [width,64] [64,wide] [ROWS,64] [ROWS,wide] twice */
     float m[ROWS], sum[ROWS], total_m[ROWS], total_sum[ROWS];
 } room;
 
 typedef struct unit {
-    int64_t sequence, kv, token, tokens; /* query tokens token .. token+tokens-1 of the sequence */
+    int64_t sequence, kv, head, heads;   /* query heads head .. head+heads-1 */
+    int64_t token, tokens;               /* query tokens token .. token+tokens-1 of the sequence */
     int64_t visible;                     /* cached tokens up to its first one: that token sees the last `window` of them */
     int64_t rows;
 } unit;
@@ -46,39 +49,40 @@ static size_t carve(const job *j, float *at, room *r) {
     float *start = at;
     r->q = at, at += ROWS * j->width;
     r->keys = at, at += EXC_KEYS * j->width;
-    r->values = at, at += EXC_KEYS * j->width;
+    r->values = at, at += EXC_KEYS * j->wide;
     r->scores = at, at += ROWS * EXC_KEYS + LANES; /* soften fills up its last vector */
-    r->out = at, at += ROWS * j->width;
-    r->total = at, at += ROWS * j->width;
+    r->out = at, at += ROWS * j->wide;
+    r->total = at, at += ROWS * j->wide;
     return (size_t)(at - start) * sizeof(float);
 }
 
 static unit unit_at(const job *j, size_t i) {
     const struct exc_attend_args *a = j->a;
-    int64_t block = (int64_t)i / a->kv_heads, low = 0, high = a->sequences;
+    int64_t share = a->kv_heads * j->parts, block = (int64_t)i / share, low = 0, high = a->sequences;
     while (high - low > 1) {
         int64_t middle = (low + high) / 2;
         if (j->first[middle] <= block) low = middle;
         else high = middle;
     }
     int64_t count = a->q_begin[low + 1] - a->q_begin[low];
-    unit u = {.sequence = low, .kv = (int64_t)i % a->kv_heads, .token = (block - j->first[low]) * j->tokens};
+    int64_t kv = (int64_t)i % share / j->parts, from = (int64_t)i % j->parts * j->part;
+    unit u = {.sequence = low, .kv = kv, .head = kv * j->group + from, .token = (block - j->first[low]) * j->tokens};
+    u.heads = exc_least(j->part, j->group - from);
     u.tokens = exc_least(j->tokens, count - u.token);
     u.visible = a->length[low] - count + u.token + 1;
-    u.rows = u.tokens * j->group;
+    u.rows = u.tokens * u.heads;
     return u;
 }
 
-static size_t query_at(const job *j, const unit *u, int64_t row) {
-    const struct exc_attend_args *a = j->a;
-    int64_t t = a->q_begin[u->sequence] + u->token + row / j->group;
-    return (size_t)((t * a->q_heads + u->kv * j->group + row % j->group) * a->head_dim) * j->size;
+/* bytes to the query, or with value_dim the output, of a row */
+static size_t query_at(const job *j, const unit *u, int64_t row, int64_t dim) {
+    int64_t t = j->a->q_begin[u->sequence] + u->token + row / u->heads;
+    return (size_t)((t * j->a->q_heads + u->head + row % u->heads) * dim) * j->size;
 }
 
-static const void *cached(const job *j, const void *cache, const unit *u, int64_t key) {
-    const struct exc_attend_args *a = j->a;
-    int64_t row = a->cache_begin[u->sequence] + key;
-    return (const uint8_t *)cache + (size_t)((row * a->kv_heads + u->kv) * a->head_dim) * j->size;
+static const void *cached(const job *j, const void *cache, const unit *u, int64_t key, int64_t stride, int64_t dim) {
+    int64_t row = j->a->cache_begin[u->sequence] + key;
+    return (const uint8_t *)cache + (size_t)(row * stride + u->kv * dim) * j->size;
 }
 
 /* keys of the unit: from the first that its first token sees to the last of its last token */
@@ -100,54 +104,54 @@ static int within(const stretch *k, int64_t key) {
 }
 
 static int before(const job *j, const unit *u, int64_t row, const stretch *k) {
-    return j->a->window ? within(k, u->visible + row / j->group - j->a->window) : 0;
+    return j->a->window ? within(k, u->visible + row / u->heads - j->a->window) : 0;
 }
 
 static int seen(const job *j, const unit *u, int64_t row, const stretch *k) {
-    return within(k, u->visible + row / j->group);
+    return within(k, u->visible + row / u->heads);
 }
 
-/* out [width] of one row += its scores of keys [first, last) x values */
+/* out [wide] of one row += its scores of keys [first, last) x values */
 static void apply_row(const job *j, room *r, int64_t row, int first, int last, int64_t at, int vectors) {
     if (first >= last) return;
-    j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, 1, r->values + first * j->width + at, j->width,
-                      last - first, r->out + row * j->width + at, j->width, vectors, 1);
+    j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, 1, r->values + first * j->wide + at, j->wide,
+                      last - first, r->out + row * j->wide + at, j->wide, vectors, 1);
 }
 
 /* out[row..row+n) += scores x values: the keys that all n rows see together, what a row sees before and behind them alone */
 static void apply(const job *j, const unit *u, room *r, int64_t row, int n, const stretch *k) {
     int first = before(j, u, row + n - 1, k), last = seen(j, u, row, k);
     if (last < first) last = first;
-    for (int64_t at = 0; at < j->width; at += EXC_KEYS) {
-        int vectors = (int)(exc_least(EXC_KEYS, j->width - at) / LANES);
+    for (int64_t at = 0; at < j->wide; at += EXC_KEYS) {
+        int vectors = (int)(exc_least(EXC_KEYS, j->wide - at) / LANES);
         for (int i = 0; i < n; i++) {
             int own = seen(j, u, row + i, k);
             apply_row(j, r, row + i, before(j, u, row + i, k), own < first ? own : first, at, vectors);
         }
         if (first < last)
-            j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, n, r->values + first * j->width + at, j->width,
-                              last - first, r->out + row * j->width + at, j->width, vectors, 1);
+            j->with->multiply(r->scores + row * EXC_KEYS + first, EXC_KEYS, n, r->values + first * j->wide + at, j->wide,
+                              last - first, r->out + row * j->wide + at, j->wide, vectors, 1);
         for (int i = 0; i < n; i++) apply_row(j, r, row + i, last, seen(j, u, row + i, k), at, vectors);
     }
 }
 
 static void block(const job *j, const unit *u, room *r, const stretch *k) {
     const struct exc_attend_args *a = j->a;
-    int64_t stride = a->kv_heads * a->head_dim;
-    j->with->turn(cached(j, a->cache_k, u, k->from), stride, a->act, k->n, a->head_dim, r->keys);
-    j->with->widen(cached(j, a->cache_v, u, k->from), stride, a->act, k->n, a->head_dim, j->width, r->values);
+    int64_t D = a->head_dim, V = a->value_dim;
+    j->with->turn(cached(j, a->cache_k, u, k->from, a->key_stride, D), a->key_stride, a->act, k->n, D, r->keys);
+    j->with->widen(cached(j, a->cache_v, u, k->from, a->value_stride, V), a->value_stride, a->act, k->n, V, j->wide, r->values);
     for (int64_t row = 0; row < u->rows; row += 4) {
         int n = (int)exc_least(4, u->rows - row), last = seen(j, u, row + n - 1, k);
         if (before(j, u, row, k) >= last) continue;
         float *scores = r->scores + row * EXC_KEYS;
-        j->with->multiply(r->q + row * j->width, j->width, n, r->keys, EXC_KEYS, a->head_dim, scores, EXC_KEYS,
+        j->with->multiply(r->q + row * j->width, j->width, n, r->keys, EXC_KEYS, D, scores, EXC_KEYS,
                           (last + LANES - 1) / LANES, 0);
         for (int i = 0; i < n; i++) {
             int first = before(j, u, row + i, k), own = seen(j, u, row + i, k) - first;
             float factor = 1.0f;
             if (own > 0)
                 j->with->soften(scores + i * EXC_KEYS + first, own, a->scale, &r->m[row + i], &r->sum[row + i], &factor);
-            if (factor != 1.0f) j->with->scale(r->out + (row + i) * j->width, j->width, factor);
+            if (factor != 1.0f) j->with->scale(r->out + (row + i) * j->wide, j->wide, factor);
         }
         apply(j, u, r, row, n, k);
     }
@@ -156,7 +160,7 @@ static void block(const job *j, const unit *u, room *r, const stretch *k) {
 /* the keys of one span that the unit sees into r->out, m, sum; blocks begin at multiples of 64 whoever shares the unit */
 static void span(const job *j, const unit *u, room *r, int64_t from) {
     int64_t end = exc_least(from + SPAN, end_key(u)), first = first_key(j, u);
-    memset(r->out, 0, (size_t)(u->rows * j->width) * sizeof(float));
+    memset(r->out, 0, (size_t)(u->rows * j->wide) * sizeof(float));
     for (int64_t row = 0; row < u->rows; row++) r->m[row] = -__builtin_inff(), r->sum[row] = 0;
     for (int64_t next; from < end; from = next) {
         next = exc_least(from + EXC_KEYS, end);
@@ -169,9 +173,9 @@ static void span(const job *j, const unit *u, room *r, int64_t from) {
 static void merge(const job *j, float *total, float *total_m, float *total_sum, float *out, float m, float sum) {
     if (sum == 0) return;
     float top = m > *total_m ? m : *total_m, old = exc_exp_down(*total_m - top), new = exc_exp_down(m - top);
-    j->with->scale(total, j->width, old);
-    j->with->scale(out, j->width, new);
-    for (int64_t i = 0; i < j->width; i++) total[i] += out[i];
+    j->with->scale(total, j->wide, old);
+    j->with->scale(out, j->wide, new);
+    for (int64_t i = 0; i < j->wide; i++) total[i] += out[i];
     *total_sum = *total_sum * old + sum * new;
     *total_m = top;
 }
@@ -179,21 +183,22 @@ static void merge(const job *j, float *total, float *total_m, float *total_sum, 
 /* one row's output: total / sum, where a sink counts as one more key of that score, without a value */
 static void finish(const job *j, const unit *u, int64_t row, const float *total, float m, float sum) {
     float by = 1.0f;
+    int64_t V = j->a->value_dim;
     if (j->a->sinks) {
-        float sink = j->a->sinks[u->kv * j->group + row % j->group], top = m > sink ? m : sink;
+        float sink = j->a->sinks[u->head + row % u->heads], top = m > sink ? m : sink;
         by = exc_exp_down(m - top);
         sum = sum * by + exc_exp_down(sink - top);
     }
-    j->with->round(total, j->a->head_dim, by / sum, (uint8_t *)j->a->out + query_at(j, u, row), j->a->act);
+    j->with->round(total, V, by / sum, (uint8_t *)j->a->out + query_at(j, u, row, V), j->a->act);
 }
 
 static void finish_all(const job *j, const unit *u, const float *total, const float *m, const float *sum) {
-    for (int64_t row = 0; row < u->rows; row++) finish(j, u, row, total + row * j->width, m[row], sum[row]);
+    for (int64_t row = 0; row < u->rows; row++) finish(j, u, row, total + row * j->wide, m[row], sum[row]);
 }
 
 static void load_queries(const job *j, const unit *u, room *r) {
     for (int64_t row = 0; row < u->rows; row++)
-        j->with->widen((const uint8_t *)j->a->q + query_at(j, u, row), 0, j->a->act, 1, j->a->head_dim, j->width,
+        j->with->widen((const uint8_t *)j->a->q + query_at(j, u, row, j->a->head_dim), 0, j->a->act, 1, j->a->head_dim, j->width,
                        r->q + row * j->width);
 }
 
@@ -206,13 +211,13 @@ static void whole(const job *j, const unit *u, room *r) {
         return;
     }
     size_t bytes = (size_t)u->rows * sizeof(float);
-    memcpy(r->total, r->out, bytes * (size_t)j->width);
+    memcpy(r->total, r->out, bytes * (size_t)j->wide);
     memcpy(r->total_m, r->m, bytes);
     memcpy(r->total_sum, r->sum, bytes);
     while ((from += SPAN) < end_key(u)) {
         span(j, u, r, from);
         for (int64_t row = 0; row < u->rows; row++)
-            merge(j, r->total + row * j->width, &r->total_m[row], &r->total_sum[row], r->out + row * j->width, r->m[row],
+            merge(j, r->total + row * j->wide, &r->total_m[row], &r->total_sum[row], r->out + row * j->wide, r->m[row],
                   r->sum[row]);
     }
     finish_all(j, u, r->total, r->total_m, r->total_sum);
@@ -228,9 +233,9 @@ static void run_whole(void *arg, size_t task, int worker) {
     }
 }
 
-/* where row 0 of a unit's result of its s-th span is kept: out [width], m, sum a row */
+/* where row 0 of a unit's result of its s-th span is kept: out [wide], m, sum a row */
 static float *kept(const job *j, size_t i, int64_t s) {
-    return j->partial + ((int64_t)i * j->spans + s) * ROWS * (j->width + 2);
+    return j->partial + ((int64_t)i * j->spans + s) * j->rows * (j->wide + 2);
 }
 
 static void run_span(void *arg, size_t task, int worker) {
@@ -245,10 +250,10 @@ static void run_span(void *arg, size_t task, int worker) {
     load_queries(j, &u, &r);
     span(j, &u, &r, from);
     float *to = kept(j, i, s);
-    for (int64_t row = 0; row < u.rows; row++, to += j->width + 2) {
-        memcpy(to, r.out + row * j->width, (size_t)j->width * sizeof(float));
-        to[j->width] = r.m[row];
-        to[j->width + 1] = r.sum[row];
+    for (int64_t row = 0; row < u.rows; row++, to += j->wide + 2) {
+        memcpy(to, r.out + row * j->wide, (size_t)j->wide * sizeof(float));
+        to[j->wide] = r.m[row];
+        to[j->wide + 1] = r.sum[row];
     }
 }
 
@@ -256,14 +261,14 @@ static void run_merge(void *arg, size_t task, int worker) {
     const job *j = arg;
     (void)worker;
     unit u = unit_at(j, task);
-    int64_t step = j->width + 2, spans = (end_key(&u) + SPAN - 1) / SPAN - first_key(j, &u) / SPAN;
+    int64_t step = j->wide + 2, spans = (end_key(&u) + SPAN - 1) / SPAN - first_key(j, &u) / SPAN;
     for (int64_t row = 0; row < u.rows; row++) {
         float *total = kept(j, task, 0) + row * step;
         for (int64_t s = 1; s < spans; s++) {
             float *out = kept(j, task, s) + row * step;
-            merge(j, total, total + j->width, total + j->width + 1, out, out[j->width], out[j->width + 1]);
+            merge(j, total, total + j->wide, total + j->wide + 1, out, out[j->wide], out[j->wide + 1]);
         }
-        finish(j, &u, row, total, total[j->width], total[j->width + 1]);
+        finish(j, &u, row, total, total[j->wide], total[j->wide + 1]);
     }
 }
 
@@ -281,21 +286,23 @@ static int plan(job *j) {
     j->first = (int64_t *)shared;
     j->first[0] = 0;
     double flops = 0;
-    int64_t longest = 0;
+    int64_t longest = 0, most = 0;
     for (int64_t s = 0; s < a->sequences; s++) {
         int64_t n = a->q_begin[s + 1] - a->q_begin[s];
         j->first[s + 1] = j->first[s] + (n + j->tokens - 1) / j->tokens;
         int64_t keys = most_keys(j, a->length[s]);
-        flops += 4.0 * (double)(a->q_heads * a->head_dim) * (double)n * (double)keys;
+        flops += 2.0 * (double)(a->q_heads * (a->head_dim + a->value_dim)) * (double)n * (double)keys;
         if (n && keys > longest) longest = keys;
+        if (n > most) most = n;
     }
-    j->units = (size_t)(j->first[a->sequences] * a->kv_heads);
+    j->rows = exc_least(j->tokens, most) * j->part;
+    j->units = (size_t)(j->first[a->sequences] * a->kv_heads * j->parts);
     if (!j->units) return 1;
     double per_unit = flops / (double)j->units;
     j->per_task = per_unit >= TASK_FLOPS ? 1 : (size_t)(TASK_FLOPS / (per_unit + 1)) + 1;
     int64_t spans = (longest + SPAN - 1) / SPAN + (a->window > 0); /* a window may begin within a span */
     list = (list + 63) / 64 * 64;
-    size_t need = j->units * (size_t)spans * ROWS * (size_t)(j->width + 2) * sizeof(float);
+    size_t need = j->units * (size_t)(spans * j->rows * (j->wide + 2)) * sizeof(float);
     if (spans < 2 || j->units >= SPREAD_BELOW || need > room_left - list) return 1;
     j->spans = spans;
     j->partial = (float *)(shared + list);
@@ -303,15 +310,18 @@ static int plan(job *j) {
 }
 
 exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
-    if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads || a->head_dim < 1)
-        return EXC_ERR_USAGE;
+    if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads) return EXC_ERR_USAGE;
+    if (a->head_dim < 1 || a->value_dim < 1) return EXC_ERR_USAGE;
     if ((a->act != EXC_F32 && a->act != EXC_BF16) || a->window < 0) return EXC_ERR_USAGE;
     job j = {.a = a, .with = exc_heads_for(), .q = q, .group = a->q_heads / a->kv_heads};
     room r;
     j.width = (a->head_dim + LANES - 1) / LANES * LANES;
+    j.wide = (a->value_dim + LANES - 1) / LANES * LANES;
     j.size = a->act == EXC_F32 ? 4 : 2;
-    if (j.group > ROWS || carve(&j, q->scratch[0], &r) > PRIVATE_BYTES) return EXC_ERR_USAGE;
-    j.tokens = ROWS / j.group;
+    if (carve(&j, q->scratch[0], &r) > PRIVATE_BYTES) return EXC_ERR_USAGE;
+    j.parts = (j.group + ROWS - 1) / ROWS;
+    j.part = (j.group + j.parts - 1) / j.parts;
+    j.tokens = ROWS / j.part;
     if (!plan(&j)) return EXC_ERR_USAGE;
     if (!j.units) return EXC_OK;
     if (j.spans) {

@@ -1,8 +1,8 @@
 /* bundle.c - one small matmul a head: y [T,heads,n] = x [T,heads,k] W_h^T, each head with weights of its own.
  *
- * The same tiles as matmul (tile.h). Tasks are blocks of rows x heads, several heads where a head is little work, a run of
- * its panel pairs where it is much. Outputs are rounded to `act` as they leave the tile: they are operands of the
- * attention or of the next matmul. */
+ * The same tiles as matmul (tile.h). Tasks are blocks of rows x heads, several heads where a head is little
+ * work, a run of its panel pairs where it is much. Outputs are rounded to `act` as they leave the tile: they
+ * are operands of the attention or of the next matmul. */
 #include <string.h>
 
 #include "tile.h"
@@ -11,10 +11,10 @@ typedef struct job {
     const struct exc_bundle_args *a;
     const exc_tile *tile;
     size_t panel_bytes, act_bytes;
-    int64_t panels, pairs;         /* of a head */
-    int64_t block;                 /* rows of a task */
-    int64_t piece, pieces;         /* pairs of a task; pieces of a head */
-    int64_t together, groups;      /* heads of a task; groups of heads */
+    int64_t panels, pairs;    /* of a head */
+    int64_t block;            /* rows of a task */
+    int64_t piece, pieces;    /* pairs of a task; pieces of a head */
+    int64_t together, groups; /* heads of a task; groups of heads */
     exc_queue *q;
 } job;
 
@@ -26,7 +26,8 @@ typedef struct share {
 static const void *row(void *user, int64_t r) {
     const share *s = user;
     const struct exc_bundle_args *a = s->j->a;
-    return (const uint8_t *)a->x + (size_t)((s->row + r) * a->x_stride + s->head * a->x_step) * s->j->act_bytes;
+    return (const uint8_t *)a->x +
+           (size_t)((s->row + r) * a->x_stride + s->head * a->x_step) * s->j->act_bytes;
 }
 
 static void pair(void *user, int64_t p, const uint8_t *w[2]) {
@@ -56,7 +57,8 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
     for (int half = 0; half < 2; half++) {
         int64_t col = exc_run_panel(s->first, s->last, p, half) * EXC_PANEL, left = a->w->n - col;
         if (left <= 0) continue;
-        put(s->j, (const float (*)[EXC_PAIR])(out[0] + half * EXC_PANEL), rows, (int)(left < EXC_PANEL ? left : EXC_PANEL),
+        put(s->j, (const float(*)[EXC_PAIR])(out[0] + half * EXC_PANEL), rows,
+            (int)(left < EXC_PANEL ? left : EXC_PANEL),
             (size_t)((s->row + first) * a->y_stride + s->head * a->y_step + col));
     }
 }
@@ -64,7 +66,8 @@ static void done(void *user, int64_t p, int64_t first, int rows, const float (*o
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
     const struct exc_bundle_args *a = j->a;
-    int64_t piece = (int64_t)task % j->pieces, group = (int64_t)task / j->pieces % j->groups, head = group * j->together;
+    int64_t piece = (int64_t)task % j->pieces, group = (int64_t)task / j->pieces % j->groups,
+            head = group * j->together;
     share s = {.j = j, .row = (int64_t)task / j->pieces / j->groups * j->block, .first = piece * j->piece};
     s.last = s.first + j->piece < j->pairs ? s.first + j->piece : j->pairs;
     exc_sweep sweep = {.tile = j->tile,
@@ -94,7 +97,8 @@ static void cut(job *j) {
 
 exc_status exc_cpu_bundle(exc_queue *q, const struct exc_bundle_args *a) {
     if (!a->w || a->rows < 0 || a->heads < 0 || a->w->k < 1 || a->w->n < 0) return EXC_ERR_USAGE;
-    job j = {.a = a, .tile = exc_tile_for(a->act, a->w->dtype), .q = q, .act_bytes = a->act == EXC_BF16 ? 2 : 4};
+    job j = {
+        .a = a, .tile = exc_tile_for(a->act, a->w->dtype), .q = q, .act_bytes = a->act == EXC_BF16 ? 2 : 4};
     if (!j.tile) return EXC_ERR_USAGE;
     if (!a->rows || !a->heads || !a->w->n) return EXC_OK;
     j.panel_bytes = exc_packed_bytes(EXC_PANEL, a->w->k, a->w->dtype);

@@ -1,9 +1,10 @@
-/* latent.c - multi-head latent attention between its projections and its products: queries are taken apart into plain and
- * rotated channels, the latent is normed, the shared key rotated, and both go to the cache as one row.
+/* latent.c - multi-head latent attention between its projections and its products: queries are taken apart
+ * into plain and rotated channels, the latent is normed, the shared key rotated, and both go to the cache as
+ * one row.
  *
- * One pass over q f32 [T, heads*(N+R)] and kv f32 [T, C+R]; cosines and sines are made once a token and serve all heads.
- * Where the outputs of a head lie is the caller's choice of steps, so that both forms of the attention (ops.def) find
- * their operands in place. */
+ * One pass over q f32 [T, heads*(N+R)] and kv f32 [T, C+R]; cosines and sines are made once a token and serve
+ * all heads. Where the outputs of a head lie is the caller's choice of steps, so that both forms of the
+ * attention (ops.def) find their operands in place. */
 #include <math.h>
 
 #include "angle.h"
@@ -17,8 +18,10 @@ EXC_INLINE void put(const float *x, int64_t n, void *out, int64_t at, int act) {
         for (int64_t i = 0; i < n; i++) ((uint16_t *)out)[at + i] = (uint16_t)exc_round_bf16(x[i]);
 }
 
-/* y [R]: the pairs of x turned. Pair i is channels 2i and 2i+1 where they are adjacent, else i and i + R/2. */
-EXC_INLINE void turn_pairs(const struct exc_latent_args *a, const float *x, const float *cosine, const float *sine, float *y) {
+/* y [R]: the pairs of x turned. Pair i is channels 2i and 2i+1 where they are adjacent, else i and i + R/2.
+ */
+EXC_INLINE void turn_pairs(const struct exc_latent_args *a, const float *x, const float *cosine,
+                           const float *sine, float *y) {
     int64_t half = a->rotary / 2;
     if (a->adjacent)
         for (int64_t i = 0; i < half; i++) {
@@ -62,7 +65,8 @@ EXC_INLINE void tokens_body(const struct exc_latent_args *a, int64_t first, int6
         }
     }
 }
-EXC_DISPATCH(tokens, (const struct exc_latent_args *a, int64_t first, int64_t last, float *work), (a, first, last, work))
+EXC_DISPATCH(tokens, (const struct exc_latent_args *a, int64_t first, int64_t last, float *work),
+             (a, first, last, work))
 
 typedef struct job {
     const struct exc_latent_args *a;
@@ -78,7 +82,8 @@ static void run(void *arg, size_t task, int worker) {
 }
 
 exc_status exc_cpu_latent(exc_queue *q, const struct exc_latent_args *a) {
-    if (a->tokens < 0 || a->heads < 1 || a->plain < 0 || a->rotary < 0 || a->rotary % 2 || a->latent < 1) return EXC_ERR_USAGE;
+    if (a->tokens < 0 || a->heads < 1 || a->plain < 0 || a->rotary < 0 || a->rotary % 2 || a->latent < 1)
+        return EXC_ERR_USAGE;
     if (a->act != EXC_F32 && a->act != EXC_BF16) return EXC_ERR_USAGE;
     if ((size_t)(a->latent + 3 * a->rotary) * sizeof(float) > q->scratch_bytes) return EXC_ERR_USAGE;
     job j = {.a = a, .tokens = tokens_for(), .q = q};

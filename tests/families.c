@@ -80,6 +80,32 @@ static const struct change {
     {"olmoe", "\"norm_topk_prob\": false", "\"norm_topk_prob\": true", {0}},
     {"olmoe", "\"num_key_value_heads\": 4", "\"num_key_value_heads\": 2", {"self_attn.k", "shape"}},
     {"olmoe", "\"attention_bias\": false", "\"attention_bias\": true", {"attention_bias"}},
+    {"deepseek_v3", "\"kv_lora_rank\": 32", "\"kv_lora_rank\": 31", {"kv_a_", "shape"}},
+    {"deepseek_v3", "\"kv_lora_rank\": 32,", "", {"kv_lora_rank", "nothing"}},
+    {"deepseek_v3", "\"q_lora_rank\": 48", "\"q_lora_rank\": null", {"q_a_", "in one step (q_lora_rank)"}},
+    {"deepseek_v3", "\"q_lora_rank\": 48,", "", {"q_lora_rank", "null", "nothing"}},
+    {"deepseek_v3", "\"q_lora_rank\": 48", "\"q_lora_rank\": 0", {"q_lora_rank", "0"}},
+    {"moonlight", "\"q_lora_rank\": null", "\"q_lora_rank\": 48", {"self_attn.q_proj", "in two steps (q_lora_rank)"}},
+    {"deepseek_v3", "\"qk_nope_head_dim\": 24", "\"qk_nope_head_dim\": 20", {"shape"}},
+    {"deepseek_v3", "\"qk_rope_head_dim\": 16", "\"qk_rope_head_dim\": 15", {"qk_rope_head_dim", "even", "15"}},
+    {"deepseek_v3", "\"qk_rope_head_dim\": 16", "\"qk_rope_head_dim\": 0", {"qk_rope_head_dim"}},
+    {"deepseek_v3", "\"v_head_dim\": 20", "\"v_head_dim\": 24", {"shape"}},
+    {"deepseek_v3", "\"v_head_dim\": 20", "\"v_head_dim\": \"20\"", {"v_head_dim"}},
+    {"deepseek_v3", "\"num_key_value_heads\": 4", "\"num_key_value_heads\": 2", {"num_key_value_heads", "num_attention_heads (4)", "2"}},
+    {"deepseek_v3", "\"num_key_value_heads\": 4,", "", {0}},
+    {"deepseek_v3", "\"hidden_act\"", "\"head_dim\": 16, \"hidden_act\"", {0}}, /* other loaders' name for the rotating channels */
+    {"deepseek_v3", "\"attention_bias\": false", "\"attention_bias\": true", {"attention_bias"}},
+    {"deepseek_v3", "\"topk_method\": \"noaux_tc\"", "\"topk_method\": \"greedy\"", {"topk_method", "noaux_tc", "greedy"}},
+    {"deepseek_v3", "\"moe_layer_freq\": 1", "\"moe_layer_freq\": 2", {"moe_layer_freq", "1", "2"}},
+    {"deepseek_v3", "\"n_group\": 4,", "", {0}}, /* 8 of them then, 2 kept: 4 experts, as many as are chosen */
+    {"deepseek_v3", "\"topk_group\": 2,", "", {0}},
+    {"deepseek_v3", "\"n_group\": 4", "\"n_group\": 5", {"n_group", "divisor"}},
+    {"deepseek_v3", "\"first_k_dense_replace\": 1,", "", {"first_k_dense_replace", "layer 1 is dense"}}, /* 3 then */
+    {"deepseek_v3", "\"type\": \"yarn\"", "\"type\": \"dynamic\"", {"rope_scaling", "dynamic"}},
+    {"deepseek_v3", "\"factor\": 40,", "", {"factor", "nothing"}},
+    {"deepseek_v3", "\"model_type\": \"deepseek_v3\"", "\"model_type\": \"kimi_k2\"", {0}},
+    {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": 1", {"rope_interleave"}},
+    {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": false", {0}},
     {"olmoe", "\"rope_theta\": 10000.0", "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 10000.0}", {0}},
 };
 
@@ -110,6 +136,9 @@ static void test_missing(void **state)
         {"glm4_moe", "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weigh_"},
         {"mixtral", "model.layers.1.block_sparse_moe.experts.3.w3.weight", "model.layers.1.block_sparse_moe.experts.3.w4.weight"},
         {"olmoe", "model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.q_norm.weigh_"},
+        {"deepseek_v3", "model.layers.1.self_attn.kv_a_layernorm.weight", "model.layers.1.self_attn.kv_a_layernorm.weigh_"},
+        {"deepseek_v3", "model.layers.2.self_attn.q_b_proj.weight", "model.layers.2.self_attn.q_c_proj.weight"},
+        {"moonlight", "model.layers.3.self_attn.kv_b_proj.weight", "model.layers.3.self_attn.kv_c_proj.weight"},
     };
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {
         char *dir = changed(rows[i].model, NULL, NULL);
@@ -132,6 +161,8 @@ static void test_inspect(void **state)
     } rows[] = {
         {"glm4_moe", "sigmoid of each expert", 1, 70, 25, 32},
         {"mixtral", "softmax over all experts, the 2 largest, renormalised", 0, 0, 13, 0},
+        {"deepseek_v3", "times 2.5; a bias for each expert is added for the choice; of the best 2 of 4 groups", 1, 0, 23, 32},
+        {"moonlight", "sigmoid of each expert, the 6 largest, renormalised to sum 1, times 2.446", 1, 0, 21, 64},
         {"qwen2_moe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 23, 56},
         {"olmoe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 15, 0},
     };
@@ -142,7 +173,7 @@ static void test_inspect(void **state)
         json_t *o = json_loads(text, JSON_REJECT_DUPLICATES, NULL), *bias = json_object_get(o, "router_bias"), *role;
         int64_t tensors = 0;
         size_t j;
-        assert_string_equal(json_string_value(json_object_get(o, "family")), rows[i].model);
+        assert_string_equal(json_string_value(json_object_get(o, "family")), strcmp(rows[i].model, "moonlight") ? rows[i].model : "deepseek_v3");
         assert_non_null(strstr(json_string_value(json_object_get(o, "gate")), rows[i].gate));
         assert_int_equal(json_is_true(json_object_get(bias, "storable")), rows[i].stored);
         assert_int_equal(json_array_size(json_object_get(o, "passed_through")), (size_t)rows[i].passed);
@@ -223,7 +254,7 @@ static char *applied(const char *dir, const exc_plan *p, json_t **facts)
 /* every writer of a family with all of them: written = baked bit for bit, virtual as close as the rounding of bf16 weights allows */
 static void test_three_forms(void **state)
 {
-    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe"};
+    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight"};
     for (size_t i = 0; i < EXC_COUNT(models); i++) {
         char *dir = changed(models[i], NULL, NULL);
         exc_prompts p = golden_prompts(models[i]);

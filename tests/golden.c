@@ -19,7 +19,8 @@ static const struct family {
     {"olmoe", 7.7e-2, 4.8e-2, 0.954, 2.1e-2},
     {"glm4_moe", 7.8e-2, 5.3e-2, 0.960, 1.5e-2},
     {"qwen2_moe", 3.5e-2, 2.5e-2, 0.959, 2.2e-2},
-    {"qwen3_moe_fp8", 5.8e-2, 4.6e-2, 0.997, 1.8e-2},
+    {"deepseek_v3", 1.1e-1, 8.2e-2, 0.952, 3.7e-2},
+    {"moonlight", 1.1e-1, 8.1e-2, 0.898, 2.3e-2},
 };
 
 static const char *golden_dir(const char *model)

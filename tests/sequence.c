@@ -355,8 +355,9 @@ static void ragged_free(ragged *r) { free(r->q), free(r->k), free(r->v), free(r-
 
 static void ragged_run(const ragged *r, int threads, void *out) {
     float scale = 1 / sqrtf((float)r->head_dim);
-    struct exc_attend_args a = {r->q, r->k, r->v, r->q_begin, r->cache_begin, r->length, r->sequences, r->q_heads, r->kv_heads,
-                                r->head_dim, scale, r->window, r->sinks, out, r->act};
+    int64_t D = r->head_dim, row = r->kv_heads * D;
+    struct exc_attend_args a = {r->q, r->k, row, r->v, row, r->q_begin, r->cache_begin, r->length, r->sequences, r->q_heads,
+                                r->kv_heads, D, D, scale, r->window, r->sinks, out, r->act};
     assert_int_equal(exc_cpu_attend(queue_of(threads), &a), EXC_OK);
 }
 

@@ -11,8 +11,9 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     const exc_shape *s = &m->atlas->shape;
     exc_softmax_weights *w = &y->mix.softmax;
     int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-    int dtype = exc_carve_dtype(m, EXC_ROLE_ATTN_Q, layer);
-    for (exc_role r = EXC_ROLE_ATTN_K; r <= EXC_ROLE_ATTN_V; r++) dtype = exc_carve_join(m, dtype, exc_carve_dtype(m, r, layer));
+    int dtype = EXC_BF16;
+    for (exc_role r = EXC_ROLE_ATTN_Q; r <= EXC_ROLE_ATTN_V; r++)
+        if (exc_carve_dtype(m, r, layer) == EXC_F32) dtype = EXC_F32;
     w->k_at = exc_whole_panels(q);
     w->v_at = w->k_at + exc_whole_panels(kv);
     w->width = w->v_at + exc_whole_panels(kv);
@@ -87,9 +88,11 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
             .cache_v = cv, .act = act);
     EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
             .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
-            .head_dim = p->head_dim, .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .out = b->o,
+            .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv, .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .out = b->o,
             .act = act);
     return exc_write_stream(s, b->o, q, &y->out, &y->attn_lens, rows);
 }
 
-const exc_mixer exc_mixer_softmax = {.carve = carve, .fill = fill, .room = room, .run = run};
+static int64_t cached(const exc_shape *s) { return 2 * s->kv_heads * s->head_dim; }
+
+const exc_mixer exc_mixer_softmax = {.carve = carve, .fill = fill, .room = room, .cached = cached, .run = run};

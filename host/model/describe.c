@@ -62,11 +62,12 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
     for (size_t i = first; i < end; i++) {
         bytes += exc_weight_bytes(&a->items[i]);
         /* experts of one tensor follow each other */
-        if (i == first || a->items[i].tensor != a->items[i - 1].tensor) tensors++, of[a->items[i].dtype]++;
+        if (i == first || a->items[i].tensor != a->items[i - 1].tensor)
+            tensors++, of[a->items[i].tensor->dtype]++;
         same = same && a->items[i].out == w->out && a->items[i].in == w->in;
     }
-    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"weights\":%zu,\"bytes\":%llu,\"dtypes\":{", exc_role_name(w->role),
-                   tensors, end - first, (unsigned long long)bytes);
+    exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"weights\":%zu,\"bytes\":%llu,\"dtypes\":{",
+                   exc_role_name(w->role), tensors, end - first, (unsigned long long)bytes);
     for (int d = 0, n = 0; d <= EXC_DTYPE_OTHER; d++)
         if (of[d])
             exc_buf_printf(b, "%s\"%s\":%llu", n++ ? "," : "", exc_dtype_name((exc_dtype)d),
@@ -132,10 +133,13 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
                    (long long)s->context, s->rope.theta, (double)s->eps, s->tied ? "true" : "false");
     exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner,
                    (long long)s->rotary);
-    exc_buf_printf(b, ",\"quantization\":\"%s\"", exc_quant_name(s->quant));
     exc_buf_printf(b, ",\"rope_type\":\"%s\"", exc_rope_name(s->rope.kind));
     if (s->rope.kind != EXC_ROPE_PLAIN)
-        exc_buf_printf(b, ",\"rope_factor\":%.9g,\"rope_original_context\":%.9g", s->rope.factor, s->rope.original);
+        exc_buf_printf(b, ",\"rope_factor\":%.9g,\"rope_original_context\":%.9g", s->rope.factor,
+                       s->rope.original);
+    if (s->latent.rank)
+        exc_buf_printf(b, ",\"latent\":%lld,\"query_latent\":%lld,\"value_dim\":%lld",
+                       (long long)s->latent.rank, (long long)s->latent.q_rank, (long long)s->value_dim);
     put_gate(b, a);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
     for (int64_t l = 0; l < s->layers; l++)

@@ -7,16 +7,18 @@
 #include "model.h"
 
 extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe,
-    exc_family_qwen2_moe;
+    exc_family_qwen2_moe, exc_family_deepseek_v3;
 
 const exc_family *const exc_families[] = {
-    &exc_family_qwen3_moe, &exc_family_mixtral,   &exc_family_olmoe,
-    &exc_family_glm4_moe,  &exc_family_qwen2_moe, NULL,
+    &exc_family_qwen3_moe, &exc_family_mixtral,     &exc_family_olmoe, &exc_family_glm4_moe,
+    &exc_family_qwen2_moe, &exc_family_deepseek_v3, NULL,
 };
 
 const exc_family *exc_family_find(const char *model_type) {
-    for (int i = 0; exc_families[i]; i++)
-        if (!strcmp(exc_families[i]->model_type, model_type)) return exc_families[i];
+    for (int i = 0; exc_families[i]; i++) {
+        const exc_family *f = exc_families[i];
+        if (!strcmp(f->model_type, model_type) || (f->other_type && !strcmp(f->other_type, model_type))) return f;
+    }
     return NULL;
 }
 
@@ -37,11 +39,17 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_ATTN_Q] = "attn_q",
     [EXC_ROLE_ATTN_K] = "attn_k",
     [EXC_ROLE_ATTN_V] = "attn_v",
+    [EXC_ROLE_ATTN_Q_A] = "attn_q_a",
+    [EXC_ROLE_ATTN_Q_B] = "attn_q_b",
+    [EXC_ROLE_ATTN_KV_A] = "attn_kv_a",
+    [EXC_ROLE_ATTN_KV_B] = "attn_kv_b",
     [EXC_ROLE_ATTN_Q_BIAS] = "attn_q_bias",
     [EXC_ROLE_ATTN_K_BIAS] = "attn_k_bias",
     [EXC_ROLE_ATTN_V_BIAS] = "attn_v_bias",
     [EXC_ROLE_ATTN_Q_NORM] = "attn_q_norm",
     [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",
+    [EXC_ROLE_ATTN_Q_A_NORM] = "attn_q_a_norm",
+    [EXC_ROLE_ATTN_KV_A_NORM] = "attn_kv_a_norm",
     [EXC_ROLE_NORM_IN] = "norm_in",
     [EXC_ROLE_NORM_POST] = "norm_post",
     [EXC_ROLE_NORM_FINAL] = "norm_final",

@@ -10,7 +10,8 @@
 
 #include "session.h"
 
-static const exc_mixer *const mixers[EXC_MIXES] = {[EXC_MIX_SOFTMAX] = &exc_mixer_softmax};
+static const exc_mixer *const mixers[EXC_MIXES] = {[EXC_MIX_SOFTMAX] = &exc_mixer_softmax,
+                                                     [EXC_MIX_LATENT] = &exc_mixer_latent};
 
 const exc_mixer *exc_mixer_of(exc_mix kind) { return mixers[kind]; }
 
@@ -123,6 +124,13 @@ exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capac
 void exc_session_forget(exc_session *s, int64_t slot) { forget(s, slot); }
 
 int64_t exc_session_length(const exc_session *s, int64_t slot) { return s->length[slot]; }
+
+int64_t exc_cache_bytes(const exc_model *m) {
+    int64_t values = 0;
+    for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
+        values += m->atlas->shape.mix_layers[kind] * mixers[kind]->cached(&m->atlas->shape);
+    return values * (int64_t)exc_act_bytes(m);
+}
 
 int64_t exc_step_tokens(const exc_model *m) {
     /* experts want rows (64 or more each keep their weights' traffic below the arithmetic), caches want few

@@ -82,7 +82,7 @@ static int64_t reply_limit(const run *r, int64_t i) {
 static exc_status choose_sizes(run *r, int64_t *capacity) {
     const exc_shape *s = &r->m->atlas->shape;
     int64_t longest = 1, cap = 1, total = 0,
-            kv = s->layers * s->kv_heads * s->head_dim * (r->m->act == EXC_BF16 ? 4 : 8);
+            kv = exc_cache_bytes(r->m);
     for (int64_t i = 0; i < r->p->count; i++) {
         int64_t n = prompt_length(r->p, i);
         longest = most(longest, n);

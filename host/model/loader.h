@@ -15,7 +15,6 @@ typedef struct exc_carve {
 } exc_carve;
 void *exc_carve_take(exc_carve *c, size_t count, size_t size); /* 64-byte aligned; NULL while measuring */
 int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer); /* of the packed form of a role's weights in a layer */
-int exc_carve_join(const exc_model *m, int a, int b); /* of one matrix made of parts that by themselves would be a and b */
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
 exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);
 exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* [E], or [1] for dense roles */
@@ -30,7 +29,7 @@ typedef struct exc_loader {
     exc_loaded *l;
     exc_stage stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
     exc_stage dense; /* [out,in] of one that lies otherwise */
-    exc_stage scale; /* scales of a quantised one, aligned, without gaps */
+    exc_stage part;  /* a view that does not lie dense */
     uint64_t done, total;
 } exc_loader;
 /* scans one matrix for NaN and infinity and packs it into `into`, from row `row` (whole panels) on */
@@ -38,6 +37,13 @@ exc_status exc_fill_rows(exc_loader *r, exc_role role, int64_t layer, const exc_
 exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
 exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into); /* as f32 */
+/* A whole matrix [out,in] in memory, to be taken apart by views; holds until the next weight is read. */
+typedef struct exc_matrix { const exc_weight *weight; const uint8_t *data; int dtype; } exc_matrix;
+exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out); /* scanned for NaN and infinity */
+/* packs into [n,k] the elements (i,j) at first + i*row_step + j*column_step of the matrix */
+exc_status exc_fill_view(exc_loader *r, const exc_matrix *from, int64_t first, int64_t row_step, int64_t column_step,
+                         const exc_packed *into);
+exc_status exc_fill_close(exc_loader *r, const exc_matrix *m);
 void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v); /* what a virtual plan does there */
 
 /* the part of a layer behind the mixer: experts, shared expert, dense MLP (feed.c) */

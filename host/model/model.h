@@ -16,8 +16,10 @@ typedef enum exc_role {
     EXC_ROLE_EXPERT_DOWN, EXC_ROLE_SHARED_DOWN, EXC_ROLE_DENSE_DOWN, EXC_ROLE_ATTN_OUT,
     EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP, EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP, EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP,
     EXC_ROLE_ROUTER, EXC_ROLE_SHARED_ROUTER, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V,
+    EXC_ROLE_ATTN_Q_A, EXC_ROLE_ATTN_Q_B, EXC_ROLE_ATTN_KV_A, EXC_ROLE_ATTN_KV_B,
     /* vectors */
     EXC_ROLE_ROUTER_BIAS, EXC_ROLE_ATTN_Q_BIAS, EXC_ROLE_ATTN_K_BIAS, EXC_ROLE_ATTN_V_BIAS, EXC_ROLE_ATTN_Q_NORM, EXC_ROLE_ATTN_K_NORM,
+    EXC_ROLE_ATTN_Q_A_NORM, EXC_ROLE_ATTN_KV_A_NORM,
     EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
     EXC_ROLES
 } exc_role;
@@ -30,7 +32,6 @@ typedef struct exc_layout {
     bool transposed;            /* each as [in,out] */
     int parts, part;            /* the `out` axis holds this many roles and this is number `part`; 0: it alone */
     bool mixed;                 /* .. taking turns along it, instead of one part behind the other */
-    bool blocks;                /* fp4: u8 [..,in/32,16], with scales in the tensor NAME_scales beside NAME_blocks */
 } exc_layout;
 /* Name pattern of a role in a published layout: %L layer, %E expert, [text] may be left out. A role may stand more than once
  * (layouts that circulate); the first is the one that messages name. */
@@ -42,15 +43,6 @@ typedef struct exc_name { exc_role role; const char *pattern; exc_layout layout;
         {EXC_ROLE_EXPERT_GATE, prefix "gate_up_proj", {.stacked = true, .parts = 2}},       /* [E,2I,H] */                  \
         {EXC_ROLE_EXPERT_UP, prefix "gate_up_proj", {.stacked = true, .parts = 2, .part = 1}}
 
-/* The same in fp4, gates and ups taking turns, as gpt-oss has it. */
-#define EXC_BLOCK_EXPERTS(prefix)                                                                                           \
-    {EXC_ROLE_EXPERT_DOWN, prefix "down_proj_blocks", {.stacked = true, .blocks = true}},   /* [E,H,I/32,16] */             \
-        {EXC_ROLE_EXPERT_GATE, prefix "gate_up_proj_blocks", {.stacked = true, .parts = 2, .mixed = true, .blocks = true}}, \
-        {EXC_ROLE_EXPERT_UP, prefix "gate_up_proj_blocks", {.stacked = true, .parts = 2, .part = 1, .mixed = true, .blocks = true}}
-
-/* How weights are stored below 16 bits (quant.c). */
-typedef enum exc_quant { EXC_QUANT_NONE, EXC_QUANT_FP8, EXC_QUANT_MXFP4 } exc_quant;
-
 typedef enum exc_qk_norm { EXC_QK_NONE, EXC_QK_HEAD, EXC_QK_WHOLE } exc_qk_norm; /* each head, or all heads as one vector */
 typedef enum exc_dense {
     EXC_DENSE_NEVER,
@@ -59,15 +51,21 @@ typedef enum exc_dense {
 } exc_dense;
 
 /* Kinds of token mixers; one file each (session.h: exc_mixer). */
-typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIXES } exc_mix;
+typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIX_LATENT, EXC_MIXES } exc_mix;
+
+/* A key of config.json that may have one value (as JSON text) or be absent or null. */
+typedef struct exc_fixed { const char *key, *value; } exc_fixed;
 
 typedef struct exc_family {
     const char *model_type;
+    const char *other_type;     /* a model_type that means the same; NULL: none */
     const exc_name *names;      /* ends with pattern NULL */
     const char *const *passed;  /* prefixes of tensors that are present but not part of the text decoder; NULL-terminated */
     int norm_zero_centred;
     double norm_eps, rope_theta, rotary; /* what loaders take where config.json is silent: rms_norm_eps, rope_theta, partial_rotary_factor */
     exc_qk_norm qk_norm;
+    exc_mix mix;                /* how tokens see each other, in all layers */
+    float latent_eps;           /* of the norms inside latent attention */
     const char *qk_norm_key;    /* switches it on; NULL: always on */
     const char *bias_key;       /* config switch of q, k and v biases; NULL: none */
     bool bias;                  /* its default */
@@ -76,16 +74,20 @@ typedef struct exc_family {
     bool gate_renorm;           /* its default */
     float renorm_eps;
     const char *scale_key;      /* factor of the routing weights; NULL: 1 */
+    double scale;               /* its default */
     bool grouped;               /* n_group, topk_group limit the selection */
+    int64_t groups, groups_kept; /* their defaults */
     const char *experts_key, *top_k_key, *inner_key; /* config names */
     const char *shared_key;     /* width of the shared expert; NULL: the family has none */
     bool shared_counts;         /* it is a number of experts of the routed width, merged into one */
     int64_t shared;             /* its default */
     bool shared_gated;          /* its output is multiplied by a sigmoid of its own */
     exc_dense dense;            /* which layers have no experts */
+    int64_t dense_first;        /* default of first_k_dense_replace */
     const char *mtp_key;        /* number of layers behind the last that predict further tokens and are passed through */
     bool windowed;              /* sliding_window limits what a token sees */
     const char *const *refused; /* config switches that loaders honour and this arithmetic does not have; NULL-terminated */
+    const exc_fixed *fixed;     /* config keys of which this arithmetic has one value; ends with key NULL; NULL: none */
     const char *router_bias;    /* where a router bias is stored, or why it cannot be: for inspect and plan refusals */
     int router_bias_stored;
 } exc_family;
@@ -104,19 +106,26 @@ typedef struct exc_rope {
     double score;               /* factor of the softmax scale, where the mixer has one */
 } exc_rope;
 
+/* Multi-head latent attention (mla.c): channels of a head that do not rotate and that do, values of the latent. */
+typedef struct exc_latent {
+    int64_t plain, rotary, rank;
+    int64_t q_rank;             /* of the queries; 0: they are made in one step */
+    bool adjacent;              /* channels (2i, 2i+1) rotate together, else (i, i + rotary/2) */
+} exc_latent;
+
 /* Everything config.json decides, checked. */
 typedef struct exc_shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, context, experts, top_k, inner, dense_inner, moe_layers;
     int64_t shared_inner;       /* width of the shared expert, 0: none */
+    int64_t value_dim;          /* channels of a head's output */
     int64_t rotary;             /* channels of a head that rotate */
+    exc_latent latent;          /* rank 0: not this family's */
     int64_t mtp_layers;         /* behind the last layer, passed through */
     exc_qk_norm qk_norm;
     bool qkv_bias;
     float eps;
     exc_rope rope;
     int tied;                   /* lm_head = embed */
-    exc_quant quant;            /* what quantization_config promises: tensors say which weights */
-    bool scale_power;           /* scales are powers of two, whatever their dtype */
     exc_gate gate;
     uint8_t *is_moe;            /* [layers] */
     int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
@@ -148,15 +157,7 @@ typedef struct exc_weight {
     int64_t out, in;            /* in = 1 for vectors */
     uint64_t begin, end;        /* bytes of the tensor's file from its first to its last element */
     int64_t out_step, in_step;  /* in, 1 as most lie; 1, out transposed; others where parts are mixed */
-    int dtype;                  /* as ops know it: that of the tensor, or EXC_F4 */
-    const exc_tensor *scale;    /* of quantised weights, else NULL */
-    int scale_dtype;            /* EXC_F32, EXC_BF16 or EXC_F8_E8M0 */
-    uint64_t scale_begin, scale_end; /* bytes of the scale's file */
-    int64_t scale_step;         /* scales from a row of them to the next */
 } exc_weight;
-bool exc_weight_coded(const exc_weight *w);      /* quantised: codes and scales */
-void exc_weight_scales(const exc_weight *w, int64_t *rows, int64_t *cols); /* how many scales */
-size_t exc_weight_scale_bytes(const exc_weight *w); /* of its own scales, without gaps; 0: it has none */
 bool exc_weight_dense(const exc_weight *w);      /* [out,in] without gaps */
 bool exc_weight_transposed(const exc_weight *w); /* [in,out] without gaps */
 size_t exc_weight_span(const exc_weight *w);     /* bytes begin..end */
@@ -177,23 +178,11 @@ exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
 const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
 const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w); /* its first element in the map; may be unaligned */
 void exc_atlas_close(exc_atlas *a);
-/* quant.c: quantization_config; tensors of formats that are not read; the scales of a coded weight, and whose scales a name is */
-exc_status exc_quant_read(exc_ctx *ctx, const json_t *config, const char *what, exc_shape *s);
-const char *exc_quant_name(exc_quant q); /* as quant_method spells it, or "none" */
-exc_status exc_quant_guess(exc_ctx *ctx, const exc_checkpoint *files);
-exc_status exc_scale_find(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y, exc_weight *w);
-void exc_scale_locate(const exc_layout *y, exc_weight *w);
-bool exc_scale_owner(const char *name, char *out, size_t cap);
-/* a weight's scales between where they lie (its first one) and an array without gaps, and where in that those of a row begin */
-void exc_scale_gather(const exc_weight *w, const void *lying, void *dense);
-void exc_scale_scatter(const exc_weight *w, const void *dense, void *lying);
-size_t exc_scale_offset(const exc_weight *w, int64_t row);
 
 /* The lens: what a plan does to a model, as the model room sees it. Made by study/lenses.c. */
 typedef struct exc_lens_hook {
-    /* baked: called for every weight when it is loaded; data as it lies in its tensor, scale without gaps (NULL: none), both
-     * writable; may be NULL */
-    exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data, void *scale);
+    /* baked: called for every weight when it is loaded; data [out,in] in the stored dtype, writable; may be NULL */
+    exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data);
     /* tells whether bake would change this weight, so that untouched ones are read from the map */
     bool (*touches)(void *user, const exc_weight *w);
     /* virtual: the projection of a writer of a layer; false: none. For EXC_ROLE_EXPERT_DOWN strength is [E], else [1] */
@@ -214,8 +203,15 @@ typedef struct exc_softmax_weights {
     float *bias;                   /* [width] or NULL */
     float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
 } exc_softmax_weights;
+typedef struct exc_latent_weights {
+    exc_packed first;              /* columns 0.. of a row are queries (or their latent), kv_at.. the latent of keys and values */
+    int64_t kv_at, width;          /* of such a row */
+    exc_packed q_b;                /* data NULL: no latent of the queries */
+    exc_packed *key, *absorb, *value; /* [heads]: [plain,rank], its transpose, [value_dim,rank] */
+    float *q_norm, *kv_norm;       /* [q_rank] or NULL, [rank] */
+} exc_latent_weights;
 typedef struct exc_layer {
-    union { exc_softmax_weights softmax; } mix; /* by exc_shape.mix of the layer */
+    union { exc_softmax_weights softmax; exc_latent_weights latent; } mix; /* by exc_shape.mix of the layer */
     exc_packed out, router;        /* out: what the mixer writes to the stream with */
     exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
     exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
@@ -259,6 +255,7 @@ uint64_t exc_session_bytes(const exc_session *s);
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);
 void exc_session_forget(exc_session *s, int64_t slot);          /* one sequence: its slot is empty again */
 int64_t exc_session_length(const exc_session *s, int64_t slot); /* tokens the slot holds */
+int64_t exc_cache_bytes(const exc_model *m);                    /* of one token, in all layers */
 int64_t exc_step_tokens(const exc_model *m);                    /* a good size of a prefill step for this model */
 
 /* Sums a forward pass adds to, for one label and phase. Rows: M MoE layers. Any pointer may be NULL. */

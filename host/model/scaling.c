@@ -36,11 +36,12 @@ static exc_status read_rotary(exc_ctx *ctx, const json_t *rope, const json_t *co
     if (f->rotary == 1 && factor != 1)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected 1 (the family rotates whole heads), found %g",
                         what, key, factor);
-    s->rotary = factor > 0 && factor <= 1 ? (int64_t)((double)s->head_dim * factor) : 0;
+    int64_t channels = s->latent.rotary ? s->latent.rotary : s->head_dim;
+    s->rotary = factor > 0 && factor <= 1 ? (int64_t)((double)channels * factor) : 0;
     if (s->rotary < 2 || s->rotary % 2)
         return exc_fail(ctx, EXC_ERR_INPUT,
                         "%s: %s: expected an even number of the %lld channels of a head, found %g of them",
-                        what, key, (long long)s->head_dim, factor);
+                        what, key, (long long)channels, factor);
     return EXC_OK;
 }
 

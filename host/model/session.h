@@ -15,6 +15,17 @@ typedef struct exc_softmax_room {
     void *cache_k, *cache_v;        /* [softmax layers, cache_tokens, kv_heads*D] act */
 } exc_softmax_room;
 
+typedef struct exc_latent_room {
+    float *first;                   /* [T, queries or their latent | latent row] */
+    void *q_a;                      /* [T, q_rank] act */
+    float *q;                       /* [T, heads*(N+R)]; NULL: they are in `first` */
+    void *out;                      /* [T, heads*V] act */
+    void *cache;                    /* [latent layers, cache_tokens, C+R] act */
+    void *plain, *wide, *sums;      /* absorbed: [T, heads*N], [T, heads*(C+R)], [T, heads*C] act */
+    void *queries, *keys, *values;  /* expanded: [T, heads*(N+R)] twice, [T, heads*V] act */
+    void *rows;                     /* expanded: [T, C+R] act */
+} exc_latent_room;
+
 struct exc_session {
     exc_ctx *ctx;
     exc_model *m;
@@ -25,6 +36,7 @@ struct exc_session {
     float *h;                       /* [T,H] residual stream */
     void *x;                        /* [T,H] act: normed rows */
     exc_softmax_room softmax;
+    exc_latent_room latent;
     float *router;                  /* [T,E] */
     int32_t *ids;                   /* [T,K] */
     float *weights;                 /* [T,K] */
@@ -49,10 +61,12 @@ typedef struct exc_mixer {
     void (*carve)(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
     exc_status (*fill)(exc_loader *r, exc_layer *y, int64_t layer);
     void (*room)(exc_carve *c, exc_session *s);                /* buffers and caches of all its layers */
+    int64_t (*cached)(const exc_shape *s);                     /* values that a layer keeps of each token */
     void (*forget)(exc_session *s, int64_t slot);              /* recurrent state of a slot back to zero; NULL: has none */
     exc_status (*run)(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
 } exc_mixer;
 extern const exc_mixer exc_mixer_softmax; /* attention.c */
+extern const exc_mixer exc_mixer_latent;  /* mla.c */
 const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
 
 /* One op call; a refusal is a fault of the caller, and says which call. */

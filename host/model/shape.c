@@ -1,6 +1,6 @@
 /* shape.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
  * read by its exact key, bounded before it sizes anything, and checked against the others. A switch this
- * family's arithmetic does not have (attention biases, a foreign quantisation) is refused by name
+ * family's arithmetic does not have (attention biases, a quantisation) is refused by name
  * instead of being ignored: a model that runs with one option missing gives plausible wrong answers, which is
  * the worst outcome. */
 #include <math.h>
@@ -37,13 +37,27 @@ static exc_status refuse_switch(const reader *r, const char *key) {
     return wrong(r, key, "false (this mechanism is not part of the supported family)", v);
 }
 
+/* keys that have one supported value */
+static exc_status check_fixed(const reader *r, const exc_fixed *fixed) {
+    for (; fixed && fixed->key; fixed++) {
+        const json_t *v = json_object_get(r->o, fixed->key);
+        if (!v || json_is_null(v)) continue;
+        char *text = exc_json_text(r->ctx, v);
+        if (!text) return EXC_ERR_MEMORY;
+        bool same = !strcmp(text, fixed->value);
+        free(text);
+        if (!same) return wrong(r, fixed->key, fixed->value, v);
+    }
+    return EXC_OK;
+}
+
 /* the family's own rule: layers that are listed or skipped, or the first ones */
 static exc_status read_dense(const reader *r, const exc_family *f, exc_shape *s) {
     int64_t step = 1, first = 0;
     if (f->dense == EXC_DENSE_LISTED)
         EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "decoder_sparse_step", 1, MAX_LAYERS, 1, &step));
     if (f->dense == EXC_DENSE_FIRST)
-        EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "first_k_dense_replace", 0, MAX_LAYERS, 1, &first));
+        EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "first_k_dense_replace", 0, MAX_LAYERS, f->dense_first, &first));
     for (int64_t l = 0; l < s->layers; l++) s->is_moe[l] = l >= first && (l + 1) % step == 0;
     const json_t *only = f->dense == EXC_DENSE_LISTED ? json_object_get(r->o, "mlp_only_layers") : NULL;
     if (!only || json_is_null(only)) return EXC_OK;
@@ -96,11 +110,14 @@ static exc_status read_layers(const reader *r, const exc_family *f, exc_shape *s
 }
 
 /* which mixer each layer has, and its row among those of its kind */
-static exc_status read_mixers(const reader *r, exc_shape *s) {
-    s->mix = exc_zalloc(r->ctx, (size_t)s->layers, 1, "layer kinds"); /* EXC_MIX_SOFTMAX */
+static exc_status read_mixers(const reader *r, const exc_family *f, exc_shape *s) {
+    s->mix = exc_alloc(r->ctx, (size_t)s->layers, 1, "layer kinds");
     s->mix_row = exc_alloc(r->ctx, (size_t)s->layers, sizeof *s->mix_row, "layer rows");
     if (!s->mix || !s->mix_row) return EXC_ERR_MEMORY;
-    for (int64_t l = 0; l < s->layers; l++) s->mix_row[l] = s->mix_layers[s->mix[l]]++;
+    for (int64_t l = 0; l < s->layers; l++) {
+        s->mix[l] = (uint8_t)f->mix;
+        s->mix_row[l] = s->mix_layers[f->mix]++;
+    }
     return EXC_OK;
 }
 
@@ -149,6 +166,34 @@ static const char *experts_key(const reader *r, const exc_family *f) {
     return f->experts_key;
 }
 
+static exc_status read_head(const reader *r, exc_shape *s) {
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "head_dim", 1, 1024, s->hidden / s->heads, &s->head_dim));
+    s->value_dim = s->head_dim;
+    if (s->head_dim >= 2 && s->head_dim % 2 == 0) return EXC_OK;
+    return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what,
+                    (long long)s->head_dim);
+}
+
+/* heads of latent attention: every one has keys of its own, so a number of key heads says nothing new */
+static exc_status read_latent(const reader *r, exc_shape *s) {
+    exc_latent *l = &s->latent;
+    if (s->kv_heads != s->heads)
+        return exc_fail(r->ctx, EXC_ERR_INPUT,
+                        "%s: num_key_value_heads: expected num_attention_heads (%lld), found %lld", r->what,
+                        (long long)s->heads, (long long)s->kv_heads);
+    EXC_TRY(integer(r, "kv_lora_rank", 1, 4096, &l->rank));
+    EXC_TRY(integer(r, "qk_nope_head_dim", 1, 1024, &l->plain));
+    EXC_TRY(integer(r, "qk_rope_head_dim", 2, 1024, &l->rotary));
+    if (l->rotary % 2)
+        return wrong(r, "qk_rope_head_dim", "an even number", json_object_get(r->o, "qk_rope_head_dim"));
+    EXC_TRY(integer(r, "v_head_dim", 1, 1024, &s->value_dim));
+    if (!json_object_get(r->o, "q_lora_rank")) return wrong(r, "q_lora_rank", "a number, or null", NULL);
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "q_lora_rank", 1, MAX_WIDTH, 0, &l->q_rank));
+    EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, "rope_interleave", true, &l->adjacent));
+    s->head_dim = l->plain + l->rotary;
+    return EXC_OK;
+}
+
 static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const exc_family *f,
                              exc_shape *s) {
     exc_ctx *ctx = r->ctx;
@@ -156,7 +201,7 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     EXC_TRY(integer(r, "hidden_size", 1, MAX_WIDTH, &s->hidden));
     EXC_TRY(integer(r, "num_attention_heads", 1, 4096, &s->heads));
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "num_key_value_heads", 1, 4096, s->heads, &s->kv_heads));
-    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "head_dim", 1, 1024, s->hidden / s->heads, &s->head_dim));
+    EXC_TRY(f->mix == EXC_MIX_LATENT ? read_latent(r, s) : read_head(r, s));
     EXC_TRY(integer(r, "vocab_size", 1, INT32_MAX, &s->vocab));
     EXC_TRY(integer(r, "max_position_embeddings", 1, (int64_t)1 << 24, &s->context));
     EXC_TRY(integer(r, experts_key(r, f), 1, 1024, &s->experts));
@@ -174,9 +219,6 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
             ctx, EXC_ERR_INPUT,
             "%s: num_key_value_heads: expected a divisor of num_attention_heads (%lld), found %lld", r->what,
             (long long)s->heads, (long long)s->kv_heads);
-    if (s->head_dim < 2 || s->head_dim % 2)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what,
-                        (long long)s->head_dim);
     double eps;
     EXC_TRY(exc_json_number_or(ctx, r->o, r->what, "rms_norm_eps", f->norm_eps, &eps));
     if (!(eps > 0) || eps > 1)
@@ -215,11 +257,11 @@ static exc_status read_shared(const reader *r, const exc_family *f, exc_shape *s
     return EXC_OK;
 }
 
-static exc_status read_groups(const reader *r, exc_shape *s) {
+static exc_status read_groups(const reader *r, const exc_family *f, exc_shape *s) {
     exc_ctx *ctx = r->ctx;
     int64_t groups, kept;
-    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "n_group", 1, s->experts, 1, &groups));
-    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "topk_group", 1, groups, 1, &kept));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "n_group", 1, s->experts, f->groups, &groups));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "topk_group", 1, groups, f->groups_kept, &kept));
     if (s->experts % groups)
         return exc_fail(ctx, EXC_ERR_INPUT,
                         "%s: n_group: expected a divisor of the number of experts (%lld), found %lld",
@@ -248,26 +290,33 @@ static exc_status read_gate(const reader *r, const exc_family *f, exc_shape *s) 
     if (strcmp(scoring, own) != 0)
         return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: scoring_func: expected \"%s\", found \"%s\"", r->what,
                         own, exc_show(scoring, strlen(scoring)));
-    if (f->scale_key) EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, f->scale_key, 1.0, &scale));
+    if (f->scale_key) EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, f->scale_key, f->scale, &scale));
     if (!(scale > 0) || scale > 1e6)
         return wrong(r, f->scale_key, "a number in (0, 1e6]", json_object_get(r->o, f->scale_key));
     s->gate.scale = (float)scale;
-    return f->grouped ? read_groups(r, s) : EXC_OK;
+    return f->grouped ? read_groups(r, f, s) : EXC_OK;
 }
 
 static exc_status read_all(const reader *r, const exc_checkpoint *files, const exc_family *f, exc_shape *s) {
     exc_ctx *ctx = r->ctx;
-    EXC_TRY(exc_quant_read(ctx, r->o, r->what, s));
+    const json_t *q = json_object_get(r->o, "quantization_config");
+    if (q && !json_is_null(q)) {
+        const json_t *method = json_object_get(q, "quant_method");
+        return wrong(r, "quantization_config",
+                     "none (weights stored as BF16, F16 or F32; dequantise the checkpoint first)",
+                     method ? method : q);
+    }
     EXC_TRY(read_sizes(r, files, f, s));
     const char *act;
     EXC_TRY(exc_json_string_or(ctx, r->o, r->what, "hidden_act", "silu", &act));
     if (strcmp(act, "silu")) return wrong(r, "hidden_act", "\"silu\"", json_object_get(r->o, "hidden_act"));
     for (const char *const *key = f->refused; *key; key++) EXC_TRY(refuse_switch(r, *key));
+    EXC_TRY(check_fixed(r, f->fixed));
     if (f->windowed) EXC_TRY(read_window(r, s));
     EXC_TRY(exc_rope_read(ctx, r->o, r->what, f, s));
     EXC_TRY(read_switches(r, f, s));
     EXC_TRY(read_layers(r, f, s));
-    EXC_TRY(read_mixers(r, s));
+    EXC_TRY(read_mixers(r, f, s));
     EXC_TRY(read_shared(r, f, s));
     EXC_TRY(read_gate(r, f, s));
     EXC_TRY(read_eos(r, s));
@@ -339,14 +388,32 @@ bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role,
         IS(!moe, s->dense_inner, H);
         break;
     case EXC_ROLE_ATTN_OUT:
-        IS(true, H, s->heads * s->head_dim);
+        IS(true, H, s->heads * s->value_dim);
         break;
     case EXC_ROLE_ATTN_Q:
-        IS(true, s->heads * s->head_dim, H);
+        IS(!s->latent.q_rank, s->heads * s->head_dim, H);
         break;
     case EXC_ROLE_ATTN_K:
     case EXC_ROLE_ATTN_V:
         IS(true, s->kv_heads * s->head_dim, H);
+        break;
+    case EXC_ROLE_ATTN_Q_A:
+        IS(s->latent.q_rank, s->latent.q_rank, H);
+        break;
+    case EXC_ROLE_ATTN_Q_B:
+        IS(s->latent.q_rank, s->heads * s->head_dim, s->latent.q_rank);
+        break;
+    case EXC_ROLE_ATTN_KV_A:
+        IS(true, s->latent.rank + s->latent.rotary, H);
+        break;
+    case EXC_ROLE_ATTN_KV_B:
+        IS(true, s->heads * (s->latent.plain + s->value_dim), s->latent.rank);
+        break;
+    case EXC_ROLE_ATTN_Q_A_NORM:
+        IS(s->latent.q_rank, s->latent.q_rank, 1);
+        break;
+    case EXC_ROLE_ATTN_KV_A_NORM:
+        IS(true, s->latent.rank, 1);
         break;
     case EXC_ROLE_ATTN_Q_BIAS:
         IS(s->qkv_bias, s->heads * s->head_dim, 1);

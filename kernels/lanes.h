@@ -50,6 +50,20 @@ EXC_INLINE float exc_exp_down(float x) {
     return x < -87.0f ? 0.0f : e;
 }
 
+/* log(1 + exp(x)), relative error below 4e-7, 0 below -87: max(x, 0) + log(1 + u), u = exp(-|x|), the logarithm as 2 atanh(u / (2 + u)) whose
+ * series in the square of at most 1/9 needs eight terms */
+EXC_INLINE float exc_softplus(float x) {
+    float u = exc_exp_down(x > 0.0f ? -x : x), s = u / (2.0f + u), z = s * s;
+    float p = z * (1.0f / 15) + 1.0f / 13;
+    p = p * z + 1.0f / 11;
+    p = p * z + 1.0f / 9;
+    p = p * z + 1.0f / 7;
+    p = p * z + 1.0f / 5;
+    p = p * z + 1.0f / 3;
+    p = p * z + 1.0f;
+    return (x > 0.0f ? x : 0.0f) + 2.0f * s * p;
+}
+
 /* order of floats as integers: -0 equal to +0, NaN below everything */
 EXC_INLINE int32_t exc_rank(float x) {
     int32_t i = (int32_t)exc_to_bits(x + 0.0f);

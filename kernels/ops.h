@@ -36,6 +36,9 @@ enum { EXC_SIDE_OUT = 0, EXC_SIDE_IN = 1 };
 enum { EXC_GRAM_SAMPLES = 0, EXC_GRAM_WIDTH = 1 };
 size_t exc_subspace_bytes(int64_t layers, int64_t samples, int64_t width, int64_t rank, int workers); /* subspace.c */
 
+#define EXC_DELTA_CHUNK 32 /* positions of a sequence between two moves of the delta rule's state */
+size_t exc_delta_floats(int64_t k_heads, int64_t v_heads, int64_t k_dim, int64_t v_dim); /* delta.c: state of a slot */
+
 #define EXC_OP(name, ...) struct exc_##name##_args { __VA_ARGS__ };
 #include "ops.def"
 #undef EXC_OP

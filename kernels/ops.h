@@ -6,11 +6,17 @@
 #include "excise.h"
 #include "queue.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* A weight matrix [n out, k in] laid out for the matmul: panels of 16 outputs. bf16: within a panel, for each pair of
  * inputs (2i, 2i+1) sixteen outputs x two values (64 bytes), k padded with zeros to a multiple of 32, n to one of 16. This is
  * what vdpbf16ps (AVX-512), tdpbf16ps (AMX) and, by shift and mask, AVX2 eat directly, and oneDNN's BA16a16b2a.
  * f32: for each input sixteen outputs (64 bytes), same padding. Quantised weights stay as they are stored: e4m3 and fp4 codes by
- * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h). */
+ * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h).
+ * On a device the same bytes are plain rows, [n to whole 16][k to whole 32] row-major, padding zero; the scales of quantised
+ * weights follow all codes. */
 typedef struct exc_packed {
     const void *data; /* 64-byte aligned; NULL: absent */
     int64_t n, k;     /* logical sizes */
@@ -55,10 +61,23 @@ struct exc_ops {
 };
 extern const struct exc_ops exc_cpu_ops; /* kernels/backend.c */
 
+/* matrix i of a project call, by table or by stride */
+static inline size_t exc_edit_size(int dtype) { return dtype == EXC_F32 ? 4 : 2; }
+static inline const void *exc_edit_src(const struct exc_project_args *a, int64_t i) {
+    return a->src ? a->src[i] : (const char *)a->src_base + (size_t)(i * a->src_stride) * exc_edit_size(a->dtype);
+}
+static inline void *exc_edit_dst(const struct exc_project_args *a, int64_t i) {
+    return a->dst ? a->dst[i] : (char *)a->dst_base + (size_t)(i * a->dst_stride) * exc_edit_size(a->dtype);
+}
+
 /* Run-time choice of instructions (kernels/isa.c): the best level this processor and operating system offer. The
  * environment variable EXCISE_ISA (avx2, avx512, avx512bf16, amx) may lower it, for tests. */
 enum exc_isa { EXC_ISA_GENERIC, EXC_ISA_AVX2, EXC_ISA_AVX512, EXC_ISA_AVX512BF16, EXC_ISA_AMX };
 enum exc_isa exc_isa_level(void);
 const char *exc_isa_name(enum exc_isa level);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -301,7 +301,7 @@ static void copy_strip(const exc_strip *s, size_t size) {
 
 /* where strip `index` of the round begins */
 static const char *strip_begin(const job *j, int64_t index) {
-    return (const char *)j->a->src[j->first + index / j->strips] + (size_t)(index % j->strips * j->across) * j->size;
+    return (const char *)exc_edit_src(j->a, j->first + index / j->strips) + (size_t)(index % j->strips * j->across) * j->size;
 }
 
 static void out_strip(const job *j, int64_t index, int64_t last, int fetched, room *m) {
@@ -312,8 +312,8 @@ static void out_strip(const job *j, int64_t index, int64_t last, int fetched, ro
     s.next = index + 1 < last ? strip_begin(j, index + 1) : NULL;
     s.fetched = fetched;
     s.cols = exc_least(j->across, j->whole - at);
-    s.src = (const char *)a->src[matrix] + (size_t)at * j->size;
-    s.dst = (char *)a->dst[matrix] + (size_t)at * j->size;
+    s.src = (const char *)exc_edit_src(a, matrix) + (size_t)at * j->size;
+    s.dst = (char *)exc_edit_dst(a, matrix) + (size_t)at * j->size;
     s.src_stride = s.dst_stride = (size_t)a->cols * j->size;
     *t = (tally){0};
     if (a->changed) s.changed = &t->changed;
@@ -372,8 +372,8 @@ static void in_run(void *arg, size_t task, int worker) {
     int64_t matrix = j->first + (int64_t)task / j->strips, at = (int64_t)task % j->strips * j->across;
     int64_t rows = exc_least(j->across, j->whole - at);
     size_t off = (size_t)(at * j->along) * j->size, bytes = (size_t)(rows * j->along) * j->size;
-    const char *src = (const char *)a->src[matrix] + off;
-    char *dst = (char *)a->dst[matrix] + off;
+    const char *src = (const char *)exc_edit_src(a, matrix) + off;
+    char *dst = (char *)exc_edit_dst(a, matrix) + off;
     tally *t = &j->sums[task];
     exc_strip s = strip_of(j, matrix, m);
     s.dtype = EXC_F32;
@@ -410,7 +410,7 @@ static void row_dots_run(void *arg, size_t task, int worker) {
     exc_strip s = strip_of(j, j->first, m);
     tally *t = &j->sums[task];
     s.cols = exc_least(j->across, j->whole - at);
-    s.src = (const char *)a->src[j->first] + (size_t)at * j->size;
+    s.src = (const char *)exc_edit_src(a, j->first) + (size_t)at * j->size;
     s.src_stride = (size_t)a->cols * j->size;
     *t = (tally){0};
     if (a->nonfinite) t->nonfinite = bad_values(&s, s.src, s.dtype);
@@ -446,8 +446,8 @@ static void rows_run(void *arg, size_t task, int worker) {
     int64_t *changed = (int64_t *)((char *)j->q->scratch[0]) + task;
     *changed = 0;
     for (int64_t h = first; h < last; h++) {
-        const char *from = (const char *)a->src[j->first] + (size_t)(h * I) * j->size;
-        char *to = (char *)a->dst[j->first] + (size_t)(h * I) * j->size;
+        const char *from = (const char *)exc_edit_src(a, j->first) + (size_t)(h * I) * j->size;
+        char *to = (char *)exc_edit_dst(a, j->first) + (size_t)(h * I) * j->size;
         double before, after;
         exc_load_row(from, a->dtype, I, row);
         square_for()(row, I, &before);
@@ -473,7 +473,7 @@ static void row_after_run(void *arg, size_t task, int worker) {
     int64_t at = (int64_t)task * j->across;
     exc_strip s = strip_of(j, j->first, m);
     s.cols = exc_least(j->across, j->whole - at);
-    s.dst = (char *)a->dst[j->first] + (size_t)at * j->size;
+    s.dst = (char *)exc_edit_dst(a, j->first) + (size_t)at * j->size;
     s.dst_stride = (size_t)a->cols * j->size;
     j->sweep(&s, SWEEP_AFTER);
     j->sums[task].after = square_sum(m->after, s.rank, s.cols);

@@ -22,7 +22,19 @@ struct exc_queue {
     size_t scratch_bytes;  /* size of each block: EXC_SCRATCH_BYTES */
     int reproducible;      /* 1: a row's bits must not depend on the other rows of the batch either */
     uint64_t *nonfinite;   /* optional counter that ops which check for NaN/Inf add to (atomically) */
-    void *stream;          /* device queues: the cudaStream_t */
+
+    /* Device queues (kernels/module.cu opens them): ops enqueue on `stream` and return. What they need beside their
+     * arguments is carved from `work`, which they share in stream order. While `measuring`, an op enqueues nothing and only
+     * raises work_needed to what it would take: the host calls it so with the largest shapes, then gives that much. */
+    void *stream;          /* cudaStream_t */
+    void *module;          /* the module's own: library handles */
+    void *work;            /* device memory, 256-byte aligned */
+    size_t work_bytes;
+    size_t work_needed;
+    int measuring;
+    int device;            /* its number */
+    int failed;            /* first CUDA error, sticky, and the kernel or call that met it */
+    const char *failed_at;
 };
 
 #define EXC_SCRATCH_BYTES ((size_t)8 << 20)

@@ -195,8 +195,8 @@ AVX512 static void relay_task(void *arg, size_t task, int worker) {
     int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->strips);
     for (int64_t i = first; i < last; i++) {
         int64_t matrix = i / j->across, at = i % j->across * STRIP;
-        in->src = (const uint16_t *)a->src[matrix] + at;
-        in->dst = (uint16_t *)a->dst[matrix] + at;
+        in->src = (const uint16_t *)exc_edit_src(a, matrix) + at;
+        in->dst = (uint16_t *)exc_edit_dst(a, matrix) + at;
         in->strength = a->strength[matrix];
         in->calm = j->tame;
         steps[a->rank - 1](a, j->q->scratch[worker], out, in);
@@ -221,7 +221,7 @@ static int fits(const exc_queue *q, const struct exc_project_args *a) {
     if (a->rank > MOST_RANK || a->cols % STRIP || a->rows > MOST_ROWS) return 0;
     if ((size_t)a->rows * STRIP * sizeof(uint16_t) > q->scratch_bytes) return 0;
     for (int64_t i = 0; i < a->count; i++)
-        if (a->strength[i] == 0.0f || (uintptr_t)a->src[i] % 64 || (uintptr_t)a->dst[i] % 64) return 0;
+        if (a->strength[i] == 0.0f || (uintptr_t)exc_edit_src(a, i) % 64 || (uintptr_t)exc_edit_dst(a, i) % 64) return 0;
     return 1;
 }
 

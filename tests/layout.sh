@@ -8,12 +8,12 @@ rule() { # rule "text" <output that must be empty>
     if [ -z "$2" ]; then echo "ok $n - $1"; else echo "not ok $n - $1"; printf '%s\n' "$2" | sed 's/^/    /' | head -20; bad=1; fi
 }
 tracked() { git ls-files "$@" 2>/dev/null || find "$@" -type f; }
-sources=$(tracked | grep -E '\.(c|h|cu|cuh|def)$')
+sources=$(tracked | grep -E '\.(c|h|cpp|cu|cuh|def)$')
 ops=$(sed -nE 's/^EXC_OP\(([a-z0-9]+),.*/\1/p' kernels/ops.def)
 
 rule "every op has its definition kernels/<op>.c" "$(for o in $ops; do [ -f kernels/$o.c ] || echo "kernels/$o.c"; done)"
 rule "every op is tested by name" "$(for o in $ops; do grep -lqE "exc_${o}_args|ops->$o\b" tests/*.c || echo "$o"; done)"
-rule "file names are single lower-case words" "$(tracked | grep -E '\.(c|h|cu|cuh|sh)$' | grep -vE '(^|/)[a-z0-9]+\.[a-z]+$')"
+rule "file names are single lower-case words" "$(tracked | grep -E '\.(c|h|cpp|cu|cuh|sh)$' | grep -vE '(^|/)[a-z0-9]+\.[a-z]+$')"
 rule "file names are unique among sources" "$(tracked host kernels bench include tests | grep -E '\.(c|h)$' | sed 's|.*/||' | sort | uniq -d)"
 rule "no file over 800 lines, excise.h under 400" "$(wc -l $sources | awk '$2 != "total" && ($1 > 800 || ($2 == "include/excise.h" && $1 >= 400)) {print $2, $1}')"
 rule "files open with a comment" "$(for f in $sources; do head -c 2 "$f" | grep -q '/\*' || echo "$f"; done)"
@@ -24,7 +24,11 @@ rule "host/cli includes only excise.h, its own headers and system headers" "$(fo
 rule "base knows nothing above it" "$(grep -nE '#include "(files|model|study)\.h"' host/base/*)"
 rule "files knows nothing above it" "$(grep -nE '#include "(model|study)\.h"' host/files/*)"
 rule "model knows no studies" "$(grep -nE '#include "study\.h"' host/model/*)"
-rule "no launch outside the LAUNCH macro, no device memory call outside memory.cu" "$(grep -nE '<<<|cudaMalloc|cudaFree|cudaDeviceSynchronize' $sources | grep -v 'memory\.cu')"
+# kernels/memory.cu and module.cu are the module's own; every other .cu is the twin of an op
+rule "twins have the stems of ops" "$(for f in kernels/*.cu; do n=$(basename "$f" .cu); case " $(echo $ops) memory module " in *" $n "*) ;; *) echo "$f" ;; esac; done)"
+rule "a .cu includes cuda.cuh or tensor.cuh and nothing of the host" "$(grep -nE '#include' kernels/*.cu | grep -vE '"(cuda|tensor|memory|[a-z0-9]+)\.cuh"|"(ops\.def|module\.h)"')"
+rule "no launch outside the LAUNCH macro, no device memory call outside memory.cu" "$(grep -nE '<<<|cudaMalloc|cudaFree|cudaHostAlloc|cuda[A-Za-z]*Synchronize' $sources | grep -vE '^kernels/(memory\.cu|cuda_on_host/)|^kernels/module\.cu.*StreamSynchronize|^tests/bugs')"
+echo "# ops without a CUDA twin: $(for o in $ops; do [ -f kernels/$o.cu ] || echo $o; done | tr '\n' ' ')"
 library=$(ls build/libexcise.a 2>/dev/null)
 if [ -n "$library" ] && command -v nm >/dev/null; then
     rule "library objects reference no printf, puts, stdout, stderr, abort, exit" \

@@ -30,7 +30,8 @@
 #define EXC_COUNT(a) (sizeof(a) / sizeof *(a))
 #define EXC_PRINTF(f, a) __attribute__((format(printf, f, a)))
 
-struct exc_ops; /* kernels/ops.h */
+struct exc_ops;    /* kernels/ops.h */
+struct exc_module; /* kernels/module.h */
 
 struct exc_ctx {
     exc_ctx_options opt;
@@ -38,7 +39,8 @@ struct exc_ctx {
     const struct exc_ops *ops; /* the chosen backend's table */
     const char *backend;       /* "cpu", ... */
     exc_queue queue;           /* what ops run on */
-    uint64_t nonfinite;        /* counter behind queue.nonfinite */
+    uint64_t nonfinite;        /* counter behind queue.nonfinite, on the CPU */
+    const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
 };
 
 /* ---- errors and events (base/status.c) */
@@ -59,6 +61,7 @@ bool exc_mul(size_t a, size_t b, size_t *out);                               /* 
 char *exc_strdup(exc_ctx *ctx, const char *s);                               /* release with exc_release */
 /* test hook: makes the n-th allocation from now fail (0: off) */
 void exc_alloc_fail_at(uint64_t n);
+bool exc_alloc_fails_now(void); /* for other allocators: counts one allocation */
 
 /* one growing byte string, used for texts and reports */
 typedef struct exc_buf {
@@ -74,6 +77,23 @@ void exc_buf_free(exc_buf *b);
 /* ---- threads (base/threads.c) */
 exc_status exc_queue_open(exc_ctx *ctx, int threads);
 void exc_queue_close(exc_ctx *ctx);
+
+/* ---- the device (base/device.c). Memory where this context's ops run: device memory, or plain memory on the CPU. put and get
+ * wait for their end; zero and copy (both sides there) run in the order of the ops around them. */
+const struct exc_module *exc_device_module(void); /* NULL: none to be had */
+const char *exc_device_why_not(void);             /* NULL when a GPU can be used, else one sentence */
+exc_status exc_device_open(exc_ctx *ctx, int device);
+void exc_device_close(exc_ctx *ctx);
+exc_status exc_device_reserve(exc_ctx *ctx, size_t work_bytes); /* scratch of ops: at least this much from now on */
+exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what, void **p);
+void exc_device_release(exc_ctx *ctx, void *p);
+exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t bytes);
+exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes);
+exc_status exc_device_copy(exc_ctx *ctx, void *dst, const void *src, size_t bytes);
+exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
+exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
+/* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
+exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);
 
 /* ---- small files (base/paths.c). Paths in messages are as the user gave them. */
 exc_status exc_read_file(exc_ctx *ctx, const char *path, size_t limit, char **data, size_t *len); /* NUL added; exc_release */

@@ -15,10 +15,9 @@ typedef struct backend {
 } backend;
 
 static const char *usable(void) { return NULL; }
-static const char *no_cuda(void) { return "this build has no CUDA backend"; }
 
 static const backend backends[] = {
-    {"cuda", no_cuda, NULL},
+    {"cuda", exc_device_why_not, NULL}, /* ops come with the module */
     {"cpu", usable, &exc_cpu_ops},
 };
 
@@ -57,12 +56,14 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     if (st == EXC_OK) st = exc_queue_open(ctx, opt.threads);
     ctx->queue.reproducible = opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
+    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, 0);
     return st;
 }
 
 void exc_ctx_free(exc_ctx *ctx)
 {
     if (!ctx) return;
+    exc_device_close(ctx);
     exc_queue_close(ctx);
     exc_release(ctx);
 }

@@ -18,7 +18,7 @@ static _Atomic uint64_t fail_countdown;
 
 void exc_alloc_fail_at(uint64_t n) { atomic_store(&fail_countdown, n); }
 
-static bool fails_now(void) {
+bool exc_alloc_fails_now(void) {
     uint64_t n = atomic_load(&fail_countdown);
     return n && atomic_fetch_sub(&fail_countdown, 1) == 1;
 }
@@ -34,7 +34,7 @@ static void *get(exc_ctx *ctx, size_t count, size_t size, const char *what, bool
     }
     size_t align = bytes >= 4 * HUGE_PAGE ? HUGE_PAGE : 64;
     size_t rounded = (bytes + align - 1) / align * align;
-    void *p = fails_now() ? NULL : aligned_alloc(align, rounded ? rounded : align);
+    void *p = exc_alloc_fails_now() ? NULL : aligned_alloc(align, rounded ? rounded : align);
     if (!p) {
         exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory for %zu bytes", what, bytes);
         return NULL;
@@ -74,7 +74,7 @@ static bool reserve(exc_buf *b, size_t more) {
         }
         cap *= 2;
     }
-    char *data = fails_now() ? NULL : realloc(b->data, cap);
+    char *data = exc_alloc_fails_now() ? NULL : realloc(b->data, cap);
     if (!data) {
         b->failed = true;
         return false;

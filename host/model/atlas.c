@@ -93,7 +93,7 @@ static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, 
     return out;
 }
 
-static size_t unit_bits(const exc_weight *w) { return exc_dtype_bits(w->tensor->dtype); }
+static size_t unit_bits(const exc_weight *w) { return exc_dtype_bits((exc_dtype)w->dtype); }
 
 bool exc_weight_dense(const exc_weight *w) { return w->in_step == 1 && w->out_step == w->in; }
 
@@ -120,13 +120,14 @@ const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w) {
 static int64_t parts_of(const exc_layout *y) { return y->parts ? y->parts : 1; }
 
 /* shape of a tensor that holds weights like w; returns its rank */
-static int stored_shape(const exc_atlas *a, const exc_layout *y, const exc_weight *w, int64_t shape[3]) {
+static int stored_shape(const exc_atlas *a, const exc_layout *y, const exc_weight *w, int64_t shape[4]) {
     int n = 0;
     int64_t out = w->out * parts_of(y);
     if (y->stacked) shape[n++] = a->shape.experts;
     if (y->transposed) shape[n++] = w->in;
     shape[n++] = out;
-    if (!y->transposed && !exc_role_is_vector(w->role)) shape[n++] = w->in;
+    if (!y->transposed && !exc_role_is_vector(w->role)) shape[n++] = y->blocks ? w->in / 32 : w->in;
+    if (y->blocks) shape[n++] = 16; /* bytes of 32 codes */
     return n;
 }
 
@@ -144,7 +145,7 @@ static void locate(const exc_layout *y, exc_weight *w) {
 
 static exc_status check_shape(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y, const exc_weight *w) {
     const exc_tensor *t = w->tensor;
-    int64_t shape[3];
+    int64_t shape[4];
     int rank = stored_shape(a, y, w, shape);
     bool fits = t->rank == rank;
     for (int i = 0; i < rank && fits; i++) fits = t->shape[i] == shape[i];
@@ -190,10 +191,13 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, const exc_layout *y, 
                         exc_role_name(w->role));
     }
     EXC_TRY(check_shape(ctx, a, y, w));
-    if (t->dtype != EXC_BF16 && t->dtype != EXC_F16 && t->dtype != EXC_F32)
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype: expected BF16, F16 or F32, found %s", file, name,
-                        t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
-    return EXC_OK;
+    /* vectors and the embedding are looked at one by one, without a matmul that could decode them */
+    bool whole = exc_role_is_vector(w->role) || w->role == EXC_ROLE_EMBED, plain = t->dtype == EXC_BF16 || t->dtype == EXC_F16 || t->dtype == EXC_F32;
+    w->dtype = y->blocks ? EXC_F4 : (int)t->dtype;
+    if (y->blocks ? t->dtype == EXC_U8 : plain || (t->dtype == EXC_F8_E4M3 && !whole)) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype: expected %s, found %s", file, name,
+                    y->blocks ? "U8" : whole ? "BF16, F16 or F32" : "BF16, F16, F32 or F8_E4M3",
+                    t->dtype_name ? t->dtype_name : exc_dtype_name(t->dtype));
 }
 
 static exc_status add_item(exc_ctx *ctx, exc_atlas *a, const exc_weight *w) {
@@ -215,9 +219,11 @@ static exc_status add_weights(exc_ctx *ctx, exc_atlas *a, const exc_name *p, exc
     w->role = p->role;
     EXC_TRY(check_weight(ctx, a, &p->layout, w, skip));
     int64_t count = *skip ? 0 : p->layout.stacked ? a->shape.experts : 1;
+    if (count && exc_weight_coded(w)) EXC_TRY(exc_scale_find(ctx, a, &p->layout, w));
     for (int64_t e = 0; e < count; e++) {
         if (p->layout.stacked) w->expert = e;
         locate(&p->layout, w);
+        exc_scale_locate(&p->layout, w);
         EXC_TRY(add_item(ctx, a, w));
     }
     return EXC_OK;
@@ -236,6 +242,17 @@ static exc_status check_single(exc_ctx *ctx, const exc_atlas *a) {
     return EXC_OK;
 }
 
+/* scales are known where their weight is */
+static bool is_scale(const exc_atlas *a, const char *name) {
+    char owner[512];
+    int64_t layer, expert;
+    const exc_tensor *t = exc_scale_owner(name, owner, sizeof owner) ? exc_checkpoint_find(a->files, owner) : NULL;
+    if (!t || (t->dtype != EXC_F8_E4M3 && t->dtype != EXC_U8)) return false;
+    for (const exc_name *p = a->family->names; p->pattern; p++)
+        if (match(p->pattern, owner, &layer, &expert) && layer < a->shape.layers) return true;
+    return false;
+}
+
 static exc_status sort_out(exc_ctx *ctx, exc_atlas *a) {
     size_t n = a->files->n_tensors;
     a->room = n ? n : 1;
@@ -252,7 +269,7 @@ static exc_status sort_out(exc_ctx *ctx, exc_atlas *a) {
             EXC_TRY(add_weights(ctx, a, p, &w, &skip));
             known = known || !skip;
         }
-        if (!known) a->unknown[a->n_unknown++] = t;
+        if (!known && !is_scale(a, t->name)) a->unknown[a->n_unknown++] = t;
     }
     qsort(a->items, a->count, sizeof *a->items, compare_weights);
     return check_single(ctx, a);
@@ -350,6 +367,7 @@ static exc_status build(exc_ctx *ctx, const char *dir, exc_atlas *a) {
     EXC_TRY(exc_checkpoint_open(ctx, dir, &a->files));
     EXC_TRY(find_family(ctx, a));
     EXC_TRY(exc_shape_read(ctx, a->files, a->family, &a->shape));
+    EXC_TRY(exc_quant_guess(ctx, a->files));
     EXC_TRY(sort_out(ctx, a));
     EXC_TRY(check_complete(ctx, a));
     return make_fingerprint(ctx, a);

@@ -11,9 +11,8 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     const exc_shape *s = &m->atlas->shape;
     exc_softmax_weights *w = &y->mix.softmax;
     int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-    int dtype = EXC_BF16;
-    for (exc_role r = EXC_ROLE_ATTN_Q; r <= EXC_ROLE_ATTN_V; r++)
-        if (exc_carve_dtype(m, r, layer) == EXC_F32) dtype = EXC_F32;
+    int dtype = exc_carve_dtype(m, EXC_ROLE_ATTN_Q, layer);
+    for (exc_role r = EXC_ROLE_ATTN_K; r <= EXC_ROLE_ATTN_V; r++) dtype = exc_carve_join(m, dtype, exc_carve_dtype(m, r, layer));
     w->k_at = exc_whole_panels(q);
     w->v_at = w->k_at + exc_whole_panels(kv);
     w->width = w->v_at + exc_whole_panels(kv);

@@ -62,8 +62,7 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
     for (size_t i = first; i < end; i++) {
         bytes += exc_weight_bytes(&a->items[i]);
         /* experts of one tensor follow each other */
-        if (i == first || a->items[i].tensor != a->items[i - 1].tensor)
-            tensors++, of[a->items[i].tensor->dtype]++;
+        if (i == first || a->items[i].tensor != a->items[i - 1].tensor) tensors++, of[a->items[i].dtype]++;
         same = same && a->items[i].out == w->out && a->items[i].in == w->in;
     }
     exc_buf_printf(b, "{\"role\":\"%s\",\"tensors\":%zu,\"weights\":%zu,\"bytes\":%llu,\"dtypes\":{",
@@ -133,6 +132,7 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
                    (long long)s->context, s->rope.theta, (double)s->eps, s->tied ? "true" : "false");
     exc_buf_printf(b, ",\"shared_intermediate\":%lld,\"rotary\":%lld", (long long)s->shared_inner,
                    (long long)s->rotary);
+    exc_buf_printf(b, ",\"quantization\":\"%s\"", exc_quant_name(s->quant));
     exc_buf_printf(b, ",\"rope_type\":\"%s\"", exc_rope_name(s->rope.kind));
     if (s->rope.kind != EXC_ROPE_PLAIN)
         exc_buf_printf(b, ",\"rope_factor\":%.9g,\"rope_original_context\":%.9g", s->rope.factor,

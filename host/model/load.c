@@ -8,7 +8,7 @@
  * not twice the model.
  *
  * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for
- * f32. */
+ * f32; quantised ones stay codes and scales, which the ops read. */
 #include <string.h>
 #include <sys/mman.h>
 
@@ -16,6 +16,7 @@
 
 #define BLOCK_BYTES                                                                                          \
     ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
+#define ROW_ALIGN 128 /* rows of a block: whole panels, and whole blocks of scales */
 #define PAGE ((uint64_t)4096)
 
 /* -------------------------------------------------------------------------------------------------------
@@ -34,15 +35,34 @@ void *exc_carve_take(exc_carve *c, size_t count, size_t size) {
 
 int64_t exc_whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
 
-/* one dtype for all experts, because one call reads them all */
+int exc_carve_join(const exc_model *m, int a, int b) {
+    if (a == b) return a;
+    return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
+}
+
+/* quantised weights stay what they are, bf16 is exact in both modes, the rest is rounded or exact as the mode has it */
+static int packed_dtype(const exc_model *m, const exc_weight *w) {
+    if (exc_weight_coded(w) || w->dtype == EXC_BF16) return w->dtype;
+    return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
+}
+
+static int role_dtype(const exc_model *m, exc_role role, int64_t layer) {
+    bool by_expert = exc_role_by_expert(role);
+    int dtype = packed_dtype(m, exc_atlas_find(m->atlas, role, layer, by_expert ? 0 : -1));
+    for (int64_t e = 1; by_expert && e < m->atlas->shape.experts; e++)
+        dtype = exc_carve_join(m, dtype, packed_dtype(m, exc_atlas_find(m->atlas, role, layer, e)));
+    return dtype;
+}
+
+/* one dtype for all experts, and for gate and up, because one call reads them all */
 int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer) {
-    if (m->compute == EXC_COMPUTE_BF16) return EXC_BF16;
-    int64_t experts = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
-    for (int64_t e = 0; e < experts; e++) {
-        const exc_weight *w = exc_atlas_find(m->atlas, role, layer, exc_role_by_expert(role) ? e : -1);
-        if (w->tensor->dtype != EXC_BF16) return EXC_F32;
-    }
-    return EXC_BF16;
+    static const exc_role pairs[][2] = {{EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP},
+                                        {EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP},
+                                        {EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP}};
+    for (size_t i = 0; i < EXC_COUNT(pairs); i++)
+        if (role == pairs[i][0] || role == pairs[i][1])
+            return exc_carve_join(m, role_dtype(m, pairs[i][0], layer), role_dtype(m, pairs[i][1], layer));
+    return role_dtype(m, role, layer);
 }
 
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype) {
@@ -89,8 +109,8 @@ static void lay_out(exc_carve *c, const exc_model *m, exc_loaded *l) {
         if (l->layer) l->layer[i] = y;
     }
     const exc_weight *embed = exc_atlas_find(m->atlas, EXC_ROLE_EMBED, -1, -1);
-    l->embed_dtype = embed->tensor->dtype;
-    l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits(embed->tensor->dtype) / 8);
+    l->embed_dtype = embed->dtype;
+    l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits((exc_dtype)embed->dtype) / 8);
     l->lm_head = exc_carve_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
 }
 
@@ -128,6 +148,9 @@ static exc_status not_finite(exc_loader *r, const exc_weight *w, int64_t index, 
         (long long)count);
 }
 
+/* bytes that are copied as one: two fp4 */
+static size_t unit_of(const exc_weight *w) { return w->dtype == EXC_F4 ? 1 : exc_dtype_bits((exc_dtype)w->dtype) / 8; }
+
 /* a buffer of at least `bytes`, its old content lost */
 static exc_status enlarge(exc_loader *r, exc_stage *s, size_t bytes) {
     if (bytes <= s->bytes) return EXC_OK;
@@ -139,53 +162,50 @@ static exc_status enlarge(exc_loader *r, exc_stage *s, size_t bytes) {
     return EXC_OK;
 }
 
-/* dense [out,in] of a weight that lies otherwise */
+/* dense [out,in] of a weight that lies otherwise; rows of fp4 are whole bytes */
 static exc_status straighten(exc_loader *r, const exc_weight *w, const uint8_t **data) {
     EXC_TRY(enlarge(r, &r->dense, (size_t)exc_weight_bytes(w)));
-    const uint8_t *from = *data;
+    int64_t per_unit = w->dtype == EXC_F4 ? 2 : 1;
+    struct exc_view_args a = {.src = *data, .src_row = w->out_step / per_unit, .src_column = w->in_step, .dst = r->dense.data,
+                              .dst_row = w->in / per_unit, .dst_column = 1, .rows = w->out, .columns = w->in / per_unit,
+                              .unit = unit_of(w)};
     *data = r->dense.data;
-    return call(r->ctx,
-                r->ctx->ops->view(&r->ctx->queue, &(struct exc_view_args){.src = from,
-                                                                          .src_row = w->out_step,
-                                                                          .src_column = w->in_step,
-                                                                          .dst = r->dense.data,
-                                                                          .dst_row = w->in,
-                                                                          .dst_column = 1,
-                                                                          .rows = w->out,
-                                                                          .columns = w->in,
-                                                                          .unit = exc_dtype_bits(w->tensor->dtype) / 8}),
-                "view", w);
+    return call(r->ctx, r->ctx->ops->view(&r->ctx->queue, &a), "view", w);
 }
 
-/* bytes of a weight [out,in]: the map itself, or an aligned copy that the plan edited or that was straightened */
-static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out) {
+/* bytes of a weight [out,in]: the map itself, or an aligned copy that the plan edited or that was straightened; and its scales */
+static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out, const uint8_t **scale) {
     const uint8_t *data = exc_atlas_data(r->a, w);
     bool edit = r->m->has_lens && !r->m->is_virtual && r->m->lens.bake && r->m->lens.touches &&
                 r->m->lens.touches(r->m->lens.user, w);
-    if (edit || (uintptr_t)data % (exc_dtype_bits(w->tensor->dtype) / 8)) {
+    *scale = NULL;
+    if (exc_weight_coded(w)) {
+        EXC_TRY(enlarge(r, &r->scale, exc_weight_scale_bytes(w)));
+        exc_scale_gather(w, r->a->files->files[w->scale->shard]->map + w->scale_begin, r->scale.data);
+        *scale = r->scale.data;
+    }
+    if (edit || (uintptr_t)data % unit_of(w)) {
         EXC_TRY(enlarge(r, &r->stage, exc_weight_span(w)));
         memcpy(r->stage.data, data, exc_weight_span(w));
-        if (edit) EXC_TRY(r->m->lens.bake(r->ctx, r->m->lens.user, r->a, w, r->stage.data));
+        if (edit) EXC_TRY(r->m->lens.bake(r->ctx, r->m->lens.user, r->a, w, r->stage.data, r->scale.data));
         data = r->stage.data;
     }
     *out = data;
     return exc_weight_dense(w) ? EXC_OK : straighten(r, w, out);
 }
 
-/* looks for NaN and infinity among `count` elements of a weight, from its element `first` on */
-static exc_status scan(exc_loader *r, const exc_weight *w, const void *data, int64_t first, int64_t count) {
+/* looks for NaN and infinity in `n` rows of a weight from row `first` on, and for scales that are none or make one */
+static exc_status scan(exc_loader *r, const exc_weight *w, const uint8_t *rows, const uint8_t *scale, int64_t first,
+                       int64_t n) {
+    exc_ctx *ctx = r->ctx;
     int64_t bad = 0, index = -1;
-    int dtype = w->tensor->dtype;
-    EXC_TRY(call(r->ctx,
-                 r->ctx->ops->convert(&r->ctx->queue, &(struct exc_convert_args){.src = data,
-                                                                                 .src_dtype = dtype,
-                                                                                 .dst = NULL,
-                                                                                 .dst_dtype = dtype,
-                                                                                 .n = count,
-                                                                                 .nonfinite = &bad,
-                                                                                 .index = &index}),
-                 "convert", w));
-    return bad ? not_finite(r, w, first + index, bad) : EXC_OK;
+    struct exc_widen_args coded = {.src = rows, .dtype = w->dtype, .scale = scale, .scale_dtype = w->scale_dtype, .rows = n,
+                                   .cols = w->in, .nonfinite = &bad, .index = &index};
+    struct exc_convert_args plain = {.src = rows, .src_dtype = w->dtype, .dst_dtype = w->dtype, .n = n * w->in,
+                                     .nonfinite = &bad, .index = &index};
+    if (exc_weight_coded(w)) EXC_TRY(call(ctx, ctx->ops->widen(&ctx->queue, &coded), "widen", w));
+    else EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &plain), "convert", w));
+    return bad ? not_finite(r, w, first * w->in + index, bad) : EXC_OK;
 }
 
 /* what a weight cost, and its clean pages of a file: the cache keeps them, this process does not */
@@ -198,45 +218,30 @@ static exc_status leave(exc_loader *r, const exc_weight *w) {
 /* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
 static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
     exc_ctx *ctx = r->ctx;
-    const exc_tensor *t = w->tensor;
-    const uint8_t *data;
-    EXC_TRY(source(r, w, &data));
-    size_t row = (size_t)w->in * (exc_dtype_bits(t->dtype) / 8);
-    int64_t rows = (int64_t)(BLOCK_BYTES / row) / EXC_PANEL * EXC_PANEL;
-    if (rows < EXC_PANEL) rows = EXC_PANEL;
-    size_t panel = exc_packed_bytes(EXC_PANEL, w->in, to);
+    const uint8_t *data, *scale;
+    EXC_TRY(source(r, w, &data, &scale));
+    size_t row = (size_t)w->in * exc_dtype_bits((exc_dtype)w->dtype) / 8, panel = exc_packed_bytes(EXC_PANEL, w->in, to);
+    int64_t rows = (int64_t)(BLOCK_BYTES / row) / ROW_ALIGN * ROW_ALIGN;
+    if (rows < ROW_ALIGN) rows = ROW_ALIGN;
     for (int64_t first = 0; first < w->out; first += rows) {
         int64_t n = w->out - first < rows ? w->out - first : rows;
-        const uint8_t *block = data + (size_t)first * row;
-        EXC_TRY(scan(r, w, block, first * w->in, n * w->in));
-        EXC_TRY(
-            call(ctx,
-                 ctx->ops->pack(&ctx->queue,
-                                &(struct exc_pack_args){.w = block,
-                                                        .w_dtype = t->dtype,
-                                                        .n = n,
-                                                        .k = w->in,
-                                                        .to = to,
-                                                        .out = out + (size_t)(first / EXC_PANEL) * panel}),
-                 "pack", w));
+        struct exc_pack_args a = {.w = data + (size_t)first * row, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
+                                  .out = out + (size_t)(first / EXC_PANEL) * panel,
+                                  .scale = scale ? scale + exc_scale_offset(w, first) : NULL, .scale_dtype = w->scale_dtype};
+        EXC_TRY(scan(r, w, a.w, a.scale, first, n));
+        EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", w));
     }
     return leave(r, w);
 }
 
-/* a weight kept unpacked: norms (as f32) and the embedding (as stored) */
+/* a weight kept unpacked: norms (as f32) and the embedding (as stored); these are never quantised */
 static exc_status copy_weight(exc_loader *r, const exc_weight *w, int to, void *out) {
     exc_ctx *ctx = r->ctx;
-    const uint8_t *data;
-    EXC_TRY(source(r, w, &data));
+    const uint8_t *data, *scale;
+    EXC_TRY(source(r, w, &data, &scale));
     int64_t bad = 0, index = -1;
-    EXC_TRY(call(ctx,
-                 ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){.src = data,
-                                                                           .src_dtype = w->tensor->dtype,
-                                                                           .dst = out,
-                                                                           .dst_dtype = to,
-                                                                           .n = w->out * w->in,
-                                                                           .nonfinite = &bad,
-                                                                           .index = &index}),
+    EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){.src = data, .src_dtype = w->dtype, .dst = out, .dst_dtype = to,
+                                                                               .n = w->out * w->in, .nonfinite = &bad, .index = &index}),
                  "convert", w));
     if (bad) return not_finite(r, w, index, bad);
     r->done += exc_weight_bytes(w);
@@ -268,9 +273,13 @@ exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *i
 
 exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out) {
     const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
-    *out = (exc_matrix){.weight = w, .dtype = w->tensor->dtype};
-    EXC_TRY(source(r, w, &out->data));
-    return scan(r, w, out->data, 0, w->out * w->in);
+    const uint8_t *scale;
+    *out = (exc_matrix){.weight = w, .dtype = w->dtype};
+    if (exc_weight_coded(w))
+        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: expected numbers of 16 or 32 bits here, found %s", w->tensor->name,
+                        exc_dtype_name((exc_dtype)w->dtype));
+    EXC_TRY(source(r, w, &out->data, &scale));
+    return scan(r, w, out->data, NULL, 0, w->out);
 }
 
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
@@ -328,7 +337,7 @@ static exc_status load_all(exc_loader *r) {
     read_ahead(r, 0);
     const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
     if (s->tied) r->total += exc_weight_bytes(embed); /* read twice: as table and as head */
-    EXC_TRY(copy_weight(r, embed, embed->tensor->dtype, r->l->embed));
+    EXC_TRY(copy_weight(r, embed, embed->dtype, r->l->embed));
     for (int64_t i = 0; i < s->layers; i++) {
         read_ahead(r, i + 1);
         EXC_TRY(load_layer(r, i));
@@ -356,6 +365,7 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     exc_status st = load_all(&r);
     exc_release(r.stage.data);
     exc_release(r.dense.data);
+    exc_release(r.scale.data);
     exc_release(r.part.data);
     return st;
 }

@@ -15,6 +15,7 @@ typedef struct exc_carve {
 } exc_carve;
 void *exc_carve_take(exc_carve *c, size_t count, size_t size); /* 64-byte aligned; NULL while measuring */
 int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer); /* of the packed form of a role's weights in a layer */
+int exc_carve_join(const exc_model *m, int a, int b); /* of one matrix made of parts that by themselves would be a and b */
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
 exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);
 exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* [E], or [1] for dense roles */
@@ -29,6 +30,7 @@ typedef struct exc_loader {
     exc_loaded *l;
     exc_stage stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
     exc_stage dense; /* [out,in] of one that lies otherwise */
+    exc_stage scale; /* scales of a quantised one, aligned, without gaps */
     exc_stage part;  /* a view that does not lie dense */
     uint64_t done, total;
 } exc_loader;

@@ -32,6 +32,7 @@ typedef struct exc_layout {
     bool transposed;            /* each as [in,out] */
     int parts, part;            /* the `out` axis holds this many roles and this is number `part`; 0: it alone */
     bool mixed;                 /* .. taking turns along it, instead of one part behind the other */
+    bool blocks;                /* fp4: u8 [..,in/32,16], with scales in the tensor NAME_scales beside NAME_blocks */
 } exc_layout;
 /* Name pattern of a role in a published layout: %L layer, %E expert, [text] may be left out. A role may stand more than once
  * (layouts that circulate); the first is the one that messages name. */
@@ -42,6 +43,15 @@ typedef struct exc_name { exc_role role; const char *pattern; exc_layout layout;
     {EXC_ROLE_EXPERT_DOWN, prefix "down_proj", {.stacked = true}},                          /* [E,H,I] */                   \
         {EXC_ROLE_EXPERT_GATE, prefix "gate_up_proj", {.stacked = true, .parts = 2}},       /* [E,2I,H] */                  \
         {EXC_ROLE_EXPERT_UP, prefix "gate_up_proj", {.stacked = true, .parts = 2, .part = 1}}
+
+/* The same in fp4, gates and ups taking turns, as gpt-oss has it. */
+#define EXC_BLOCK_EXPERTS(prefix)                                                                                           \
+    {EXC_ROLE_EXPERT_DOWN, prefix "down_proj_blocks", {.stacked = true, .blocks = true}},   /* [E,H,I/32,16] */             \
+        {EXC_ROLE_EXPERT_GATE, prefix "gate_up_proj_blocks", {.stacked = true, .parts = 2, .mixed = true, .blocks = true}}, \
+        {EXC_ROLE_EXPERT_UP, prefix "gate_up_proj_blocks", {.stacked = true, .parts = 2, .part = 1, .mixed = true, .blocks = true}}
+
+/* How weights are stored below 16 bits (quant.c). */
+typedef enum exc_quant { EXC_QUANT_NONE, EXC_QUANT_FP8, EXC_QUANT_MXFP4 } exc_quant;
 
 typedef enum exc_qk_norm { EXC_QK_NONE, EXC_QK_HEAD, EXC_QK_WHOLE } exc_qk_norm; /* each head, or all heads as one vector */
 typedef enum exc_dense {
@@ -126,6 +136,8 @@ typedef struct exc_shape {
     float eps;
     exc_rope rope;
     int tied;                   /* lm_head = embed */
+    exc_quant quant;            /* what quantization_config promises: tensors say which weights */
+    bool scale_power;           /* scales are powers of two, whatever their dtype */
     exc_gate gate;
     uint8_t *is_moe;            /* [layers] */
     int64_t *moe_row;           /* [layers] row among the MoE layers, -1: dense */
@@ -157,7 +169,15 @@ typedef struct exc_weight {
     int64_t out, in;            /* in = 1 for vectors */
     uint64_t begin, end;        /* bytes of the tensor's file from its first to its last element */
     int64_t out_step, in_step;  /* in, 1 as most lie; 1, out transposed; others where parts are mixed */
+    int dtype;                  /* as ops know it: that of the tensor, or EXC_F4 */
+    const exc_tensor *scale;    /* of quantised weights, else NULL */
+    int scale_dtype;            /* EXC_F32, EXC_BF16 or EXC_F8_E8M0 */
+    uint64_t scale_begin, scale_end; /* bytes of the scale's file */
+    int64_t scale_step;         /* scales from a row of them to the next */
 } exc_weight;
+bool exc_weight_coded(const exc_weight *w);      /* quantised: codes and scales */
+void exc_weight_scales(const exc_weight *w, int64_t *rows, int64_t *cols); /* how many scales */
+size_t exc_weight_scale_bytes(const exc_weight *w); /* of its own scales, without gaps; 0: it has none */
 bool exc_weight_dense(const exc_weight *w);      /* [out,in] without gaps */
 bool exc_weight_transposed(const exc_weight *w); /* [in,out] without gaps */
 size_t exc_weight_span(const exc_weight *w);     /* bytes begin..end */
@@ -178,11 +198,23 @@ exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
 const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
 const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w); /* its first element in the map; may be unaligned */
 void exc_atlas_close(exc_atlas *a);
+/* quant.c: quantization_config; tensors of formats that are not read; the scales of a coded weight, and whose scales a name is */
+exc_status exc_quant_read(exc_ctx *ctx, const json_t *config, const char *what, exc_shape *s);
+const char *exc_quant_name(exc_quant q); /* as quant_method spells it, or "none" */
+exc_status exc_quant_guess(exc_ctx *ctx, const exc_checkpoint *files);
+exc_status exc_scale_find(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y, exc_weight *w);
+void exc_scale_locate(const exc_layout *y, exc_weight *w);
+bool exc_scale_owner(const char *name, char *out, size_t cap);
+/* a weight's scales between where they lie (its first one) and an array without gaps, and where in that those of a row begin */
+void exc_scale_gather(const exc_weight *w, const void *lying, void *dense);
+void exc_scale_scatter(const exc_weight *w, const void *dense, void *lying);
+size_t exc_scale_offset(const exc_weight *w, int64_t row);
 
 /* The lens: what a plan does to a model, as the model room sees it. Made by study/lenses.c. */
 typedef struct exc_lens_hook {
-    /* baked: called for every weight when it is loaded; data [out,in] in the stored dtype, writable; may be NULL */
-    exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data);
+    /* baked: called for every weight when it is loaded; data as it lies in its tensor, scale without gaps (NULL: none), both
+     * writable; may be NULL */
+    exc_status (*bake)(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_weight *w, void *data, void *scale);
     /* tells whether bake would change this weight, so that untouched ones are read from the map */
     bool (*touches)(void *user, const exc_weight *w);
     /* virtual: the projection of a writer of a layer; false: none. For EXC_ROLE_EXPERT_DOWN strength is [E], else [1] */

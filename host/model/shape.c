@@ -1,6 +1,6 @@
 /* shape.c - config.json and generation_config.json into exc_shape: every number the forward pass depends on,
  * read by its exact key, bounded before it sizes anything, and checked against the others. A switch this
- * family's arithmetic does not have (attention biases, a quantisation) is refused by name
+ * family's arithmetic does not have (attention biases, a foreign quantisation) is refused by name
  * instead of being ignored: a model that runs with one option missing gives plausible wrong answers, which is
  * the worst outcome. */
 #include <math.h>
@@ -299,13 +299,7 @@ static exc_status read_gate(const reader *r, const exc_family *f, exc_shape *s) 
 
 static exc_status read_all(const reader *r, const exc_checkpoint *files, const exc_family *f, exc_shape *s) {
     exc_ctx *ctx = r->ctx;
-    const json_t *q = json_object_get(r->o, "quantization_config");
-    if (q && !json_is_null(q)) {
-        const json_t *method = json_object_get(q, "quant_method");
-        return wrong(r, "quantization_config",
-                     "none (weights stored as BF16, F16 or F32; dequantise the checkpoint first)",
-                     method ? method : q);
-    }
+    EXC_TRY(exc_quant_read(ctx, r->o, r->what, s));
     EXC_TRY(read_sizes(r, files, f, s));
     const char *act;
     EXC_TRY(exc_json_string_or(ctx, r->o, r->what, "hidden_act", "silu", &act));

@@ -117,7 +117,7 @@ static exc_status see_through_norm(compiler *k, int64_t layer, double *q, int64_
     exc_status st = norm && copy ? EXC_OK : EXC_ERR_MEMORY;
     if (st == EXC_OK) {
         memcpy(copy, exc_atlas_data(a, w), exc_weight_span(w));
-        st = k->ctx->ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = copy, .src_dtype = w->tensor->dtype, .dst = norm,
+        st = k->ctx->ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = copy, .src_dtype = w->dtype, .dst = norm,
                                                                              .dst_dtype = EXC_F64, .n = H});
     }
     for (int64_t r = 0; r < *rank && st == EXC_OK; r++)
@@ -349,7 +349,7 @@ static void list_matrices(call *k, const void *const *src, void *const *dst) {
     for (size_t i = 0; i < k->count; i++) {
         const exc_weight *w = k->w[i];
         int64_t m = s->rows ? s->n_amount : 1;
-        size_t stride = s->rows ? (size_t)w->in * exc_dtype_bits(w->tensor->dtype) / 8 : 0;
+        size_t stride = s->rows ? (size_t)w->in * exc_dtype_bits((exc_dtype)w->dtype) / 8 : 0;
         for (int64_t r = 0; r < m; r++, k->n++) {
             k->from[k->n] = (const uint8_t *)src[i] + (size_t)r * stride;
             k->to[k->n] = (uint8_t *)dst[i] + (size_t)r * stride;
@@ -372,7 +372,7 @@ static exc_status run_op(call *k) {
     const exc_edit_step *s = k->s;
     const exc_weight *w = k->w[0];
     int64_t n = (int64_t)k->n;
-    int dtype = w->tensor->dtype;
+    int dtype = w->dtype;
     if (s->scales)
         return k->ctx->ops->scale(&k->ctx->queue,
                                   &(struct exc_scale_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n,
@@ -412,8 +412,8 @@ static void add_effects(const call *k, exc_effect *effects) {
 static exc_status add_to(const call *k, const exc_weight *w, const void *src, void *dst, exc_effect *e) {
     const struct exc_ops *ops = k->ctx->ops;
     int64_t n = w->out, before = 0, after = 0;
-    int dtype = w->tensor->dtype;
-    size_t unit = exc_dtype_bits(w->tensor->dtype) / 8;
+    int dtype = w->dtype;
+    size_t unit = exc_dtype_bits((exc_dtype)w->dtype) / 8;
     double *sum = exc_alloc(k->ctx, (size_t)n, sizeof *sum, "router bias");
     uint8_t *result = exc_alloc(k->ctx, (size_t)n, unit, "router bias");
     exc_status st = sum && result ? EXC_OK : EXC_ERR_MEMORY;
@@ -491,7 +491,7 @@ static exc_status apply_as_they_lie(exc_ctx *ctx, const exc_compiled *c, const e
 /* copies elements between where a weight lies and a dense [out,in] */
 static exc_status copy_view(exc_ctx *ctx, const exc_weight *w, const void *lying, void *dense, bool back) {
     struct exc_view_args a = {.src = lying, .src_row = w->out_step, .src_column = w->in_step, .dst = dense, .dst_row = w->in,
-                              .dst_column = 1, .rows = w->out, .columns = w->in, .unit = exc_dtype_bits(w->tensor->dtype) / 8};
+                              .dst_column = 1, .rows = w->out, .columns = w->in, .unit = exc_dtype_bits((exc_dtype)w->dtype) / 8};
     if (back) {
         a.src = dense, a.src_row = w->in, a.src_column = 1;
         a.dst = (void *)(uintptr_t)lying, a.dst_row = w->out_step, a.dst_column = w->in_step;

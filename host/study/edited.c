@@ -119,11 +119,11 @@ static void hash_batch(exc_edited *e, const size_t *at, size_t n, const void *co
 
 /* names the first NaN or infinity of a weight; `room` is as large as it */
 static exc_status not_finite(exc_edited *e, const exc_weight *w, void *room) {
-    int64_t bad = 0, index = -1, unit = (int64_t)exc_dtype_bits(w->tensor->dtype) / 8, n = (int64_t)bytes_of(w) / unit;
+    int64_t bad = 0, index = -1, unit = (int64_t)exc_dtype_bits((exc_dtype)w->dtype) / 8, n = (int64_t)bytes_of(w) / unit;
     char name[256];
     memcpy(room, exc_atlas_data(e->a, w), bytes_of(w));
-    exc_status st = e->ctx->ops->convert(&e->ctx->queue, &(struct exc_convert_args){.src = room, .src_dtype = w->tensor->dtype,
-                                                                                    .dst_dtype = w->tensor->dtype, .n = n,
+    exc_status st = e->ctx->ops->convert(&e->ctx->queue, &(struct exc_convert_args){.src = room, .src_dtype = w->dtype,
+                                                                                    .dst_dtype = w->dtype, .n = n,
                                                                                     .nonfinite = &bad, .index = &index});
     exc_weight_label(w, name, sizeof name);
     if (st != EXC_OK || index < 0) return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: expected finite weights, found NaN or infinity", name);
@@ -140,7 +140,7 @@ static exc_status check_effect(exc_edited *e, size_t at, void *room) {
     if (!f->overflow) return EXC_OK;
     char name[256];
     return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected an edit that stays in the range of %s, found infinity", e->c->name,
-                    exc_weight_label(w, name, sizeof name), exc_dtype_name(w->tensor->dtype));
+                    exc_weight_label(w, name, sizeof name), exc_dtype_name((exc_dtype)w->dtype));
 }
 
 /* the arrays that one op call wants, for a batch sorted by place */
@@ -154,7 +154,7 @@ typedef struct sorted {
 
 /* one op call takes both: same dtype, lying the same way */
 static bool alike(const exc_weight *v, const exc_weight *w) {
-    return v->tensor->dtype == w->tensor->dtype && v->out_step == w->out_step && v->in_step == w->in_step;
+    return v->dtype == w->dtype && v->out_step == w->out_step && v->in_step == w->in_step;
 }
 
 static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
@@ -255,7 +255,7 @@ static void place(const exc_edited *e, walk *k, size_t first, size_t n) {
         const exc_edited_range *r = k->r[i] = &e->range[first + i];
         k->dst[i] = k->room + used;
         k->src[i] = e->a->files->files[r->file]->map + r->begin;
-        if ((uintptr_t)k->src[i] % (exc_dtype_bits(e->w[r->at[0]]->tensor->dtype) / 8)) {
+        if ((uintptr_t)k->src[i] % (exc_dtype_bits((exc_dtype)e->w[r->at[0]]->dtype) / 8)) {
             memcpy(k->dst[i], k->src[i], span_of(r));
             k->src[i] = k->dst[i];
         }

@@ -138,7 +138,7 @@ static exc_status compare_edited(void *user, const exc_edited *e, const exc_edit
     const exc_weight *w = e->w[r->at[0]];
     const exc_tensors *f = k->files[r->file];
     const uint8_t *old = k->a->files->files[r->file]->map + r->begin, *got = f->map + r->begin;
-    size_t n = (size_t)(r->end - r->begin), unit = exc_dtype_bits(w->tensor->dtype) / 8;
+    size_t n = (size_t)(r->end - r->begin), unit = exc_dtype_bits((exc_dtype)w->dtype) / 8;
     char name[256];
     k->compared += n;
     if (!memcmp(got, dst, n)) return EXC_OK;

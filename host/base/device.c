@@ -1,0 +1,223 @@
+/* device.c - the CUDA module: found and loaded when first asked for, and memory where a context's ops run.
+ *
+ * The module is a file beside this program or library (or in ../lib, or named by EXCISE_CUDA_MODULE), so one build serves
+ * machines with and without a GPU. Every reason not to use it is one sentence. The memory calls work for every backend, so
+ * that the rooms above are written once; on the CPU they are plain memory. */
+#include <dlfcn.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base.h"
+#include "module.h"
+
+#define MODULE_FILE "libexcise_cuda.so"
+#define WORK_BYTES ((size_t)32 << 20) /* scratch of a new queue; exc_device_reserve gives more */
+
+static const exc_module *module;
+static char why[PATH_MAX + 256];
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* names the ops that this module cannot do, "" when none */
+static void missing(const exc_module *m, char *text, size_t n)
+{
+    static const char *const names[] = {
+#define EXC_OP(name, ...) #name,
+#include "ops.def"
+#undef EXC_OP
+    };
+    const void *twins[] = {
+#define EXC_OP(name, ...) (const void *)m->ops->name,
+#include "ops.def"
+#undef EXC_OP
+    };
+    *text = 0;
+    for (size_t i = 0, at = 0; i < EXC_COUNT(names) && at < n; i++)
+        if (!twins[i]) at += (size_t)snprintf(text + at, n - at, "%s%s", at ? ", " : "", names[i]);
+}
+
+static const exc_module *opened(const char *path)
+{
+    void *lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    if (!lib) {
+        snprintf(why, sizeof why, "%s", dlerror());
+        for (char *c = why; *c; c++)
+            if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ') *c = ' '; /* it is quoted in JSON */
+        return NULL;
+    }
+    union { void *object; exc_module_open_fn function; } entry = {dlsym(lib, "exc_module_open")};
+    const exc_module *m = entry.object ? entry.function(EXC_MODULE_VERSION) : NULL;
+    if (m && m->size == sizeof *m && m->queue_size == sizeof(exc_queue)) return m;
+    snprintf(why, sizeof why, "%s was built for another version of Excise", path);
+    dlclose(lib);
+    return NULL;
+}
+
+/* the folder of this program or library, without the last slash; "" when unknown */
+static void own_folder(char *dir)
+{
+    Dl_info info;
+    char *slash;
+    *dir = 0;
+    if (!dladdr(&once, &info) || !info.dli_fname) return;
+    /* a program is named as it was called, a library by its path */
+    if (!strchr(info.dli_fname, '/') || !realpath(info.dli_fname, dir)) {
+        ssize_t n = readlink("/proc/self/exe", dir, PATH_MAX - 1);
+        dir[n > 0 ? n : 0] = 0;
+    }
+    if ((slash = strrchr(dir, '/'))) *slash = 0;
+}
+
+static void load(void)
+{
+    static const char *const places[] = {"", "/../lib", "/../lib64", "/../lib/x86_64-linux-gnu"};
+    const char *named = getenv("EXCISE_CUDA_MODULE");
+    if (named && *named) {
+        module = opened(named);
+        return;
+    }
+    char dir[PATH_MAX], path[PATH_MAX + 64];
+    own_folder(dir);
+    for (size_t i = 0; i < EXC_COUNT(places); i++) {
+        snprintf(path, sizeof path, "%s%s/%s", dir, places[i], MODULE_FILE);
+        if (access(path, F_OK)) continue;
+        module = opened(path);
+        return;
+    }
+    snprintf(why, sizeof why, "the CUDA module is not installed (no %s in %s or its ../lib)", MODULE_FILE, dir);
+}
+
+const struct exc_module *exc_device_module(void)
+{
+    pthread_once(&once, load);
+    return module;
+}
+
+const char *exc_device_why_not(void)
+{
+    static __thread char text[1024];
+    const exc_module *m = exc_device_module();
+    if (!m) return why;
+    const char *reason = m->why_not();
+    if (reason) return reason;
+    char list[512];
+    missing(m, list, sizeof list);
+    if (!*list) return NULL;
+    snprintf(text, sizeof text, "the CUDA module has no kernels yet for: %s", list);
+    return text;
+}
+
+static void amount(double bytes, char text[32])
+{
+    static const char *const units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
+    size_t u = 0;
+    for (; bytes >= 1024 && u < EXC_COUNT(units) - 1; u++) bytes /= 1024;
+    snprintf(text, 32, u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
+}
+
+static exc_status too_little(exc_ctx *ctx, const char *what, size_t bytes)
+{
+    exc_device_info info = {0};
+    char need[32], have[32], all[32];
+    ctx->module->describe(ctx->queue.device, &info);
+    amount((double)bytes, need);
+    amount((double)info.free, have);
+    amount((double)info.memory, all);
+    return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %s of device memory needed, %s of %s are free on GPU %d (%s)", what, need, have,
+                    all, ctx->queue.device, info.name);
+}
+
+exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what)
+{
+    if (st == EXC_OK || !ctx->module) return st;
+    if (st == EXC_ERR_DEVICE)
+        return exc_fail(ctx, st, "%s: GPU %d: %s: %s", what, ctx->queue.device,
+                        ctx->queue.failed_at ? ctx->queue.failed_at : "launch", ctx->module->error(&ctx->queue));
+    if (st == EXC_ERR_MEMORY) {
+        char need[32], have[32];
+        amount((double)ctx->queue.work_needed, need);
+        amount((double)ctx->queue.work_bytes, have);
+        return exc_fail(ctx, st, "%s: %s of device scratch needed, the queue has %s", what, need, have);
+    }
+    return exc_fail(ctx, st, "%s: refused by the device", what);
+}
+
+exc_status exc_device_open(exc_ctx *ctx, int device)
+{
+    const exc_module *m = exc_device_module();
+    if (!m) return exc_fail(ctx, EXC_ERR_DEVICE, "%s", why);
+    const char *reason = m->why_not();
+    if (reason) return exc_fail(ctx, EXC_ERR_DEVICE, "%s", reason);
+    int n = m->devices();
+    if (device < 0 || device >= n)
+        return exc_fail(ctx, EXC_ERR_USAGE, "GPU: expected 0 to %d, found %d", n - 1, device);
+    ctx->module = m;
+    ctx->ops = m->ops;
+    exc_status st = m->open(&ctx->queue, device, WORK_BYTES);
+    return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", WORK_BYTES) : exc_device_failed(ctx, st, "opening the device");
+}
+
+void exc_device_close(exc_ctx *ctx)
+{
+    if (ctx->module) ctx->module->close(&ctx->queue);
+    ctx->module = NULL;
+}
+
+exc_status exc_device_reserve(exc_ctx *ctx, size_t work_bytes)
+{
+    if (!ctx->module || work_bytes <= ctx->queue.work_bytes) return EXC_OK;
+    exc_status st = ctx->module->resize(&ctx->queue, work_bytes);
+    return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", work_bytes) : exc_device_failed(ctx, st, "scratch");
+}
+
+exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what, void **p)
+{
+    size_t bytes;
+    *p = NULL;
+    if (!ctx->module) return (*p = exc_alloc(ctx, count, size, what)) ? EXC_OK : EXC_ERR_MEMORY;
+    if (!exc_mul(count, size, &bytes))
+        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %zu x %zu bytes is more than memory can address", what, count, size);
+    exc_status st = exc_alloc_fails_now() ? EXC_ERR_MEMORY : ctx->module->alloc(&ctx->queue, bytes, p);
+    return st == EXC_ERR_MEMORY ? too_little(ctx, what, bytes) : exc_device_failed(ctx, st, what);
+}
+
+void exc_device_release(exc_ctx *ctx, void *p)
+{
+    if (!ctx->module) exc_release(p);
+    else ctx->module->release(&ctx->queue, p);
+}
+
+exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t bytes)
+{
+    if (ctx->module) return exc_device_failed(ctx, ctx->module->put(&ctx->queue, device, host, bytes), "copy to the device");
+    if (bytes) memcpy(device, host, bytes);
+    return EXC_OK;
+}
+
+exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes)
+{
+    if (ctx->module) return exc_device_failed(ctx, ctx->module->get(&ctx->queue, host, device, bytes), "copy from the device");
+    if (bytes) memcpy(host, device, bytes);
+    return EXC_OK;
+}
+
+exc_status exc_device_copy(exc_ctx *ctx, void *dst, const void *src, size_t bytes)
+{
+    if (ctx->module) return exc_device_failed(ctx, ctx->module->copy(&ctx->queue, dst, src, bytes), "copy on the device");
+    if (bytes) memmove(dst, src, bytes);
+    return EXC_OK;
+}
+
+exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes)
+{
+    if (ctx->module) return exc_device_failed(ctx, ctx->module->zero(&ctx->queue, p, bytes), "clearing device memory");
+    if (bytes) memset(p, 0, bytes);
+    return EXC_OK;
+}
+
+exc_status exc_device_sync(exc_ctx *ctx)
+{
+    return ctx->module ? exc_device_failed(ctx, ctx->module->sync(&ctx->queue), "waiting for the device") : EXC_OK;
+}

@@ -1,0 +1,58 @@
+/* module.h - the one door between the host and a device module (libexcise_cuda.so): a table of C functions.
+ *
+ * The host loads the module when it runs and asks for exc_module_open(EXC_MODULE_VERSION); NULL means the module was made for
+ * another Excise. Nothing of CUDA shows here, and the module needs no CUDA library to load, so that a machine without a GPU
+ * learns in words why there is none. Calls on one queue come from one thread at a time. */
+#ifndef EXC_MODULE_H
+#define EXC_MODULE_H
+
+#include "ops.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EXC_MODULE_VERSION 1
+
+typedef struct exc_device_info {
+    char name[256];
+    int major, minor; /* compute capability */
+    int processors;   /* streaming multiprocessors */
+    uint64_t memory, free;
+} exc_device_info;
+
+typedef struct exc_module {
+    uint32_t version;
+    uint32_t size;              /* sizeof(exc_module) and of what it passes: a build mismatch must not get further */
+    uint32_t queue_size;
+    const char *name;           /* "cuda", or "cuda on the host" */
+    const struct exc_ops *ops;  /* NULL entries: ops that have no twin yet */
+    const char *(*why_not)(void); /* NULL when there is a usable device, else one sentence; static text */
+    int (*devices)(void);
+    exc_status (*describe)(int device, exc_device_info *info);
+
+    /* a stream and `work_bytes` of scratch on a device; everything else of q stays. close frees both (q may be half open) */
+    exc_status (*open)(exc_queue *q, int device, size_t work_bytes);
+    void (*close)(exc_queue *q);
+    exc_status (*resize)(exc_queue *q, size_t work_bytes); /* waits, then gives the queue other scratch */
+
+    /* memory: alloc, release and sync wait; put returns when `host` may be reused; get when the bytes are there; zero and
+     * copy only enqueue */
+    exc_status (*alloc)(exc_queue *q, size_t bytes, void **p);
+    exc_status (*release)(exc_queue *q, void *p);
+    exc_status (*put)(exc_queue *q, void *device, const void *host, size_t bytes);
+    exc_status (*get)(exc_queue *q, void *host, const void *device, size_t bytes);
+    exc_status (*copy)(exc_queue *q, void *dst, const void *src, size_t bytes); /* both on the device */
+    exc_status (*zero)(exc_queue *q, void *p, size_t bytes);
+    exc_status (*sync)(exc_queue *q);
+    const char *(*error)(const exc_queue *q); /* text of q->failed */
+} exc_module;
+
+typedef const exc_module *(*exc_module_open_fn)(uint32_t version);
+__attribute__((visibility("default"))) const exc_module *exc_module_open(uint32_t version);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,55 @@
+/* tensor.cuh - every inline-PTX instruction of the kernels, one wrapper each, with a meaning on the host that is tested.
+ *
+ * Fragments are those of the PTX manual. mma_bf16: D[16,8] += A[16,16] B[16,8]; lane l = 4g + q holds of A rows g and g+8, columns
+ * 2q, 2q+1 and 8 more; of B column g, rows 2q, 2q+1 and 8 more; of D rows g and g+8, columns 2q, 2q+1. ldmatrix: tile t's eight
+ * rows of 16 bytes are at the addresses of lanes 8t..8t+7; register t of lane 4g + q gets row g, elements 2q and 2q+1 (.trans:
+ * column g of the tile, elements 2q, 2q+1). cp_async16 copies 16 bytes global -> shared; what was issued before a
+ * commit is one group, cp_async_wait<N>() waits until at most N groups are open, and a barrier must follow for others to see it.
+ *
+ * wgmma, TMA, mbarrier and clusters get no wrapper here: they belong behind a tile call (load, multiply, store a tile) whose
+ * portable path is made of these. */
+#ifndef EXC_TENSOR_CUH
+#define EXC_TENSOR_CUH
+
+#include "cuda.cuh"
+
+#ifdef __CUDACC__
+__device__ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void ldmatrix_x4(unsigned (&r)[4], const void *row) {
+    unsigned s = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(s)
+                 : "memory");
+}
+__device__ inline void ldmatrix_x4_trans(unsigned (&r)[4], const void *row) {
+    unsigned s = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(s)
+                 : "memory");
+}
+/* bytes 16 or 0: zeros are written for what is not copied (rows past the end) */
+__device__ inline void cp_async16(void *shared, const void *global, int bytes = 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int OPEN> __device__ inline void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(OPEN) : "memory"); }
+/* two floats rounded to nearest even into one register, lo in the low half; NaN becomes 0x7fff */
+__device__ inline unsigned pack_bf16(float lo, float hi) {
+    unsigned r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+#else
+#include "cuda_on_host/tensor.h"
+template <int OPEN> inline void cp_async_wait() { hc::cp_async_wait(OPEN); }
+#endif
+
+#endif

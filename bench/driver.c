@@ -224,6 +224,7 @@ int main(int argc, char **argv)
         const char *o = argv[i];
         if (!strcmp(o, "-h") || !strcmp(o, "--help")) return fputs(usage, stdout), 0;
         if (!strcmp(o, "--quick")) { run.quick = true; continue; }
+        if (!strcmp(o, "--json")) continue; /* rows on stdout are JSON lines anyway */
         if (!strcmp(o, "--reproducible")) { options.reproducible = 1; continue; }
         if (i + 1 >= argc) return wrong_usage("unknown option, or no value after it:", o);
         char *v = argv[++i];

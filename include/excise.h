@@ -124,8 +124,9 @@ EXC_API exc_status exc_prompts_load(exc_ctx *ctx, const char *model_dir, const c
 EXC_API int64_t exc_prompts_count(const exc_prompts *prompts);
 EXC_API const int32_t *exc_prompts_tokens(const exc_prompts *prompts, int64_t i, int64_t *count); /* owned by prompts */
 EXC_API void exc_prompts_free(exc_prompts *prompts);
-/* [job] lines {"text","special"} or {"messages",..} in `in` -> {"ids"} in `out`; see house contract `tokenize` */
-EXC_API exc_status exc_tokenize(exc_ctx *ctx, const char *model_dir, const char *in, const char *out, int chat, int force);
+/* [job] lines {"text","special"} or {"messages",..} in `in` -> {"ids"} in `out`; chat: a text is one user turn */
+EXC_API exc_status exc_tokenize(exc_ctx *ctx, const char *model_dir, const char *in, const char *out, int chat, int force,
+                                char **json);
 
 typedef struct exc_forward_options {
     size_t size;
@@ -166,6 +167,7 @@ EXC_API exc_status exc_capture(exc_ctx *ctx, exc_model *model, const exc_prompts
                                const exc_capture_options *options, exc_stats **stats, char **json);
 EXC_API exc_status exc_stats_load(exc_ctx *ctx, const char *path, exc_stats **stats);
 EXC_API exc_status exc_stats_save(exc_ctx *ctx, const exc_stats *stats, const char *path, int force);
+EXC_API exc_status exc_stats_describe(exc_ctx *ctx, const exc_stats *stats, char **json); /* sizes, prompts, observed tokens */
 EXC_API exc_status exc_stats_add(exc_ctx *ctx, exc_stats *into, const exc_stats *from); /* same model, else refused */
 /* borrowed view of one array of the stats file ("target.prefill.count"); NULL if absent. shape has rank entries, <= 4 */
 EXC_API const void *exc_stats_array(const exc_stats *stats, const char *name, const char **dtype, int *rank, int64_t shape[4]);
@@ -238,7 +240,7 @@ EXC_API exc_status exc_evaluate(exc_ctx *ctx, exc_model *model, exc_model *again
                                 char **json);
 /* [job] the whole study: capture .. evaluate, resumable, one output folder */
 EXC_API exc_status exc_run(exc_ctx *ctx, const char *job_json, int force, char **json);
-EXC_API exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, int force); /* [job] */
+EXC_API exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, int force, char **json); /* [job] */
 
 /* ------------------------------------------------------------- [stream] tier: your tensors, your forward pass, our ops */
 typedef enum exc_dtype {

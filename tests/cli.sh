@@ -32,7 +32,16 @@ check "missing model" 1 "no/such" $excise inspect no/such
 check "not a model folder" 3 "config.json" $excise inspect "$out"
 check "version" 0 "cpu" $excise version
 check "inspect" 0 "qwen3_moe" $excise inspect $demo
-check "inspect --json is one object a line" 0 "" bash -c "$excise inspect $demo --json | python3 -c 'import json,sys; [json.loads(l) for l in sys.stdin]' 2>/dev/null || $excise inspect $demo --json | grep -q '^{.*}\$'"
+one() { # one "text" command...: --json prints exactly one object, on one line, and nothing else
+    n=$((n + 1))
+    local text="$1 --json is one object"; shift
+    "$@" --json >"$out/stdout" 2>"$out/stderr"
+    if [ $? = 0 ] && [ "$(wc -l <"$out/stdout")" = 1 ] && grep -q '^{.*}$' "$out/stdout" &&
+        { ! command -v python3 >/dev/null || python3 -m json.tool "$out/stdout" >/dev/null; }; then echo "ok $n - $text"
+    else bad=1; echo "not ok $n - $text:"; head -c 300 "$out/stdout" "$out/stderr" | sed 's/^/    /'; fi
+}
+one inspect $excise inspect $demo
+one version $excise version
 check "missing prompts" 1 "nothere.txt" $excise generate $demo --prompts nothere.txt -o "$out/g.jsonl"
 : >"$out/empty.txt"
 check "empty prompts" 3 "empty.txt" $excise generate $demo --prompts "$out/empty.txt" -o "$out/g.jsonl"
@@ -64,6 +73,23 @@ check "apply --dry-run writes nothing" 0 "" $excise apply $demo "$out/p.json" --
 check "apply" 0 "" $excise apply $demo "$out/p.json" -o "$out/new"
 check "apply again: output exists" 2 "--force" $excise apply $demo "$out/p.json" -o "$out/new"
 check "verify" 0 "" $excise verify $demo "$out/new"
+printf '{"text":"Hi"}\n{"messages":[{"role":"user","content":"Hi"}]}\n' >"$out/in.jsonl"
+one tokenize $excise tokenize $demo --prompts "$out/in.jsonl" -o "$out/ids.jsonl"
+one generate $excise generate $demo --prompts "$out/t.txt" --max-new 2 -o "$out/g.jsonl" --force
+one forward $excise forward $demo --prompts "$out/t.txt" -o "$out/f.safetensors" --force
+one capture $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" -o "$out/s1.safetensors"
+one merge $excise merge "$out/s.safetensors" "$out/s.safetensors" -o "$out/m.safetensors" --force
+one contrast $excise contrast "$out/s.safetensors" -o "$out/e.csv" --force
+one directions $excise directions "$out/s.safetensors" -o "$out/d.safetensors" --force
+one plan $excise plan $demo "$out/s.safetensors" "$out/d.safetensors" -o "$out/p.json" --force
+one apply $excise apply $demo "$out/p.json" --dry-run
+one verify $excise verify $demo "$out/new"
+one evaluate $excise evaluate "$out/new" --against $demo --target "$out/t.txt" --max-new 2
+printf '{"model":"%s","target":"t.txt","baseline":"b.txt","out":"run"}' "$PWD/$demo" >"$out/job.json"
+one run $excise run "$out/job.json"
+one report $excise report "$out/run" -o "$out/again.html"
+check "an empty text names the line" 3 "void.jsonl:2: text" bash -c "printf '{\"text\":\"x\"}\n{\"text\":\"\"}\n' >'$out/void.jsonl'; exec $excise generate $demo --prompts '$out/void.jsonl' -o '$out/v.jsonl'"
+check "a NUL in a text names the line" 3 "zero.jsonl:1: text" bash -c "printf '{\"text\":\"a\\\\u0000b\"}\n' >'$out/zero.jsonl'; exec $excise generate $demo --prompts '$out/zero.jsonl' -o '$out/v.jsonl'"
 check "evaluate" 0 "perplexity" $excise evaluate "$out/new" --against $demo --neutral $demo/prompts/neutral.txt
 check "evaluate through a plan" 0 "perplexity" $excise evaluate $demo --plan "$out/p.json" --neutral $demo/prompts/neutral.txt --virtual
 printf '{"excise_plan":1,"edits":[]}' >"$out/none.json"

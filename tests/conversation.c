@@ -127,6 +127,10 @@ static void bad_prompt_files(void **state) {
         {"e.jsonl", "{\"text\":\"a\",\"text\":\"b\"}\n", {"e.jsonl:1", "duplicate"}},
         {"e.jsonl", "{\"text\":\"\\ud800\"}\n", {"e.jsonl:1", ""}},
         {"e.jsonl", "{\"text\":5}\n", {"e.jsonl:1", "text"}},
+        {"e.jsonl", "{\"text\":\"a\"}\n{\"text\":\"\"}\n", {"e.jsonl:2", "empty text"}},
+        {"e.jsonl", "{\"text\":\" \\n\\t\"}\n", {"e.jsonl:1", "white space"}},
+        {"e.jsonl", "{\"text\":\"a\\u0000b\"}\n", {"e.jsonl:1: text", "NUL"}},
+        {"e.jsonl", "{\"messages\":[{\"role\":\"user\",\"content\":\"\\u0000\"}]}\n", {"e.jsonl:1: content", "NUL"}},
         {"e.jsonl", "{\"prompt\":\"x\"}\n", {"e.jsonl:1", "found none"}},
         {"e.jsonl", "{\"text\":\"x\",\"tokens\":[1]}\n", {"e.jsonl:1", "several"}},
         {"e.jsonl", "[1,2]\n", {"e.jsonl:1", "found none"}},
@@ -231,6 +235,31 @@ static void named_formats(void **state) {
     exc_ctx_free(ctx);
 }
 
+/* the context keeps the last tokenizer by the bytes of its file; borrowers outlive it, and a changed file is read anew */
+static void a_tokenizer_is_kept(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_tmpdir(), *path = test_path(dir, "tokenizer.json");
+    size_t n;
+    char *text = test_read(test_data("demo/tokenizer.json"), &n);
+    test_write(path, text, n);
+    exc_tokenizer *a = open_tokenizer(ctx, test_data("demo")), *b = open_tokenizer(ctx, dir), *c;
+    assert_ptr_equal(a, b);
+    char *at = strstr(text, "<|im_start|>");
+    while (at) at[2] = 'o', at = strstr(at, "<|im_start|>"); /* as long, at once, elsewhere */
+    test_write(path, text, n);
+    c = open_tokenizer(ctx, dir);
+    assert_ptr_not_equal(a, c);
+    assert_int_equal(exc_tokenizer_id(a, "<|im_start|>"), 510);
+    assert_int_equal(exc_tokenizer_id(c, "<|im_start|>"), -1);
+    exc_tokenizer_free(a);
+    exc_ctx_free(ctx);
+    assert_int_equal(exc_tokenizer_id(b, "<|im_start|>"), 510);
+    assert_int_equal(exc_tokenizer_id(c, "<|om_start|>"), 510);
+    exc_tokenizer_free(b);
+    exc_tokenizer_free(c);
+    free(text);
+}
+
 static void unknown_templates_are_refused(void **state) {
     exc_ctx *ctx = test_ctx(1);
     const char *dir = test_tmpdir(), *prompt = test_path(dir, "p.txt");
@@ -261,22 +290,24 @@ static void unknown_templates_are_refused(void **state) {
 static void every_allocation_may_fail(void **state) {
     static const char file[] = "{\"text\":\"What is e\xcc\x81?\"}\n{\"tokens\":[1]}\n";
     const char *path = test_path(test_tmpdir(), "p.jsonl");
-    exc_ctx *ctx = test_ctx(1);
     exc_prompts *p = NULL;
-    uint64_t n = 1;
+    exc_status st = EXC_ERR_MEMORY;
+    uint64_t n = 0;
     test_write(path, file, sizeof file - 1);
-    for (;; n++) {
-        exc_alloc_fail_at(n);
-        exc_status st = exc_prompts_load(ctx, test_data("demo"), path, NULL, &p);
+    while (st != EXC_OK) { /* a context of its own each time: one keeps its tokenizer */
+        exc_ctx *ctx = test_ctx(1);
+        exc_alloc_fail_at(++n);
+        st = exc_prompts_load(ctx, test_data("demo"), path, NULL, &p);
         exc_alloc_fail_at(0);
-        if (st == EXC_OK) break;
-        assert_int_equal(st, EXC_ERR_MEMORY);
-        assert_null(p);
-        assert_true(exc_ctx_error(ctx)[0]);
+        if (st != EXC_OK) {
+            assert_int_equal(st, EXC_ERR_MEMORY);
+            assert_null(p);
+            assert_true(exc_ctx_error(ctx)[0]);
+        }
+        exc_ctx_free(ctx);
     }
     assert_true(n > 20);
     exc_prompts_free(p);
-    exc_ctx_free(ctx);
 }
 
 int main(void) {
@@ -286,6 +317,7 @@ int main(void) {
         cmocka_unit_test(bad_prompt_files),
         cmocka_unit_test(lines),
         cmocka_unit_test(named_formats),
+        cmocka_unit_test(a_tokenizer_is_kept),
         cmocka_unit_test(unknown_templates_are_refused),
         cmocka_unit_test(every_allocation_may_fail),
     };

@@ -329,7 +329,7 @@ static void page_of_little(void **state) {
                "\"after\":\"\\\"><img "
                "src=http:evil>\",\"answer\":\"&amp;\"}],\"rules\":{\"<b>\":\"<u>\"}},\"steps\":[{\"step\":\"<"
                "s>\",\"outputs\":{\"<q>\":\"h\"}}]}");
-    assert_int_equal(exc_report(ctx, base, test_path(base, "r.html"), 0), EXC_OK);
+    assert_int_equal(exc_report(ctx, base, test_path(base, "r.html"), 0, NULL), EXC_OK);
     check_page(test_path(base, "r.html"));
     char *html = test_read(test_path(base, "r.html"), NULL);
     assert_non_null(strstr(html, "&lt;script&gt;alert(1)&lt;/script&gt;"));
@@ -337,21 +337,21 @@ static void page_of_little(void **state) {
     assert_null(strstr(html, "<img src"));
     assert_non_null(strstr(html, "&amp;amp;"));
     free(html);
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "r.html"), 0), EXC_ERR_USAGE, "r.html", NULL);
-    test_refused(ctx, exc_report(ctx, test_path(base, "none"), test_path(base, "s.html"), 0), EXC_ERR_IO,
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "r.html"), 0, NULL), EXC_ERR_USAGE, "r.html", NULL);
+    test_refused(ctx, exc_report(ctx, test_path(base, "none"), test_path(base, "s.html"), 0, NULL), EXC_ERR_IO,
                  "report.json", NULL);
     write_text(base, "report.json", "{\"excise_report\":9}");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "report.json",
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0, NULL), EXC_ERR_INPUT, "report.json",
                  "excise_report", NULL);
     write_text(base, "report.json", "{\"excise_report\":1}");
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n0,0,1\n0\n");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv",
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0, NULL), EXC_ERR_INPUT, "experts.csv",
                  "line 3", NULL);
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n-1,0,1\n");
-    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_ERR_INPUT, "experts.csv",
+    test_refused(ctx, exc_report(ctx, base, test_path(base, "s.html"), 0, NULL), EXC_ERR_INPUT, "experts.csv",
                  "row 1", NULL);
     write_text(base, "experts.csv", "layer,expert,prefill_log_ratio\n3,0,1\n3,1,-0.5\n7,0,nan\n7,1,0.25\n");
-    assert_int_equal(exc_report(ctx, base, test_path(base, "s.html"), 0), EXC_OK);
+    assert_int_equal(exc_report(ctx, base, test_path(base, "s.html"), 0, NULL), EXC_OK);
     check_page(test_path(base, "s.html"));
     html = test_read(test_path(base, "s.html"), NULL);
     assert_non_null(strstr(
@@ -372,7 +372,7 @@ static void page_without_memory(void **state) {
     int failed = 0;
     for (uint64_t n = 1;; n++, failed++) {
         exc_alloc_fail_at(n);
-        exc_status st = exc_report(ctx, base, out, 0);
+        exc_status st = exc_report(ctx, base, out, 0, NULL);
         exc_alloc_fail_at(0);
         if (st == EXC_OK) break;
         assert_int_equal(st, EXC_ERR_MEMORY);

@@ -115,8 +115,8 @@ static void goldens(const char *name, bool chat) {
     const char *dir = test_path(unpacked, name), *out = test_path(dir, "out.jsonl");
     exc_tokenizer *t = open_tokenizer(ctx, dir);
     each_line(ctx, test_path(dir, "golden.jsonl"), golden_line, t);
-    ok(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0));
-    test_refused(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0), EXC_ERR_USAGE,
+    ok(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0, NULL));
+    test_refused(ctx, exc_tokenize(ctx, dir, test_path(dir, "golden.jsonl"), out, 0, 0, NULL), EXC_ERR_USAGE,
                  "--force", NULL);
     size_t n, at = 0;
     char *lines = test_read(out, &n), *golden = test_read(test_path(dir, "golden.jsonl"), NULL), *g = golden;

@@ -41,6 +41,11 @@ struct exc_ctx {
     exc_queue queue;           /* what ops run on */
     uint64_t nonfinite;        /* counter behind queue.nonfinite, on the CPU */
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
+    struct exc_kept {
+        char key[33];
+        void *thing; /* NULL: nothing kept */
+        void (*drop)(void *thing);
+    } kept; /* one thing that is dear to make and asked for again: the last tokenizer, by the hash of its file */
 };
 
 /* ---- errors and events (base/status.c) */

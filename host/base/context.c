@@ -63,6 +63,7 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
 void exc_ctx_free(exc_ctx *ctx)
 {
     if (!ctx) return;
+    if (ctx->kept.thing) ctx->kept.drop(ctx->kept.thing);
     exc_device_close(ctx);
     exc_queue_close(ctx);
     exc_release(ctx);

@@ -59,7 +59,9 @@ int verb_report(cli *c) {
         CLI_HEAD("input and output"), {"-o", CLI_TEXT, &out, "FILE", "page to write (HTML)"}, CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
-    return cli_done(c, exc_report(c->ctx, c->rest[0], out, c->force));
+    char *json = NULL;
+    exc_status st = exc_report(c->ctx, c->rest[0], out, c->force, &json);
+    return cli_result(c, st, json, cli_show);
 }
 
 /* The harness is a program of its own beside this one: it reaches into the kernels, which this one must not.

@@ -106,5 +106,7 @@ int verb_tokenize(cli *c) {
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!file || !out) return cli_usage(c, "expected --prompts FILE and -o FILE");
-    return cli_done(c, exc_tokenize(c->ctx, c->rest[0], file, out, chat, c->force));
+    char *json = NULL;
+    exc_status st = exc_tokenize(c->ctx, c->rest[0], file, out, chat, c->force, &json);
+    return cli_result(c, st, json, cli_show);
 }

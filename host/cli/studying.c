@@ -86,9 +86,11 @@ int verb_merge(cli *c) {
         if (st == EXC_OK) st = exc_stats_add(c->ctx, sum, more);
         exc_stats_free(more);
     }
+    char *json = NULL;
     if (st == EXC_OK) st = exc_stats_save(c->ctx, sum, out, c->force);
+    if (st == EXC_OK) st = exc_stats_describe(c->ctx, sum, &json);
     exc_stats_free(sum);
-    return cli_done(c, st);
+    return cli_result(c, st, json, cli_show);
 }
 
 int verb_contrast(cli *c) {

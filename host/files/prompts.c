@@ -216,7 +216,19 @@ static exc_status put_request(gathering *g, const char *s, size_t n) {
                            : EXC_OK;
 }
 
+/* what a .txt line cannot be, a text of a .jsonl line may not be either: nothing but white space, or holding a NUL */
+static exc_status check_words(exc_ctx *ctx, const char *what, const char *key, exc_span text) {
+    size_t i = 0;
+    if (memchr(text.s, 0, text.n))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected text, found a NUL character", what, key);
+    while (i < text.n && strchr(" \t\r\n", text.s[i])) i++;
+    if (i < text.n || strcmp(key, "text")) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected a prompt, found %s", what, key,
+                    text.n ? "only white space" : "an empty text");
+}
+
 static exc_status put_text(gathering *g, const char *what, exc_span text) {
+    EXC_TRY(check_words(g->s->ctx, what, "text", text));
     EXC_TRY(put_request(g, text.s, text.n));
     if (g->s->opt->raw) return encode_raw(g->s, what, text, true, &g->ids, &g->content);
     return encode_turn(g->s, what, text, &g->ids, &g->content);
@@ -230,9 +242,12 @@ static exc_status put_messages(gathering *g, const char *what, const json_t *o, 
     int thinking;
     EXC_TRY(read_switches(g->s->ctx, what, o, &answer, &thinking));
     json_array_foreach((json_t *)messages, i, m) {
-        const json_t *role = json_object_get(m, "role");
+        const json_t *role = json_object_get(m, "role"), *content = json_object_get(m, "content");
+        if (json_is_string(content))
+            EXC_TRY(check_words(g->s->ctx, what, "content",
+                                (exc_span){json_string_value(content), json_string_length(content)}));
         if (json_is_string(role) && !strcmp(json_string_value(role), "user"))
-            request = json_object_get(m, "content");
+            request = content;
     }
     EXC_TRY(put_request(g, json_string_value(request), json_string_length(request)));
     return encode_messages(g->s, what, messages, answer, thinking, &g->ids, &g->content);
@@ -436,8 +451,12 @@ static void put_ids(exc_buf *out, const exc_ids *ids) {
     exc_buf_puts(out, "]}\n");
 }
 
+typedef struct tally {
+    size_t lines, tokens;
+} tally;
+
 static exc_status tokenize_lines(source *s, const char *path, const char *data, size_t n, size_t start,
-                                 bool chat, exc_buf *out) {
+                                 bool chat, exc_buf *out, tally *all) {
     exc_buf what = {0};
     exc_ids ids = {0};
     exc_status st = EXC_OK;
@@ -451,6 +470,7 @@ static exc_status tokenize_lines(source *s, const char *path, const char *data, 
         st = tokenize_object(s, what.data, o, chat, &ids);
         json_decref(o);
         put_ids(out, &ids);
+        *all = (tally){i, all->tokens + ids.len};
         if (st == EXC_OK && i % PROGRESS_LINES == 0) st = exc_progress(s->ctx, "tokenize", at, n, "bytes");
     }
     if (st == EXC_OK && out->failed) st = exc_fail(s->ctx, EXC_ERR_MEMORY, "%s: no memory for its ids", path);
@@ -460,22 +480,33 @@ done:
     return st;
 }
 
+static exc_status tokenize_facts(exc_ctx *ctx, const char *out, const tally *all, char **json) {
+    json_t *o = json_pack("{s:s,s:I,s:I}", "out", out, "lines", (json_int_t)all->lines, "tokens",
+                          (json_int_t)all->tokens);
+    *json = o ? exc_json_text(ctx, o) : NULL;
+    json_decref(o);
+    return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "tokenize: no memory for the result");
+}
+
 exc_status exc_tokenize(exc_ctx *ctx, const char *model_dir, const char *in, const char *out, int chat,
-                        int force) {
+                        int force, char **json) {
     exc_prompt_options opt = EXC_PROMPT_OPTIONS;
     exc_tokenizer *t = NULL;
     char *data = NULL;
     size_t n = 0, start = 0;
     exc_buf lines = {0};
+    tally all = {0};
     exc_clear(ctx);
+    if (json) *json = NULL;
     EXC_TRY(exc_check_file(ctx, out, force));
     exc_status st = exc_tokenizer_load(ctx, model_dir, &t);
     source s = {.ctx = ctx, .opt = &opt, .dir = model_dir, .t = t};
     if (st == EXC_OK) st = read_text_file(ctx, in, &data, &n, &start);
-    if (st == EXC_OK) st = tokenize_lines(&s, in, data, n, start, chat, &lines);
+    if (st == EXC_OK) st = tokenize_lines(&s, in, data, n, start, chat, &lines, &all);
     if (st == EXC_OK && !lines.len)
         st = exc_fail(ctx, EXC_ERR_INPUT, "%s: expected at least one line, found none", in);
     if (st == EXC_OK) st = exc_write_file(ctx, out, lines.data, lines.len, force);
+    if (st == EXC_OK && json) st = tokenize_facts(ctx, out, &all, json);
     exc_buf_free(&lines);
     exc_release(data);
     exc_chat_free(s.own);

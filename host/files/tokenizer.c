@@ -279,17 +279,15 @@ static exc_status load(loader *l, const json_t *root) {
     return exc_recipe_read(l->ctx, l->t, root, l->what);
 }
 
-exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out) {
-    *out = NULL;
-    char *path = NULL;
+static exc_status read_tokenizer(exc_ctx *ctx, const char *path, const char *text, size_t n,
+                                 exc_tokenizer **out) {
     json_t *root = NULL;
-    EXC_TRY(exc_path_join(ctx, model_dir, "tokenizer.json", &path));
     loader l = {.ctx = ctx, .what = path, .t = exc_zalloc(ctx, 1, sizeof *l.t, "tokenizer")};
-    exc_status st = l.t ? exc_json_load(ctx, path, TOKENIZER_LIMIT, &root) : EXC_ERR_MEMORY;
+    exc_status st = l.t ? exc_json_parse(ctx, path, text, n, &root) : EXC_ERR_MEMORY;
+    if (l.t) l.t->uses = 1;
     if (st == EXC_OK) st = load(&l, root);
     json_decref(root);
     exc_buf_free(&l.bytes);
-    exc_release(path);
     if (st == EXC_OK)
         *out = l.t;
     else
@@ -297,8 +295,35 @@ exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer
     return st;
 }
 
+static void drop(void *t) { exc_tokenizer_free(t); }
+
+/* Reading a large tokenizer takes half a second and a study asks for it six times, so the context keeps the
+ * last one. It is known by its bytes: neither a copied folder nor a file written anew within a tick deceives. */
+exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out) {
+    char *path = NULL, *text = NULL, key[33];
+    size_t n;
+    *out = NULL;
+    EXC_TRY(exc_path_join(ctx, model_dir, "tokenizer.json", &path));
+    exc_status st = exc_read_file(ctx, path, TOKENIZER_LIMIT, &text, &n);
+    if (st == EXC_OK) exc_hash_hex(text, n, key);
+    if (st == EXC_OK && ctx->kept.thing && !strcmp(ctx->kept.key, key)) {
+        *out = ctx->kept.thing;
+    } else if (st == EXC_OK) {
+        st = read_tokenizer(ctx, path, text, n, out);
+        if (st == EXC_OK && ctx->kept.thing) ctx->kept.drop(ctx->kept.thing);
+        if (st == EXC_OK) {
+            ctx->kept = (struct exc_kept){.thing = *out, .drop = drop};
+            memcpy(ctx->kept.key, key, sizeof key);
+        }
+    }
+    if (st == EXC_OK) (*out)->uses++;
+    exc_release(text);
+    exc_release(path);
+    return st;
+}
+
 void exc_tokenizer_free(exc_tokenizer *t) {
-    if (!t) return;
+    if (!t || --t->uses > 0) return;
     exc_release(t->tokens);
     exc_free(t->bytes);
     exc_release(t->words);

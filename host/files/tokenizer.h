@@ -41,6 +41,7 @@ typedef struct exc_added {
 enum { EXC_MAX_STAGES = 8, EXC_MAX_FRAME = 8 };
 
 struct exc_tokenizer {
+    int uses; /* by its borrowers, and one by the context that keeps it */
     exc_token *tokens; /* [size] by id */
     uint32_t size;
     char *bytes;

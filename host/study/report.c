@@ -405,9 +405,17 @@ static exc_status page(exc_ctx *ctx, const json_t *r, const char *dir, exc_buf *
     return b->failed ? exc_fail(ctx, EXC_ERR_MEMORY, "report: no memory for the page") : EXC_OK;
 }
 
-exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, int force) {
+static exc_status facts(exc_ctx *ctx, const char *run_dir, const char *out_html, size_t bytes, char **json) {
+    json_t *o = json_pack("{s:s,s:s,s:I}", "run", run_dir, "out", out_html, "bytes", (json_int_t)bytes);
+    *json = o ? exc_json_text(ctx, o) : NULL;
+    json_decref(o);
+    return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "report: no memory for the result");
+}
+
+exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, int force, char **json) {
     if (!ctx || !run_dir || !out_html) return EXC_ERR_USAGE;
     exc_clear(ctx);
+    if (json) *json = NULL;
     EXC_TRY(exc_check_file(ctx, out_html, force != 0));
     char *path = NULL;
     json_t *r = NULL;
@@ -418,6 +426,7 @@ exc_status exc_report(exc_ctx *ctx, const char *run_dir, const char *out_html, i
     if (st == EXC_OK) st = exc_json_int(ctx, r, path, "excise_report", 1, 1, &format);
     if (st == EXC_OK) st = page(ctx, r, run_dir, &b);
     if (st == EXC_OK) st = exc_write_file(ctx, out_html, b.data, b.len, force != 0);
+    if (st == EXC_OK && json) st = facts(ctx, run_dir, out_html, b.len, json);
     exc_buf_free(&b);
     json_decref(r);
     exc_release(path);

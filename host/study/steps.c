@@ -363,7 +363,7 @@ static exc_status report_perform(work *w, json_t **result) {
         st = exc_fail(w->ctx, EXC_ERR_MEMORY, "report.json: no memory");
     else
         st = exc_write_file(w->ctx, path, text, strlen(text), true);
-    if (st == EXC_OK) st = exc_report(w->ctx, w->job->out, html, 1);
+    if (st == EXC_OK) st = exc_report(w->ctx, w->job->out, html, 1, NULL);
     if (st == EXC_OK) *result = json_object();
 done:
     json_decref(r);

@@ -100,6 +100,28 @@ const void *exc_stats_array(const exc_stats *s, const char *name, const char **d
     return NULL;
 }
 
+static json_t *label_facts(const exc_stats *s, int label) {
+    json_t *o = json_pack("{s:I,s:I}", "prompts", (json_int_t)s->prompts[label], "observed",
+                          (json_int_t)s->group[label][EXC_PREFILL].tokens[0]);
+    if (s->decode)
+        json_object_set_new(o, "decoded", json_integer(s->group[label][EXC_DECODE].tokens[0]));
+    return o;
+}
+
+exc_status exc_stats_describe(exc_ctx *ctx, const exc_stats *s, char **json) {
+    exc_clear(ctx);
+    if (!s || !json) return exc_fail(ctx, EXC_ERR_USAGE, "stats: expected stats and a place for the text");
+    json_t *o = json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:i,s:b,s:o,s:o}", "model", s->fingerprint, "moe_layers",
+                          (json_int_t)s->moe_layers, "experts", (json_int_t)s->experts, "top_k",
+                          (json_int_t)s->top_k, "intermediate", (json_int_t)s->inner, "hidden",
+                          (json_int_t)s->hidden, "decode", s->decode, "output_sums",
+                          s->group[0][0].out_sum != NULL, "target", label_facts(s, EXC_TARGET), "baseline",
+                          label_facts(s, EXC_BASELINE));
+    *json = o ? exc_json_text(ctx, o) : NULL;
+    json_decref(o);
+    return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "stats: no memory for their description");
+}
+
 /* ------------------------------------------------------------------------------------------ made and freed
  */
 

@@ -74,7 +74,7 @@ static const change changes[] = {
     {"rope scaling null", "\"hidden_act\"", "\"rope_scaling\":null,\"hidden_act\"", {0}},
     {"attention bias", "\"hidden_act\"", "\"attention_bias\":true,\"hidden_act\"", {"attention_bias"}},
     {"attention bias off", "\"hidden_act\"", "\"attention_bias\":false,\"hidden_act\"", {0}},
-    {"sliding window", "\"hidden_act\"", "\"use_sliding_window\":true,\"hidden_act\"", {"use_sliding_window"}},
+    {"sliding window", "\"hidden_act\"", "\"use_sliding_window\":true,\"sliding_window\":0,\"hidden_act\"", {"sliding_window", "0"}},
     {"quantised", "\"hidden_act\"", "\"quantization_config\":{\"quant_method\":\"awq\"},\"hidden_act\"", {"quantization_config", "awq"}},
     {"tied, head present", "\"tie_word_embeddings\":false", "\"tie_word_embeddings\":true", {0}},
     {"end token as text", "\"eos_token_id\":2", "\"eos_token_id\":\"2\"", {"eos_token_id"}},

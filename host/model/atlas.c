@@ -80,7 +80,7 @@ static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, 
     const exc_family *f = a->family;
     bool moe = a->shape.is_moe[layer],
          dense = role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_DENSE_GATE || role == EXC_ROLE_DENSE_UP;
-    if (role >= EXC_ROLE_ATTN_Q_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
+    if (role >= EXC_ROLE_ATTN_OUT_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
         snprintf(out, cap, "has no biases (%s)", f->bias_key);
     else if (a->shape.latent.rank && role >= EXC_ROLE_ATTN_Q)
         snprintf(out, cap, "makes queries in %s (q_lora_rank)", a->shape.latent.q_rank ? "two steps" : "one step");

@@ -2,7 +2,8 @@
  *
  * Queries, keys and values come from one matmul. Rotation, the norm per head and the store into the cache are one op;
  * where a family norms all heads as one vector that norm runs before. Cache rows of all sequences lie in one plane a
- * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. */
+ * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. A layer may see a window of the last tokens only, and
+ * each head may have a sink, a score that takes its share of the softmax and has no value. */
 #include <string.h>
 
 #include "session.h"
@@ -20,6 +21,7 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     if (s->qkv_bias) w->bias = exc_carve_take(c, (size_t)w->width, sizeof(float));
     w->q_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_Q_NORM, layer);
     w->k_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_K_NORM, layer);
+    w->sinks = exc_carve_vector(c, m, EXC_ROLE_ATTN_SINKS, layer);
 }
 
 /* biases of q, k and v stand where their outputs do; the columns between them are padding */
@@ -37,6 +39,7 @@ static exc_status fill(exc_loader *r, exc_layer *y, int64_t layer) {
     EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_K, layer, &w->qkv, w->k_at));
     EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_V, layer, &w->qkv, w->v_at));
     if (w->bias) EXC_TRY(fill_bias(r, layer, w));
+    if (w->sinks) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_SINKS, layer, w->sinks));
     if (w->q_norm) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_Q_NORM, layer, w->q_norm));
     return w->k_norm ? exc_fill_vector(r, EXC_ROLE_ATTN_K_NORM, layer, w->k_norm) : EXC_OK;
 }
@@ -87,9 +90,10 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
             .cache_v = cv, .act = act);
     EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
             .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
-            .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv, .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .out = b->o,
-            .act = act);
-    return exc_write_stream(s, b->o, q, &y->out, &y->attn_lens, rows);
+            .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv,
+            .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .window = p->window[layer], .sinks = w->sinks,
+            .out = b->o, .act = act);
+    return exc_write_stream(s, b->o, q, &y->out, y->out_bias, &y->attn_lens, rows);
 }
 
 static int64_t cached(const exc_shape *s) { return 2 * s->kv_heads * s->head_dim; }

@@ -31,6 +31,28 @@ static const char *edits_of(exc_role role) {
     }
 }
 
+static const char *why_not(exc_role role) {
+    switch (role) {
+    case EXC_ROLE_EXPERT_DOWN_BIAS:
+        return "edited together with expert_down";
+    case EXC_ROLE_EXPERT_GATE_BIAS:
+        return "edited together with expert_gate";
+    case EXC_ROLE_EXPERT_UP_BIAS:
+        return "edited together with expert_up";
+    case EXC_ROLE_ATTN_OUT_BIAS:
+        return "edited together with attn_out";
+    case EXC_ROLE_ATTN_Q_BIAS:
+    case EXC_ROLE_ATTN_K_BIAS:
+    case EXC_ROLE_ATTN_V_BIAS:
+        return "a vector of biases";
+    case EXC_ROLE_ATTN_SINKS:
+        return "a score for each head, without a value";
+    default:
+        return exc_role_is_vector(role) ? "a vector of norm weights"
+                                        : "neither a writer of the residual stream nor a role plans know";
+    }
+}
+
 static void put_string(exc_buf *b, const char *s) {
     json_t *j = json_string(s);
     char *text = j ? json_dumps(j, JSON_ENCODE_ANY) : NULL;
@@ -48,7 +70,9 @@ static void put_gate(exc_buf *b, const exc_atlas *a) {
                    : s->gate.renorm   ? "renormalised to sum 1"
                                       : "not renormalised");
     if (s->gate.scale != 0 && s->gate.scale != 1) exc_buf_printf(b, ", times %g", (double)s->gate.scale);
-    if (a->family->router_bias_stored) exc_buf_puts(b, "; a bias for each expert is added for the choice");
+    if (a->family->router_bias_stored)
+        exc_buf_puts(b, a->family->router_bias_in_logits ? "; a bias for each expert is part of the logits"
+                                                         : "; a bias for each expert is added for the choice");
     if (s->gate.groups > 1)
         exc_buf_printf(b, "; of the best %d of %d groups", s->gate.groups_kept, s->gate.groups);
     exc_buf_puts(b, "\"");
@@ -78,13 +102,7 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
         exc_buf_printf(b, ",\"shape\":[%lld,%lld]", (long long)w->out, (long long)w->in);
     exc_buf_printf(b, ",\"writes_residual\":%s,\"edits\":%s", exc_role_writes(w->role) ? "true" : "false",
                    edits_of(w->role));
-    if (!strcmp(edits_of(w->role), "[]"))
-        exc_buf_printf(b, ",\"why_not\":\"%s\"",
-                       exc_role_is_vector(w->role)
-                           ? (w->role >= EXC_ROLE_ATTN_Q_BIAS && w->role <= EXC_ROLE_ATTN_V_BIAS
-                                  ? "a vector of biases"
-                                  : "a vector of norm weights")
-                           : "neither a writer of the residual stream nor a role plans know");
+    if (!strcmp(edits_of(w->role), "[]")) exc_buf_printf(b, ",\"why_not\":\"%s\"", why_not(w->role));
     exc_buf_puts(b, "}");
 }
 

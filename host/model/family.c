@@ -7,11 +7,11 @@
 #include "model.h"
 
 extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe,
-    exc_family_qwen2_moe, exc_family_deepseek_v3;
+    exc_family_qwen2_moe, exc_family_deepseek_v3, exc_family_gpt_oss;
 
 const exc_family *const exc_families[] = {
-    &exc_family_qwen3_moe, &exc_family_mixtral,     &exc_family_olmoe, &exc_family_glm4_moe,
-    &exc_family_qwen2_moe, &exc_family_deepseek_v3, NULL,
+    &exc_family_qwen3_moe, &exc_family_mixtral,     &exc_family_olmoe,   &exc_family_glm4_moe,
+    &exc_family_qwen2_moe, &exc_family_deepseek_v3, &exc_family_gpt_oss, NULL,
 };
 
 const exc_family *exc_family_find(const char *model_type) {
@@ -36,6 +36,10 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_ROUTER] = "router",
     [EXC_ROLE_SHARED_ROUTER] = "shared_router",
     [EXC_ROLE_ROUTER_BIAS] = "router_bias",
+    [EXC_ROLE_EXPERT_DOWN_BIAS] = "expert_down_bias",
+    [EXC_ROLE_EXPERT_GATE_BIAS] = "expert_gate_bias",
+    [EXC_ROLE_EXPERT_UP_BIAS] = "expert_up_bias",
+    [EXC_ROLE_ATTN_OUT_BIAS] = "attn_out_bias",
     [EXC_ROLE_ATTN_Q] = "attn_q",
     [EXC_ROLE_ATTN_K] = "attn_k",
     [EXC_ROLE_ATTN_V] = "attn_v",
@@ -46,6 +50,7 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_ATTN_Q_BIAS] = "attn_q_bias",
     [EXC_ROLE_ATTN_K_BIAS] = "attn_k_bias",
     [EXC_ROLE_ATTN_V_BIAS] = "attn_v_bias",
+    [EXC_ROLE_ATTN_SINKS] = "attn_sinks",
     [EXC_ROLE_ATTN_Q_NORM] = "attn_q_norm",
     [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",
     [EXC_ROLE_ATTN_Q_A_NORM] = "attn_q_a_norm",
@@ -71,7 +76,8 @@ bool exc_role_find(const char *name, exc_role *out) {
 }
 
 bool exc_role_by_expert(exc_role role) {
-    return role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_EXPERT_GATE || role == EXC_ROLE_EXPERT_UP;
+    return role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_EXPERT_GATE || role == EXC_ROLE_EXPERT_UP ||
+           (role >= EXC_ROLE_EXPERT_DOWN_BIAS && role <= EXC_ROLE_EXPERT_UP_BIAS);
 }
 
 bool exc_role_by_layer(exc_role role) {

@@ -16,6 +16,9 @@ void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t laye
     y->gate = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer);
     y->up = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer);
     y->down = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer);
+    y->gate_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_GATE_BIAS, layer);
+    y->up_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_UP_BIAS, layer);
+    y->down_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_DOWN_BIAS, layer);
     y->router_bias = exc_carve_vector(c, m, EXC_ROLE_ROUTER_BIAS, layer);
     if (!moe || !s->shared_inner) return;
     y->shared_gate = exc_carve_role(c, m, EXC_ROLE_SHARED_GATE, layer);
@@ -32,10 +35,18 @@ static exc_status fill_shared(exc_loader *r, exc_layer *y, int64_t layer) {
     return y->shared_router.data ? exc_fill_role(r, EXC_ROLE_SHARED_ROUTER, layer, &y->shared_router) : EXC_OK;
 }
 
+static exc_status fill_bias(exc_loader *r, const exc_layer *y, int64_t layer) {
+    if (y->router_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ROUTER_BIAS, layer, y->router_bias));
+    if (!y->down_bias) return EXC_OK;
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_EXPERT_GATE_BIAS, layer, y->gate_bias));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_EXPERT_UP_BIAS, layer, y->up_bias));
+    return exc_fill_vector(r, EXC_ROLE_EXPERT_DOWN_BIAS, layer, y->down_bias);
+}
+
 exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer) {
     bool moe = r->a->shape.is_moe[layer];
     if (moe) EXC_TRY(exc_fill_role(r, EXC_ROLE_ROUTER, layer, &y->router));
-    if (y->router_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ROUTER_BIAS, layer, y->router_bias));
+    EXC_TRY(fill_bias(r, y, layer));
     EXC_TRY(fill_shared(r, y, layer));
     EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer, y->gate));
     EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer, y->up));
@@ -85,18 +96,19 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     const int32_t *slot = t->sums ? t->observe : NULL;
     int32_t *ids = t->router_ids ? t->router_ids + row * rows * K : s->ids;
     float *weights = t->router_weights ? t->router_weights + row * rows * K : s->weights;
-    EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router, .y = s->router, .y_stride = E,
-        .rows = rows);
-    EXC_RUN(s, route, .logits = s->router, .bias = y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E,
+    bool in_logits = s->m->atlas->family->router_bias_in_logits;
+    EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router,
+        .bias = in_logits ? y->router_bias : NULL, .y = s->router, .y_stride = E, .rows = rows);
+    EXC_RUN(s, route, .logits = s->router, .bias = in_logits ? NULL : y->router_bias, .gate = &p->gate, .tokens = rows, .experts = E,
         .top_k = K, .ids = ids, .weights = weights, .slot = slot, .count = sums.count,
         .gate_sum = sums.gate_sum, .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
     EXC_RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
         .row_of = s->row_of, .pair_of = s->pair_of);
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .offset = s->offset,
-        .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner,
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .gate_bias = y->gate_bias,
+        .up_bias = y->up_bias, .activation = p->activation, .offset = s->offset, .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner,
         .mid = s->mid, .slot = sums.mid_sum ? slot : NULL, .mid_sum = sums.mid_sum);
-    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down, .offset = s->offset, .pair_of = s->pair_of,
-        .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner, .y = s->y,
+    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down, .bias = y->down_bias, .offset = s->offset,
+        .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner, .y = s->y,
         .slot = sums.sqnorm_sum ? slot : NULL, .sqnorm_sum = sums.sqnorm_sum);
     const exc_virtual *v = &y->mlp_lens;
     EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,
@@ -114,11 +126,11 @@ static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, cons
     if (!y->shared_down.data) return EXC_OK;
     int64_t offset[2] = {0, rows}, I = p->shared_inner, H = p->hidden;
     exc_sums sums = sums_of(s, t, p->moe_row[layer]);
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up, .offset = offset,
-        .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up,
+        .activation = p->activation, .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
         .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum);
     const exc_virtual *v = &y->shared_lens;
-    if (!y->shared_router.data) return exc_write_stream(s, s->mid, I, &y->shared_down, v, rows);
+    if (!y->shared_router.data) return exc_write_stream(s, s->mid, I, &y->shared_down, NULL, v, rows);
     static const exc_gate sigmoid = {.size = sizeof sigmoid, .score = 1};
     EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->shared_router, .y = s->router,
         .y_stride = 1, .rows = rows);
@@ -136,9 +148,9 @@ static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, cons
 static exc_status dense(exc_session *s, const exc_layer *y, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     int64_t offset[2] = {0, rows};
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .offset = offset, .tokens = rows,
-        .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid);
-    return exc_write_stream(s, s->mid, p->dense_inner, y->down, &y->mlp_lens, rows);
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .activation = p->activation,
+        .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid);
+    return exc_write_stream(s, s->mid, p->dense_inner, y->down, NULL, &y->mlp_lens, rows);
 }
 
 exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {

@@ -177,14 +177,14 @@ exc_status exc_norm_rows(exc_session *s, const float *x, const float *weight, in
     return EXC_OK;
 }
 
-/* A writer of the stream: h += x W^T. With a virtual edit the output is made apart and projected on its way
+/* A writer of the stream: h += x W^T + bias. With a virtual edit the output is made apart and projected on its way
  * into the sum. */
 exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const exc_packed *w,
-                               const exc_virtual *v, int64_t rows) {
+                            const float *bias, const exc_virtual *v, int64_t rows) {
     int64_t H = s->m->atlas->shape.hidden;
     float *y = v->on ? s->y : s->h;
-    EXC_RUN(s, matmul, .x = x, .x_stride = width, .act = s->m->act, .w = w, .add = v->on ? NULL : s->h, .y = y,
-        .y_stride = H, .rows = rows);
+    EXC_RUN(s, matmul, .x = x, .x_stride = width, .act = s->m->act, .w = w, .bias = bias, .add = v->on ? NULL : s->h,
+        .y = y, .y_stride = H, .rows = rows);
     if (!v->on) return EXC_OK;
     EXC_RUN(s, combine, .y = s->y, .row_of = s->own_row, .ids = s->zero_ids, .weights = s->ones, .tokens = rows,
         .top_k = 1, .hidden = H, .basis = v->basis, .rank = v->rank, .strength = v->strength,

@@ -78,6 +78,7 @@ exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64
 float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k;
     if (!exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k)) return NULL;
+    if (exc_role_by_expert(role)) n *= m->atlas->shape.experts;
     return exc_carve_take(c, (size_t)n, sizeof(float));
 }
 
@@ -103,6 +104,7 @@ static void lay_out(exc_carve *c, const exc_model *m, exc_loaded *l) {
         exc_layer y = {0};
         exc_mixer_of(s->mix[i])->carve(c, m, &y, i);
         y.out = exc_carve_role(c, m, EXC_ROLE_ATTN_OUT, i);
+        y.out_bias = exc_carve_vector(c, m, EXC_ROLE_ATTN_OUT_BIAS, i);
         y.norm_in = exc_carve_take(c, H, sizeof(float));
         y.norm_post = exc_carve_take(c, H, sizeof(float));
         exc_feed_carve(c, m, &y, i);
@@ -268,7 +270,12 @@ exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc
 }
 
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into) {
-    return copy_weight(r, exc_atlas_find(r->a, role, layer, -1), EXC_F32, into);
+    bool many = exc_role_by_expert(role);
+    for (int64_t e = 0; e < (many ? r->a->shape.experts : 1); e++) {
+        const exc_weight *w = exc_atlas_find(r->a, role, layer, many ? e : -1);
+        EXC_TRY(copy_weight(r, w, EXC_F32, into + e * w->out));
+    }
+    return EXC_OK;
 }
 
 exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out) {
@@ -323,6 +330,7 @@ static exc_status load_layer(exc_loader *r, int64_t i) {
     exc_layer *y = &r->l->layer[i];
     EXC_TRY(exc_mixer_of(r->a->shape.mix[i])->fill(r, y, i));
     EXC_TRY(exc_fill_role(r, EXC_ROLE_ATTN_OUT, i, &y->out));
+    if (y->out_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_OUT_BIAS, i, y->out_bias));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_IN, i, y->norm_in));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_POST, i, y->norm_post));
     exc_fill_lens(r->m, EXC_ROLE_ATTN_OUT, i, &y->attn_lens);

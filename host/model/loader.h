@@ -19,7 +19,7 @@ int exc_carve_join(const exc_model *m, int a, int b); /* of one matrix made of p
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
 exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);
 exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* [E], or [1] for dense roles */
-float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);    /* f32; NULL: the layer has none */
+float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);    /* f32, of all experts; NULL: none */
 int64_t exc_whole_panels(int64_t n); /* n rounded up to EXC_PANEL */
 
 typedef struct exc_stage { uint8_t *data; size_t bytes; } exc_stage;

@@ -41,7 +41,7 @@ const exc_family exc_family_mixtral = {
     .top_k_key = "num_experts_per_tok",
     .inner_key = "intermediate_size",
     .dense = EXC_DENSE_NEVER,
-    .windowed = true,
+    .windows = EXC_WINDOWS_ALWAYS,
     .refused = refused,
     .router_bias =
         "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",

@@ -228,7 +228,7 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
         k.rows = t->begin[k.to] - k.row;
         EXC_TRY(expand ? expanded(s, &k) : absorbed(s, &k));
     }
-    return exc_write_stream(s, s->latent.out, p->heads * p->value_dim, &y->out, &y->attn_lens, rows);
+    return exc_write_stream(s, s->latent.out, p->heads * p->value_dim, &y->out, NULL, &y->attn_lens, rows);
 }
 
 const exc_mixer exc_mixer_latent = {

@@ -18,7 +18,8 @@ typedef enum exc_role {
     EXC_ROLE_ROUTER, EXC_ROLE_SHARED_ROUTER, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V,
     EXC_ROLE_ATTN_Q_A, EXC_ROLE_ATTN_Q_B, EXC_ROLE_ATTN_KV_A, EXC_ROLE_ATTN_KV_B,
     /* vectors */
-    EXC_ROLE_ROUTER_BIAS, EXC_ROLE_ATTN_Q_BIAS, EXC_ROLE_ATTN_K_BIAS, EXC_ROLE_ATTN_V_BIAS, EXC_ROLE_ATTN_Q_NORM, EXC_ROLE_ATTN_K_NORM,
+    EXC_ROLE_ROUTER_BIAS, EXC_ROLE_EXPERT_DOWN_BIAS, EXC_ROLE_EXPERT_GATE_BIAS, EXC_ROLE_EXPERT_UP_BIAS, EXC_ROLE_ATTN_OUT_BIAS,
+    EXC_ROLE_ATTN_Q_BIAS, EXC_ROLE_ATTN_K_BIAS, EXC_ROLE_ATTN_V_BIAS, EXC_ROLE_ATTN_SINKS, EXC_ROLE_ATTN_Q_NORM, EXC_ROLE_ATTN_K_NORM,
     EXC_ROLE_ATTN_Q_A_NORM, EXC_ROLE_ATTN_KV_A_NORM,
     EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
     EXC_ROLES
@@ -60,6 +61,12 @@ typedef enum exc_dense {
     EXC_DENSE_FIRST   /* first_k_dense_replace */
 } exc_dense;
 
+typedef enum exc_windows { /* which layers see no further back than sliding_window tokens */
+    EXC_WINDOWS_NEVER,
+    EXC_WINDOWS_ALWAYS,
+    EXC_WINDOWS_TYPED /* layer_types, else every other layer from the first on */
+} exc_windows;
+
 /* Kinds of token mixers; one file each (session.h: exc_mixer). */
 typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIX_LATENT, EXC_MIXES } exc_mix;
 
@@ -79,6 +86,10 @@ typedef struct exc_family {
     const char *qk_norm_key;    /* switches it on; NULL: always on */
     const char *bias_key;       /* config switch of q, k and v biases; NULL: none */
     bool bias;                  /* its default */
+    bool out_bias;              /* it also gives the attention's output one */
+    bool sinks;                 /* each query head has a score that takes part in the softmax and has no value */
+    bool expert_bias;           /* biases of gate, up and down of every expert */
+    bool clamped;               /* EXC_GLU_CLAMPED with swiglu_alpha and swiglu_limit, else silu */
     int gate_score;             /* exc_gate.score */
     const char *renorm_key;     /* config switch of renormalisation; NULL: gate_renorm always */
     bool gate_renorm;           /* its default */
@@ -95,11 +106,17 @@ typedef struct exc_family {
     exc_dense dense;            /* which layers have no experts */
     int64_t dense_first;        /* default of first_k_dense_replace */
     const char *mtp_key;        /* number of layers behind the last that predict further tokens and are passed through */
-    bool windowed;              /* sliding_window limits what a token sees */
+    exc_windows windows;
+    const char *window_switch;  /* config switch without which there is no window; NULL: none needed */
+    int64_t window;             /* default of sliding_window, 0: no window */
+    const char *window_layers;  /* key: default layer_types are windowed below this layer only; NULL: all of them may be */
+    int64_t window_first;       /* its default */
+    const struct exc_rope *rope; /* where config.json names no scaling; NULL: plain */
     const char *const *refused; /* config switches that loaders honour and this arithmetic does not have; NULL-terminated */
     const exc_fixed *fixed;     /* config keys of which this arithmetic has one value; ends with key NULL; NULL: none */
     const char *router_bias;    /* where a router bias is stored, or why it cannot be: for inspect and plan refusals */
     int router_bias_stored;
+    bool router_bias_in_logits; /* it is part of the logits, so of the weights too; else added to the scores for the choice alone */
 } exc_family;
 const exc_family *exc_family_find(const char *model_type);
 extern const exc_family *const exc_families[]; /* NULL-terminated (family.c); one file a family */
@@ -132,7 +149,8 @@ typedef struct exc_shape {
     exc_latent latent;          /* rank 0: not this family's */
     int64_t mtp_layers;         /* behind the last layer, passed through */
     exc_qk_norm qk_norm;
-    bool qkv_bias;
+    bool qkv_bias, out_bias;
+    exc_activation activation;  /* of experts and dense MLPs */
     float eps;
     exc_rope rope;
     int tied;                   /* lm_head = embed */
@@ -144,6 +162,7 @@ typedef struct exc_shape {
     uint8_t *mix;               /* [layers] exc_mix: how tokens of a sequence see each other */
     int64_t *mix_row;           /* [layers] row among the layers of the same kind: where its cache lies */
     int64_t mix_layers[EXC_MIXES]; /* how many of each kind */
+    int64_t *window;            /* [layers] tokens that one sees, itself included; 0: all before it */
     int32_t eos[8]; int n_eos;  /* from generation_config.json or config.json */
 } exc_shape;
 /* shape.c: every key checked; errors name key, expected, found */
@@ -234,6 +253,7 @@ typedef struct exc_softmax_weights {
     int64_t k_at, v_at, width;     /* of a q|k|v row */
     float *bias;                   /* [width] or NULL */
     float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
+    float *sinks;                  /* [heads] or NULL */
 } exc_softmax_weights;
 typedef struct exc_latent_weights {
     exc_packed first;              /* columns 0.. of a row are queries (or their latent), kv_at.. the latent of keys and values */
@@ -245,10 +265,12 @@ typedef struct exc_latent_weights {
 typedef struct exc_layer {
     union { exc_softmax_weights softmax; exc_latent_weights latent; } mix; /* by exc_shape.mix of the layer */
     exc_packed out, router;        /* out: what the mixer writes to the stream with */
+    float *out_bias;               /* [H] or NULL */
     exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
+    float *gate_bias, *up_bias, *down_bias; /* [E,I], [E,I], [E,H] or NULL */
     exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
     exc_packed shared_router;      /* [1,H]; data NULL: not gated */
-    float *router_bias;            /* [E], for selection only, or NULL */
+    float *router_bias;            /* [E], added where the family says, or NULL */
     float *norm_in, *norm_post;    /* [H] */
     exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
@@ -355,7 +377,9 @@ exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, cons
 /* checks that every prompt's ids are in the vocabulary and that it fits the context with `extra` more tokens */
 exc_status exc_prompts_check(exc_ctx *ctx, const exc_model *m, const exc_prompts *p, int64_t extra);
 
-/* W_down[layer, expert] times f64 vectors: y[n,H] = x[n,I] W^T in f64, for output sums (probe.c) */
-exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert, const double *x, int64_t n, double *y);
+/* W_down[layer, expert] times f64 vectors: y[n,H] = x[n,I] W^T + terms[n] bias in f64, for output sums (probe.c); terms: how many
+ * activations a row of x sums */
+exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert, const double *x,
+                          const int64_t *terms, int64_t n, double *y);
 
 #endif

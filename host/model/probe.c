@@ -1,11 +1,11 @@
 /* probe.c - linear looks at single weights: a down_proj times f64 vectors. Sums of expert outputs follow from
- * sums of the intermediate activations (sum_t W a_t = W sum_t a_t), so capture stores [E,I] and this makes
- * [E,H] once at the end. The weights are those the forward pass used, with the plan's baked edits if there
+ * sums of the intermediate activations (sum_t (W a_t + b) = W sum_t a_t + T b), so capture stores [E,I] and
+ * this makes [E,H] once at the end. The weights are those the forward pass used, with the plan's baked edits if there
  * are any. */
 #include "model.h"
 
 exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert,
-                          const double *x, int64_t n, double *y) {
+                          const double *x, const int64_t *terms, int64_t n, double *y) {
     const exc_shape *s = &m->atlas->shape;
     bool known = role == EXC_ROLE_EXPERT_DOWN || role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_SHARED_DOWN;
     int64_t out, in;
@@ -19,5 +19,8 @@ exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t lay
                         (long long)layer, (long long)experts - 1, (long long)expert);
     const exc_layer *l = &m->loaded->layer[layer];
     const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down[expert];
-    return ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = w, .rows = n, .y = y});
+    EXC_TRY(ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = w, .rows = n, .y = y}));
+    const float *bias = role == EXC_ROLE_EXPERT_DOWN && l->down_bias ? l->down_bias + expert * out : NULL;
+    for (int64_t i = 0; bias && i < n * out; i++) y[i] += (double)terms[i / out] * (double)bias[i % out];
+    return EXC_OK;
 }

@@ -30,7 +30,7 @@ static const exc_name names[] = {
 };
 
 static const char *const passed[] = {"mtp.", NULL};
-static const char *const refused[] = {"attention_bias", "use_sliding_window", NULL};
+static const char *const refused[] = {"attention_bias", NULL};
 
 const exc_family exc_family_qwen3_moe = {
     .model_type = "qwen3_moe",
@@ -47,6 +47,9 @@ const exc_family exc_family_qwen3_moe = {
     .top_k_key = "num_experts_per_tok",
     .inner_key = "moe_intermediate_size",
     .dense = EXC_DENSE_LISTED,
+    .windows = EXC_WINDOWS_ALWAYS,
+    .window_switch = "use_sliding_window",
+    .window = 4096,
     .refused = refused,
     .router_bias =
         "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",

@@ -35,7 +35,7 @@ static const exc_name names[] = {
 };
 
 static const char *const passed[] = {NULL};
-static const char *const refused[] = {"use_sliding_window", NULL};
+static const char *const refused[] = {NULL};
 
 const exc_family exc_family_qwen2_moe = {
     .model_type = "qwen2_moe",
@@ -56,6 +56,11 @@ const exc_family exc_family_qwen2_moe = {
     .shared = 5632,
     .shared_gated = true,
     .dense = EXC_DENSE_LISTED,
+    .windows = EXC_WINDOWS_TYPED,
+    .window_switch = "use_sliding_window",
+    .window = 4096,
+    .window_layers = "max_window_layers",
+    .window_first = 28,
     .refused = refused,
     .router_bias =
         "the family has no router bias tensor; an extra one would be ignored by loaders (use a sidecar)",

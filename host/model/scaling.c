@@ -132,14 +132,15 @@ exc_status exc_rope_read(exc_ctx *ctx, const json_t *config, const char *what, c
     const json_t *o;
     const char *name = "";
     exc_rope *r = &s->rope;
-    *r = (exc_rope){.attention = 1, .score = 1, .factor = 1};
     EXC_TRY(find_object(ctx, config, what, &o, &name));
+    *r = !o && f->rope ? *f->rope : (exc_rope){.attention = 1, .score = 1, .factor = 1};
     if (o) EXC_TRY(read_kind(ctx, o, what, name, r));
     EXC_TRY(exc_json_number_or(ctx, config, what, "rope_theta", f->rope_theta, &r->theta));
     EXC_TRY(exc_json_number_or(ctx, o, what, "rope_theta", r->theta, &r->theta));
     if (!(r->theta > 1.0) || r->theta > 1e12)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: rope_theta: expected a number in (1, 1e12], found %.9g",
                         what, r->theta);
+    if (!o) return read_rotary(ctx, o, config, what, f, s);
     if (r->kind != EXC_ROPE_PLAIN) EXC_TRY(read_stretch(ctx, o, config, what, s->context, r));
     if (r->kind == EXC_ROPE_YARN) EXC_TRY(read_yarn(ctx, o, what, r));
     if (r->kind == EXC_ROPE_LLAMA3) EXC_TRY(read_llama3(ctx, o, what, r));

@@ -77,8 +77,9 @@ exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st);
 size_t exc_act_bytes(const exc_model *m);
 /* rows [rows,H] of the stream, normed, as act */
 exc_status exc_norm_rows(exc_session *s, const float *x, const float *weight, int64_t rows, void *y);
-/* a writer of the stream: h += x W^T, x act [rows,width]; a virtual edit is applied on the way */
-exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const exc_packed *w, const exc_virtual *v, int64_t rows);
+/* a writer of the stream: h += x W^T + bias (or NULL), x act [rows,width]; a virtual edit is applied on the way */
+exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const exc_packed *w, const float *bias, const exc_virtual *v,
+                            int64_t rows);
 /* experts, shared expert or dense MLP of a layer on s->x, with the sums that the step asks for (feed.c) */
 exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
 void exc_feed_room(exc_carve *c, exc_session *s);

@@ -233,12 +233,71 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     return EXC_OK;
 }
 
-/* a window as wide as the context hides nothing */
-static exc_status read_window(const reader *r, const exc_shape *s) {
-    const json_t *v = json_object_get(r->o, "sliding_window");
-    if (!v || json_is_null(v)) return EXC_OK;
-    if (json_is_integer(v) && json_integer_value(v) >= s->context) return EXC_OK;
-    return wrong(r, "sliding_window", "null, or a window of at least max_position_embeddings", v);
+/* width of the window, 0: none */
+static exc_status read_window(const reader *r, const exc_family *f, int64_t *width) {
+    static const char key[] = "sliding_window";
+    const json_t *v = json_object_get(r->o, key);
+    bool on = true;
+    *width = 0;
+    if (f->window_switch) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->window_switch, false, &on));
+    if (!on || json_is_null(v)) return EXC_OK;
+    return v ? integer(r, key, 1, INT32_MAX, width) : (*width = f->window, EXC_OK);
+}
+
+/* which layers have it, by layer_types or as loaders fill that in */
+static exc_status read_window_layers(const reader *r, const exc_family *f, int64_t width, exc_shape *s) {
+    static const char key[] = "layer_types";
+    const json_t *types = json_object_get(r->o, key);
+    int64_t below = s->layers;
+    if (!types || json_is_null(types)) {
+        if (f->window_layers)
+            EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->window_layers, 0, INT32_MAX, f->window_first, &below));
+        for (int64_t l = 0; l < s->layers; l++) s->window[l] = l % 2 == 0 && l < below ? width : 0;
+        return EXC_OK;
+    }
+    if (!json_is_array(types) || json_array_size(types) != (size_t)s->layers)
+        return wrong(r, key, "\"full_attention\" or \"sliding_attention\" for each of num_hidden_layers", types);
+    for (int64_t l = 0; l < s->layers; l++) {
+        const json_t *v = json_array_get(types, (size_t)l);
+        const char *type = json_is_string(v) ? json_string_value(v) : "";
+        bool slides = !strcmp(type, "sliding_attention");
+        if (!slides && strcmp(type, "full_attention"))
+            return wrong(r, key, "\"full_attention\" or \"sliding_attention\"", v);
+        if (slides && !width)
+            return wrong(r, "sliding_window", "a width (layer_types has sliding layers)",
+                         json_object_get(r->o, "sliding_window"));
+        s->window[l] = slides ? width : 0;
+    }
+    return EXC_OK;
+}
+
+static exc_status read_windows(const reader *r, const exc_family *f, exc_shape *s) {
+    int64_t width;
+    s->window = exc_zalloc(r->ctx, (size_t)s->layers, sizeof *s->window, "windows of layers");
+    if (!s->window) return EXC_ERR_MEMORY;
+    if (f->windows == EXC_WINDOWS_NEVER) return EXC_OK;
+    EXC_TRY(read_window(r, f, &width));
+    if (f->windows == EXC_WINDOWS_TYPED) return read_window_layers(r, f, width, s);
+    for (int64_t l = 0; l < s->layers; l++) s->window[l] = width;
+    return EXC_OK;
+}
+
+/* what makes an activation of gate and up */
+static exc_status read_activation(const reader *r, const exc_family *f, exc_shape *s) {
+    const char *act;
+    double alpha, limit;
+    EXC_TRY(exc_json_string_or(r->ctx, r->o, r->what, "hidden_act", "silu", &act));
+    if (strcmp(act, "silu")) return wrong(r, "hidden_act", "\"silu\"", json_object_get(r->o, "hidden_act"));
+    s->activation = (exc_activation){.kind = EXC_GLU_SILU};
+    if (!f->clamped) return EXC_OK;
+    EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "swiglu_alpha", 1.702, &alpha));
+    EXC_TRY(exc_json_number_or(r->ctx, r->o, r->what, "swiglu_limit", 7.0, &limit));
+    if (!(alpha > 0) || alpha > 1e3)
+        return wrong(r, "swiglu_alpha", "a number in (0, 1000]", json_object_get(r->o, "swiglu_alpha"));
+    if (!(limit > 0) || limit > 1e6)
+        return wrong(r, "swiglu_limit", "a number in (0, 1e6]", json_object_get(r->o, "swiglu_limit"));
+    s->activation = (exc_activation){EXC_GLU_CLAMPED, (float)alpha, (float)limit};
+    return EXC_OK;
 }
 
 static exc_status read_switches(const reader *r, const exc_family *f, exc_shape *s) {
@@ -246,6 +305,7 @@ static exc_status read_switches(const reader *r, const exc_family *f, exc_shape 
     if (f->qk_norm_key) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->qk_norm_key, false, &on));
     s->qk_norm = on ? f->qk_norm : EXC_QK_NONE;
     if (f->bias_key) EXC_TRY(exc_json_bool_or(r->ctx, r->o, r->what, f->bias_key, f->bias, &s->qkv_bias));
+    s->out_bias = s->qkv_bias && f->out_bias;
     return EXC_OK;
 }
 
@@ -301,16 +361,14 @@ static exc_status read_all(const reader *r, const exc_checkpoint *files, const e
     exc_ctx *ctx = r->ctx;
     EXC_TRY(exc_quant_read(ctx, r->o, r->what, s));
     EXC_TRY(read_sizes(r, files, f, s));
-    const char *act;
-    EXC_TRY(exc_json_string_or(ctx, r->o, r->what, "hidden_act", "silu", &act));
-    if (strcmp(act, "silu")) return wrong(r, "hidden_act", "\"silu\"", json_object_get(r->o, "hidden_act"));
+    EXC_TRY(read_activation(r, f, s));
     for (const char *const *key = f->refused; *key; key++) EXC_TRY(refuse_switch(r, *key));
     EXC_TRY(check_fixed(r, f->fixed));
-    if (f->windowed) EXC_TRY(read_window(r, s));
     EXC_TRY(exc_rope_read(ctx, r->o, r->what, f, s));
     EXC_TRY(read_switches(r, f, s));
     EXC_TRY(read_layers(r, f, s));
     EXC_TRY(read_mixers(r, f, s));
+    EXC_TRY(read_windows(r, f, s));
     EXC_TRY(read_shared(r, f, s));
     EXC_TRY(read_gate(r, f, s));
     EXC_TRY(read_eos(r, s));
@@ -334,6 +392,8 @@ void exc_shape_free(exc_shape *s) {
     exc_release(s->moe_row);
     exc_release(s->mix);
     exc_release(s->mix_row);
+    exc_release(s->window);
+    s->window = NULL;
     s->is_moe = s->mix = NULL;
     s->moe_row = s->mix_row = NULL;
 }
@@ -370,6 +430,19 @@ bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role,
         break;
     case EXC_ROLE_ROUTER:
         IS(moe, s->experts, H);
+        break;
+    case EXC_ROLE_EXPERT_DOWN_BIAS:
+        IS(moe && family->expert_bias, H, 1);
+        break;
+    case EXC_ROLE_EXPERT_GATE_BIAS:
+    case EXC_ROLE_EXPERT_UP_BIAS:
+        IS(moe && family->expert_bias, s->inner, 1);
+        break;
+    case EXC_ROLE_ATTN_OUT_BIAS:
+        IS(s->out_bias, H, 1);
+        break;
+    case EXC_ROLE_ATTN_SINKS:
+        IS(family->sinks, s->heads, 1);
         break;
     case EXC_ROLE_ROUTER_BIAS:
         IS(moe && family->router_bias_stored, s->experts, 1);

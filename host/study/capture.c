@@ -211,13 +211,13 @@ static exc_status sum_outputs(capture *c) {
     int64_t E = s->experts, I = s->inner, H = s->hidden;
     for (int64_t m = 0; m < s->moe_layers; m++) {
         for (int64_t e = 0; e < E; e++) {
-            int64_t chosen = 0;
-            for (int g = 0; g < 4; g++) chosen += s->group[g / 2][g % 2].count[m * E + e];
-            if (!chosen) continue; /* its sums are zero, and stay so */
+            int64_t terms[4];
+            for (int g = 0; g < 4; g++) terms[g] = s->group[g / 2][g % 2].count[m * E + e];
+            if (!(terms[0] + terms[1] + terms[2] + terms[3])) continue; /* its sums are zero, and stay so */
             for (int g = 0; g < 4; g++)
                 memcpy(c->x + g * I, s->group[g / 2][g % 2].mid_sum + (m * E + e) * I,
                        (size_t)I * sizeof *c->x);
-            EXC_TRY(exc_model_down(c->ctx, c->m, EXC_ROLE_EXPERT_DOWN, s->layer_of[m], e, c->x, 4, c->y));
+            EXC_TRY(exc_model_down(c->ctx, c->m, EXC_ROLE_EXPERT_DOWN, s->layer_of[m], e, c->x, terms, 4, c->y));
             for (int g = 0; g < 4; g++)
                 memcpy(s->group[g / 2][g % 2].out_sum + (m * E + e) * H, c->y + g * H,
                        (size_t)H * sizeof *c->y);
@@ -233,7 +233,7 @@ static exc_status sum_shared(capture *c) {
     for (int64_t m = 0; m < s->moe_layers && I; m++)
         for (int g = 0; g < 4; g++)
             EXC_TRY(exc_model_down(c->ctx, c->m, EXC_ROLE_SHARED_DOWN, s->layer_of[m], -1,
-                                   c->shared_mid[g / 2][g % 2] + m * I, 1,
+                                   c->shared_mid[g / 2][g % 2] + m * I, &s->group[g / 2][g % 2].tokens[m], 1,
                                    s->group[g / 2][g % 2].shared_out_sum + m * H));
     return EXC_OK;
 }

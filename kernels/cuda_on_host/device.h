@@ -301,6 +301,8 @@ HC_LD(__ldca) HC_LD(__ldcg) HC_LD(__ldcs) HC_LD(__ldcv) HC_LD(__ldlu)
 }
 inline int __float_as_int(float f) { return hc_bits<int>(f); }
 inline unsigned __float_as_uint(float f) { return hc_bits<unsigned>(f); }
+inline long long __double_as_longlong(double d) { return hc_bits<long long>(d); }
+inline double __longlong_as_double(long long i) { return hc_bits<double>(i); }
 inline float __int_as_float(int i) { return hc_bits<float>(i); }
 inline float __uint_as_float(unsigned i) { return hc_bits<float>(i); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

@@ -1,4 +1,4 @@
-/* absorb.c - the ops of multi-head latent attention, latent and bundle, against f64 loops at every instruction level this
+/* absorb.c - the ops of multi-head latent attention, latent, bundle and attend on the latent cache, against f64 loops at every instruction level this
  * machine has.
  *
  * Tolerances. f32 sums of k products err by about sqrt(k) * 2^-24 relative to sqrt(sum (x w)^2), four times that leaves room; a
@@ -243,6 +243,68 @@ static void latent_body(void)
 
 static void test_latent(void **state) { at_every_level(latent_body); }
 
+/* ------------------------------------------------------------------------------------------------------------ attend */
+
+/* the absorbed form: one key head that all queries share, values the first C channels of the cached rows */
+static void attend_case(int act, int64_t heads, int64_t C, int64_t R)
+{
+    enum { S = 4 };
+    static const int64_t begin[S + 1] = {0, 1, 6, 8, 9}, length[S] = {1, 5, 1027, 2300};
+    int64_t base[S], rows = 0, W = C + R, T = begin[S];
+    for (int s = 0; s < S; s++) base[s] = rows + 1, rows += length[s] + 1;
+    void *q = normals(T * heads * W, 1, 1, act), *cache = normals((rows + 1) * W, 2, 1, act), *first = NULL;
+    float scale = 1 / sqrtf((float)W);
+    for (int threads = 1; threads <= 3; threads++) {
+        void *out = blank(T * heads * C, act);
+        assert_int_equal(exc_cpu_attend(queue_of(threads), &(struct exc_attend_args){.q = q, .cache_k = cache, .key_stride = W,
+            .cache_v = cache, .value_stride = W, .q_begin = begin, .cache_begin = base, .length = length, .sequences = S,
+            .q_heads = heads, .kv_heads = 1, .head_dim = W, .value_dim = C, .scale = scale, .out = out, .act = act}), EXC_OK);
+        guarded(out, T * heads * C, act);
+        if (!first) {
+            first = out;
+            continue;
+        }
+        assert_memory_equal(first, out, (size_t)(T * heads * C) * size_of(act));
+        free(out);
+    }
+    double *p = malloc(2300 * sizeof *p);
+    for (int s = 0; s < S; s++)
+        for (int64_t t = begin[s]; t < begin[s + 1]; t++)
+            for (int64_t h = 0; h < heads; h += heads > 8 ? 23 : 1) {
+                int64_t see = length[s] - (begin[s + 1] - begin[s]) + (t - begin[s]) + 1;
+                double top = -INFINITY, total = 0;
+                for (int64_t j = 0; j < see; j++) {
+                    p[j] = 0;
+                    for (int64_t c = 0; c < W; c++)
+                        p[j] += value(q, act, (t * heads + h) * W + c) * value(cache, act, (base[s] + j) * W + c);
+                    top = fmax(top, p[j] *= (double)scale);
+                }
+                for (int64_t j = 0; j < see; j++) total += p[j] = exp(p[j] - top);
+                for (int64_t c = 0; c < C; c++) {
+                    double sum = 0, size = 0;
+                    for (int64_t j = 0; j < see; j++) {
+                        double x = p[j] / total * value(cache, act, (base[s] + j) * W + c);
+                        sum += x;
+                        size += fabs(x);
+                    }
+                    close_to(value(first, act, (t * heads + h) * C + c), sum, act == EXC_BF16 ? 0x1p-8 : 0, 3e-6 * size, "attend", c);
+                }
+            }
+    free(p);
+    free(q);
+    free(cache);
+    free(first);
+}
+
+static void attend_body(void)
+{
+    static const int64_t shapes[][3] = {{1, 1, 2}, {3, 33, 6}, {70, 20, 10}, {129, 32, 16}, {2, 512, 64}};
+    for (size_t i = 0; i < EXC_COUNT(shapes); i++)
+        for (int c = 0; c < 2; c++) attend_case(c ? EXC_BF16 : EXC_F32, shapes[i][0], shapes[i][1], shapes[i][2]);
+}
+
+static void test_attend(void **state) { at_every_level(attend_body); }
+
 static void test_refusals(void **state)
 {
     exc_queue *q = queue_of(1);
@@ -264,6 +326,7 @@ int main(void)
         cmocka_unit_test(test_bundle),
         cmocka_unit_test(test_bundle_rows),
         cmocka_unit_test(test_latent),
+        cmocka_unit_test(test_attend),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -101,20 +101,46 @@ static void test_odd_shapes(void **state)
     t.dtype = "F32";
     t.seed = 9;
     check_against_f64(t);
+    t.kind = TINY_LATENT; /* no two widths alike, none a whole panel; continued prompts take the absorbed form */
+    t.heads = t.kv = 5;
+    t.q_rank = 21;
+    t.rank = 33;
+    t.plain = 19;
+    t.turned = 10;
+    t.value = 17;
+    t.yarn = 1;
+    check_against_f64(t);
+    t.dtype = "F16";
+    t.q_rank = 0;
+    t.halves = 1;
+    t.heads = t.kv = 70; /* more heads than a unit of work of the attention has rows */
+    t.rank = 16;
+    t.plain = 1;
+    t.value = 40;
+    check_against_f64(t);
+    t.dtype = "BF16";
+    t.heads = t.kv = 1;
+    t.yarn = t.halves = 0;
+    t.turned = 2;
+    t.groups = 4;
+    t.kept = 2;
+    check_against_f64(t);
 }
 
 /* ----------------------------------------------------------------------------------------------- same bits */
 
-static void test_threads(void **state)
+static void same_threads(const char *name)
 {
-    exc_prompts p = golden_prompts("qwen3_moe");
+    exc_prompts p = golden_prompts(name);
+    char path[64];
+    snprintf(path, sizeof path, "models/%s", name);
     for (int compute = 0; compute < 2; compute++) {
         result r[3];
         exc_ctx *ctx[3];
         exc_model *m[3];
         for (int i = 0; i < 3; i++) {
             ctx[i] = test_ctx(i == 2 ? 5 : i + 1);
-            m[i] = open_model(ctx[i], test_data("models/qwen3_moe"), (exc_compute)compute);
+            m[i] = open_model(ctx[i], test_data(path), (exc_compute)compute);
             r[i] = run(ctx[i], m[i], &p, 9, 0, 0);
         }
         assert_same(&r[0], &r[1], 9);
@@ -128,18 +154,30 @@ static void test_threads(void **state)
     free_prompts(&p);
 }
 
-static void test_batching(void **state)
+static void test_threads(void **state)
+{
+    same_threads("qwen3_moe");
+    same_threads("deepseek_v3");
+}
+
+static void same_batching(const char *name)
 {
     static const int64_t sizes[][2] = {{0, 0}, {1, 0}, {2, 16}, {6, 7}, {3, 1}}; /* sequences, tokens of a prefill step */
-    exc_prompts p = golden_prompts("qwen3_moe");
+    exc_prompts p = golden_prompts(name);
+    char path[64];
+    snprintf(path, sizeof path, "models/%s", name);
     for (int compute = 0; compute < 2; compute++) {
         exc_ctx_options opt = EXC_CTX_OPTIONS;
         opt.threads = 2;
         opt.reproducible = 1;
         exc_ctx *ctx;
         assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
-        exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), (exc_compute)compute);
+        exc_model *m = open_model(ctx, test_data(path), (exc_compute)compute);
         result first = run(ctx, m, &p, 12, sizes[0][0], sizes[0][1]);
+        if (compute == EXC_COMPUTE_F32) {
+            verdict v = judge(name, &first);
+            assert_true(v.logits < 1e-4 && v.hidden < 1e-4 && v.same_experts == 1);
+        }
         for (size_t i = 1; i < EXC_COUNT(sizes); i++) {
             result r = run(ctx, m, &p, 12, sizes[i][0], sizes[i][1]);
             assert_same(&first, &r, 12);
@@ -152,21 +190,35 @@ static void test_batching(void **state)
     free_prompts(&p);
 }
 
+static void test_batching(void **state)
+{
+    same_batching("qwen3_moe");
+    same_batching("moonlight"); /* never expanded then */
+}
+
 /* without the reproducible mode batching may move bits, but only roundings */
-static void test_batching_loose(void **state)
+static void loose_batching(const char *name)
 {
     exc_ctx *ctx = test_ctx(2);
-    exc_prompts p = golden_prompts("qwen3_moe");
-    exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_F32);
+    char path[64];
+    snprintf(path, sizeof path, "models/%s", name);
+    exc_prompts p = golden_prompts(name);
+    exc_model *m = open_model(ctx, test_data(path), EXC_COMPUTE_F32);
     for (int64_t batch = 1; batch <= 4; batch += 3) {
         result r = run(ctx, m, &p, 16, batch, 10 * batch);
-        verdict v = judge("qwen3_moe", &r);
+        verdict v = judge(name, &r);
         assert_true(v.logits < 1e-4 && v.hidden < 1e-4 && v.greedy == 96);
         free_result(&r);
     }
     free_prompts(&p);
     exc_model_free(m);
     exc_ctx_free(ctx);
+}
+
+static void test_batching_loose(void **state)
+{
+    loose_batching("qwen3_moe");
+    loose_batching("deepseek_v3"); /* begun prompts expanded, continued ones absorbed, in one step */
 }
 
 /* ------------------------------------------------------------------------------------------------ generation */
@@ -402,7 +454,12 @@ static void test_allocations_fail(void **state)
     exc_ctx *ctx = test_ctx(1);
     char *dir = test_tmpdir();
     tiny t = tiny_default();
-    t.layers = 1;
+    t.layers = 2; /* latent attention: the loader's copies and views too */
+    t.kind = TINY_LATENT;
+    t.heads = t.kv = 2;
+    t.groups = t.kept = 1;
+    t.scale = 1;
+    t.rank = t.plain = t.turned = t.value = 6;
     tiny_write(&t, dir);
     exc_prompts p = make_prompts(2, (int64_t[]){3, 2}, t.vocab, 9);
     exc_status st = EXC_ERR_MEMORY;

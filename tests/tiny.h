@@ -1,4 +1,4 @@
-/* tiny.h - random checkpoints of qwen3_moe, glm4_moe and olmoe, of any shape, made by the tests themselves, and the model computed a second time in
+/* tiny.h - random checkpoints of qwen3_moe, glm4_moe, olmoe and deepseek_v3, of any shape, made by the tests themselves, and the model computed a second time in
  * plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
  * the refusals are tested. Weights are counter-based, so a spec names its checkpoint. */
 #ifndef EXC_TEST_TINY_H
@@ -22,8 +22,11 @@ typedef struct tiny_tensor {
 
 typedef struct tiny {
     int layers, hidden, heads, kv, dim, vocab, experts, top_k, inner, dense, context;
-    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
-                                                      groups, shared expert, layer 0 dense; olmoe: norm over all heads */
+    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE, TINY_LATENT } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
+                                                      groups, shared expert, layer 0 dense; olmoe: norm over all heads;
+                                                      latent: deepseek_v3, feed-forward as glm */
+    int q_rank, rank, plain, turned, value; /* latent: 0 or rank of queries; of keys; channels of a head */
+    int yarn, halves;    /* latent: yarn of factor 4 from 64 positions; pairs (i, i + turned/2), not (2i, 2i+1) */
     int groups, kept;    /* glm: of the experts */
     double scale;        /* glm: of the routing weights */
     const char *only;    /* mlp_only_layers as JSON, or NULL */
@@ -46,12 +49,16 @@ static inline tiny tiny_default(void)
 static inline int tiny_is_moe(const tiny *t, int layer)
 {
     char key[16];
-    if (t->kind == TINY_GLM) return layer > 0;
+    if (t->kind == TINY_GLM || t->kind == TINY_LATENT) return layer > 0;
     if ((layer + 1) % t->sparse_step) return 0;
     if (!t->only) return 1;
     snprintf(key, sizeof key, "%d", layer); /* the lists of the tests hold single digits */
     return strstr(t->only, key) == NULL;
 }
+
+static inline bool tiny_sigmoid(const tiny *t) { return t->kind == TINY_GLM || t->kind == TINY_LATENT; }
+
+static inline int tiny_out(const tiny *t) { return t->heads * (t->kind == TINY_LATENT ? t->value : t->dim); }
 
 static inline double tiny_round(double x, const char *dtype)
 {
@@ -77,24 +84,50 @@ static inline void tiny_add(tiny *t, const char *name, int64_t rows, int64_t col
     t->count++;
 }
 
-static inline void tiny_make(tiny *t)
+#define TINY_NAME(...) (snprintf(n, sizeof n, __VA_ARGS__), n)
+
+static inline void tiny_make_latent(tiny *t, int l)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden);
+    int q = t->heads * (t->plain + t->turned);
+    if (t->q_rank) {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_proj.weight", l), t->q_rank, t->hidden, h, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_layernorm.weight", l), t->q_rank, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_b_proj.weight", l), q, t->q_rank, 2 / sqrt(t->q_rank), 0);
+    } else {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
+    }
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_proj_with_mqa.weight", l), t->rank + t->turned, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_layernorm.weight", l), t->rank, 0, 0.2, 1);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_b_proj.weight", l), t->heads * (t->plain + t->value), t->rank, 1 / sqrt(t->rank), 0);
+}
+
+static inline void tiny_make_softmax(tiny *t, int l)
 {
     char n[128];
     double h = 1 / sqrt(t->hidden);
     int q = t->heads * t->dim, kv = t->kv * t->dim;
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, 1);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, 1);
+    for (int i = 0; i < 3 && t->kind == TINY_GLM; i++)
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
+}
+
+static inline void tiny_make(tiny *t)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden);
     tiny_add(t, "model.embed_tokens.weight", t->vocab, t->hidden, 1, 0);
     for (int l = 0; l < t->layers; l++) {
-#define TINY_NAME(...) (snprintf(n, sizeof n, __VA_ARGS__), n)
         tiny_add(t, TINY_NAME("model.layers.%d.input_layernorm.weight", l), t->hidden, 0, 0.2, 1);
         tiny_add(t, TINY_NAME("model.layers.%d.post_attention_layernorm.weight", l), t->hidden, 0, 0.2, 1);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, q, 1 / sqrt(q), 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, 1);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, 1);
-        for (int i = 0; i < 3 && t->kind == TINY_GLM; i++)
-            tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
+        if (t->kind == TINY_LATENT) tiny_make_latent(t, l);
+        else tiny_make_softmax(t, l);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, tiny_out(t), 1 / sqrt(tiny_out(t)), 0);
         if (!tiny_is_moe(t, l)) {
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
@@ -102,7 +135,7 @@ static inline void tiny_make(tiny *t)
             continue;
         }
         tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
-        if (t->kind == TINY_GLM) {
+        if (tiny_sigmoid(t)) {
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.e_score_correction_bias", l), t->experts, 0, 0.5, -0.3);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.gate_proj.weight", l), 2 * t->inner, t->hidden, 2 * h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.up_proj.weight", l), 2 * t->inner, t->hidden, h, 0);
@@ -169,12 +202,21 @@ static inline void tiny_file(const tiny *t, const char *path, int from, int to)
 static inline void tiny_config(const tiny *t, const char *dir)
 {
     exc_buf b = {0};
-    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe"};
+    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3"};
     exc_buf_puts(&b, "{");
-    if (t->kind == TINY_GLM)
+    if (tiny_sigmoid(t))
         exc_buf_printf(&b, "\"n_routed_experts\":%d,\"n_shared_experts\":2,\"first_k_dense_replace\":1,\"n_group\":%d,\"topk_group\":%d,"
-                           "\"routed_scaling_factor\":%.17g,\"attention_bias\":true,\"use_qk_norm\":true,\"partial_rotary_factor\":0.5,",
-                       t->experts, t->groups, t->kept, t->scale);
+                           "\"routed_scaling_factor\":%.17g,", t->experts, t->groups, t->kept, t->scale);
+    if (t->kind == TINY_GLM) exc_buf_puts(&b, "\"attention_bias\":true,\"use_qk_norm\":true,\"partial_rotary_factor\":0.5,");
+    if (t->kind == TINY_LATENT) {
+        exc_buf_printf(&b, "\"kv_lora_rank\":%d,\"qk_nope_head_dim\":%d,\"qk_rope_head_dim\":%d,\"v_head_dim\":%d,\"rope_interleave\":%s,",
+                       t->rank, t->plain, t->turned, t->value, t->halves ? "false" : "true");
+        if (t->q_rank) exc_buf_printf(&b, "\"q_lora_rank\":%d,", t->q_rank);
+        else exc_buf_puts(&b, "\"q_lora_rank\":null,");
+        if (t->yarn)
+            exc_buf_puts(&b, "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"beta_fast\":8,"
+                             "\"beta_slow\":1,\"mscale\":0.5,\"mscale_all_dim\":1},");
+    }
     exc_buf_printf(&b, "%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"%s\",\"hidden_size\":%d,"
                        "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
                        "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
@@ -232,6 +274,8 @@ static inline const double *tiny_find(const tiny *t, const char *name)
     fail_msg("no tensor %s", name);
     return NULL;
 }
+
+#define TINY_W(...) tiny_find(t, TINY_NAME(__VA_ARGS__))
 
 static inline void tiny_matmul(const double *x, const double *w, int64_t rows, int64_t k, int64_t n, double *y)
 {
@@ -325,13 +369,124 @@ static inline void tiny_rotate(double *x, int64_t dim, int64_t position)
     }
 }
 
+/* o [T, heads*V]: causal softmax attention of q [T, heads*D] on k [T, kv*D], v [T, kv*V] */
+static inline void tiny_softmax(const double *q, const double *k, const double *v, int64_t T, int64_t heads, int64_t kv, int64_t D, int64_t V,
+                                double scale, double *o)
+{
+    double *p = malloc((size_t)T * 8);
+    memset(o, 0, (size_t)(T * heads * V) * 8);
+    for (int64_t r = 0; r < T; r++)
+        for (int64_t i = 0; i < heads; i++) {
+            const double *qi = q + (r * heads + i) * D;
+            int64_t g = i / (heads / kv);
+            double best = -INFINITY, total = 0;
+            for (int64_t j = 0; j <= r; j++) {
+                p[j] = 0;
+                for (int64_t c = 0; c < D; c++) p[j] += qi[c] * k[(j * kv + g) * D + c];
+                p[j] *= scale;
+                best = fmax(best, p[j]);
+            }
+            for (int64_t j = 0; j <= r; j++) total += p[j] = exp(p[j] - best);
+            for (int64_t j = 0; j <= r; j++)
+                for (int64_t c = 0; c < V; c++) o[(r * heads + i) * V + c] += p[j] / total * v[(j * kv + g) * V + c];
+        }
+    free(p);
+}
+
+/* grouped-query attention of normed rows x [T,H] of layer l -> o [T, heads*D] */
+static inline void tiny_grouped(const tiny *t, int l, const double *x, int64_t T, double *o)
+{
+    char n[128];
+    int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, turned = t->kind == TINY_GLM ? D / 2 : D;
+    double *q = malloc((size_t)(T * Q) * 8), *k = malloc((size_t)(T * KV) * 8), *v = malloc((size_t)(T * KV) * 8);
+    bool whole = t->kind == TINY_OLMOE;
+    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
+    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
+    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
+    if (t->kind == TINY_GLM) {
+        tiny_biased(q, TINY_W("model.layers.%d.self_attn.q_proj.bias", l), T, Q);
+        tiny_biased(k, TINY_W("model.layers.%d.self_attn.k_proj.bias", l), T, KV);
+        tiny_biased(v, TINY_W("model.layers.%d.self_attn.v_proj.bias", l), T, KV);
+    }
+    for (int64_t r = 0; r < T; r++) {
+        if (whole) tiny_norm(q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
+        if (whole) tiny_norm(k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
+        for (int64_t i = 0; i < t->heads; i++) {
+            if (!whole) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
+            tiny_rotate(q + r * Q + i * D, turned, r);
+        }
+        for (int64_t i = 0; i < t->kv; i++) {
+            if (!whole) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
+            tiny_rotate(k + r * KV + i * D, turned, r);
+        }
+    }
+    tiny_softmax(q, k, v, T, t->heads, t->kv, D, D, 1 / sqrt((double)D), o);
+    free(q);
+    free(k);
+    free(v);
+}
+
+/* the rotating channels of latent attention. yarn: below `low` a pair keeps its frequency, above `high` it has a quarter. */
+static inline void tiny_turn(const tiny *t, double *x, int64_t position)
+{
+    int64_t d = t->turned, step = t->halves ? d / 2 : 1;
+    double low = floor((double)d * log(64 / (8 * 2 * M_PI)) / (2 * log(10000.0))), high = ceil((double)d * log(64 / (2 * M_PI)) / (2 * log(10000.0))),
+           factor = t->yarn ? (0.05 * log(4) + 1) / (0.1 * log(4) + 1) : 1;
+    if (high > (double)d - 1) high = (double)d - 1;
+    if (low < 0) low = 0;
+    for (int64_t i = 0; i < d / 2; i++) {
+        double f = pow(10000.0, -2.0 * (double)i / (double)d), ramp = fmin(1, fmax(0, ((double)i - low) / (high - low)));
+        if (t->yarn) f = f * (1 - ramp) + f / 4 * ramp;
+        double *u = x + (t->halves ? i : 2 * i), c = factor * cos((double)position * f), s = factor * sin((double)position * f), a = u[0], b = u[step];
+        u[0] = a * c - b * s;
+        u[step] = b * c + a * s;
+    }
+}
+
+/* latent attention of normed rows x [T,H] of layer l, keys and values of all heads written out -> o [T, heads*V] */
+static inline void tiny_latent(const tiny *t, int l, const double *x, int64_t T, double *o)
+{
+    char n[128];
+    int64_t H = t->hidden, N = t->plain, R = t->turned, D = N + R, V = t->value, C = t->rank, heads = t->heads;
+    double *q = malloc((size_t)(T * heads * D) * 8), *k = malloc((size_t)(T * heads * D) * 8), *v = malloc((size_t)(T * heads * V) * 8),
+           *kv = malloc((size_t)(T * (C + R)) * 8), *both = malloc((size_t)(heads * (N + V)) * 8), *a = malloc((size_t)(t->q_rank + 1) * 8),
+           scale = 1 / sqrt((double)D);
+    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.kv_a_proj_with_mqa.weight", l), T, H, C + R, kv);
+    for (int64_t r = 0; r < T; r++) {
+        double *row = kv + r * (C + R);
+        if (t->q_rank) {
+            tiny_matmul(x + r * H, TINY_W("model.layers.%d.self_attn.q_a_proj.weight", l), 1, H, t->q_rank, a);
+            tiny_norm(a, TINY_W("model.layers.%d.self_attn.q_a_layernorm.weight", l), t->q_rank, a);
+            tiny_matmul(a, TINY_W("model.layers.%d.self_attn.q_b_proj.weight", l), 1, t->q_rank, heads * D, q + r * heads * D);
+        } else {
+            tiny_matmul(x + r * H, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), 1, H, heads * D, q + r * heads * D);
+        }
+        tiny_norm(row, TINY_W("model.layers.%d.self_attn.kv_a_layernorm.weight", l), C, row);
+        tiny_turn(t, row + C, r);
+        tiny_matmul(row, TINY_W("model.layers.%d.self_attn.kv_b_proj.weight", l), 1, C, heads * (N + V), both);
+        for (int64_t i = 0; i < heads; i++) {
+            tiny_turn(t, q + (r * heads + i) * D + N, r);
+            memcpy(k + (r * heads + i) * D, both + i * (N + V), (size_t)N * 8);
+            memcpy(k + (r * heads + i) * D + N, row + C, (size_t)R * 8);
+            memcpy(v + (r * heads + i) * V, both + i * (N + V) + N, (size_t)V * 8);
+        }
+    }
+    if (t->yarn) scale *= pow(0.1 * log(4) + 1, 2);
+    tiny_softmax(q, k, v, T, heads, heads, D, V, scale, o);
+    free(q);
+    free(k);
+    free(v);
+    free(kv);
+    free(both);
+    free(a);
+}
+
 /* hidden [L+1,T,H], logits [T,V], ids [L,T,K] (-1 in dense layers), margin: the smallest gap at a K boundary */
 static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T, double *hidden, double *logits, int32_t *ids,
                                 double *margin)
 {
-    int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, E = t->experts, K = t->top_k;
-    double *x = malloc((size_t)(T * H) * 8), *q = malloc((size_t)(T * Q) * 8), *k = malloc((size_t)(T * KV) * 8),
-           *v = malloc((size_t)(T * KV) * 8), *o = calloc((size_t)(T * Q), 8), *y = malloc((size_t)(T * H) * 8);
+    int64_t H = t->hidden, Q = tiny_out(t), E = t->experts, K = t->top_k;
+    double *x = malloc((size_t)(T * H) * 8), *o = malloc((size_t)(T * Q) * 8), *y = malloc((size_t)(T * H) * 8);
     char n[128];
     const double *embed = tiny_find(t, "model.embed_tokens.weight");
     *margin = INFINITY;
@@ -339,47 +494,9 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
     for (int l = 0; l < t->layers; l++) {
         double *h = hidden + (l + 1) * T * H;
         memcpy(h, hidden + l * T * H, (size_t)(T * H) * 8);
-#define TINY_W(...) tiny_find(t, TINY_NAME(__VA_ARGS__))
         for (int64_t r = 0; r < T; r++) tiny_norm(h + r * H, TINY_W("model.layers.%d.input_layernorm.weight", l), H, x + r * H);
-        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
-        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
-        tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
-        int64_t turned = t->kind == TINY_GLM ? D / 2 : D;
-        bool whole = t->kind == TINY_OLMOE;
-        if (t->kind == TINY_GLM) {
-            tiny_biased(q, TINY_W("model.layers.%d.self_attn.q_proj.bias", l), T, Q);
-            tiny_biased(k, TINY_W("model.layers.%d.self_attn.k_proj.bias", l), T, KV);
-            tiny_biased(v, TINY_W("model.layers.%d.self_attn.v_proj.bias", l), T, KV);
-        }
-        for (int64_t r = 0; r < T; r++) {
-            if (whole) tiny_norm(q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
-            if (whole) tiny_norm(k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
-            for (int64_t i = 0; i < t->heads; i++) {
-                if (!whole) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
-                tiny_rotate(q + r * Q + i * D, turned, r);
-            }
-            for (int64_t i = 0; i < t->kv; i++) {
-                if (!whole) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
-                tiny_rotate(k + r * KV + i * D, turned, r);
-            }
-        }
-        memset(o, 0, (size_t)(T * Q) * 8);
-        for (int64_t r = 0; r < T; r++)
-            for (int64_t i = 0; i < t->heads; i++) {
-                const double *qi = q + r * Q + i * D;
-                int64_t g = i / (t->heads / t->kv);
-                double best = -INFINITY, total = 0, *p = malloc((size_t)(r + 1) * 8);
-                for (int64_t j = 0; j <= r; j++) {
-                    p[j] = 0;
-                    for (int64_t c = 0; c < D; c++) p[j] += qi[c] * k[j * KV + g * D + c];
-                    p[j] /= sqrt((double)D);
-                    best = fmax(best, p[j]);
-                }
-                for (int64_t j = 0; j <= r; j++) total += p[j] = exp(p[j] - best);
-                for (int64_t j = 0; j <= r; j++)
-                    for (int64_t c = 0; c < D; c++) o[r * Q + i * D + c] += p[j] / total * v[j * KV + g * D + c];
-                free(p);
-            }
+        if (t->kind == TINY_LATENT) tiny_latent(t, l, x, T, o);
+        else tiny_grouped(t, l, x, T, o);
         tiny_matmul(o, TINY_W("model.layers.%d.self_attn.o_proj.weight", l), T, Q, H, y);
         for (int64_t i = 0; i < T * H; i++) h[i] += y[i];
         for (int64_t r = 0; r < T; r++) {
@@ -396,13 +513,13 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
             for (int64_t e = 0; e < E; e++) top = fmax(top, z[e]);
             for (int64_t e = 0; e < E; e++) all += exp(z[e] - top);
             double weight[64], last = 0;
-            if (t->kind == TINY_GLM) {
+            if (tiny_sigmoid(t)) {
                 tiny_choose(t, z, TINY_W("model.layers.%d.mlp.gate.e_score_correction_bias", l), chosen, weight, margin);
                 tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.shared_experts.gate_proj.weight", l),
                          TINY_W("model.layers.%d.mlp.shared_experts.up_proj.weight", l),
                          TINY_W("model.layers.%d.mlp.shared_experts.down_proj.weight", l), H, 2 * t->inner, 1, h + r * H);
             }
-            for (int64_t j = 0; t->kind != TINY_GLM && j <= K && j < E; j++) {
+            for (int64_t j = 0; !tiny_sigmoid(t) && j <= K && j < E; j++) {
                 int64_t at = -1;
                 for (int64_t e = 0; e < E; e++) {
                     int used = 0;
@@ -421,7 +538,7 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
                 int e = chosen[j];
                 tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e),
                          TINY_W("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e),
-                         TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm && t->kind != TINY_GLM ? sum : 1),
+                         TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm && !tiny_sigmoid(t) ? sum : 1),
                          h + r * H);
             }
             free(z);
@@ -431,9 +548,6 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
         tiny_norm(hidden + (t->layers * T + r) * H, tiny_find(t, "model.norm.weight"), H, x + r * H);
     tiny_matmul(x, tiny_find(t, t->tied ? "model.embed_tokens.weight" : "lm_head.weight"), T, H, t->vocab, logits);
     free(x);
-    free(q);
-    free(k);
-    free(v);
     free(o);
     free(y);
 }

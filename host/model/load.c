@@ -282,11 +282,14 @@ exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix
     const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
     const uint8_t *scale;
     *out = (exc_matrix){.weight = w, .dtype = w->dtype};
-    if (exc_weight_coded(w))
-        return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: expected numbers of 16 or 32 bits here, found %s", w->tensor->name,
-                        exc_dtype_name((exc_dtype)w->dtype));
     EXC_TRY(source(r, w, &out->data, &scale));
-    return scan(r, w, out->data, NULL, 0, w->out);
+    EXC_TRY(scan(r, w, out->data, scale, 0, w->out));
+    if (!exc_weight_coded(w)) return EXC_OK;
+    EXC_TRY(enlarge(r, &r->wide, (size_t)(w->out * w->in) * sizeof(float)));
+    struct exc_widen_args a = {.src = out->data, .dtype = w->dtype, .scale = scale, .scale_dtype = w->scale_dtype, .rows = w->out,
+                               .cols = w->in, .dst = r->wide.data, .dst_dtype = EXC_F32};
+    *out = (exc_matrix){.weight = w, .data = r->wide.data, .dtype = EXC_F32};
+    return call(r->ctx, r->ctx->ops->widen(&r->ctx->queue, &a), "widen", w);
 }
 
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
@@ -296,27 +299,14 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int6
     const uint8_t *data = m->data + (size_t)first * unit;
     if (row_step != into->k || column_step != 1) {
         EXC_TRY(enlarge(r, &r->part, (size_t)(into->n * into->k) * unit));
-        EXC_TRY(call(ctx,
-                     ctx->ops->view(&ctx->queue, &(struct exc_view_args){.src = data,
-                                                                         .src_row = row_step,
-                                                                         .src_column = column_step,
-                                                                         .dst = r->part.data,
-                                                                         .dst_row = into->k,
-                                                                         .dst_column = 1,
-                                                                         .rows = into->n,
-                                                                         .columns = into->k,
-                                                                         .unit = unit}),
-                     "view", m->weight));
+        struct exc_view_args v = {.src = data, .src_row = row_step, .src_column = column_step, .dst = r->part.data,
+                                  .dst_row = into->k, .dst_column = 1, .rows = into->n, .columns = into->k, .unit = unit};
+        EXC_TRY(call(ctx, ctx->ops->view(&ctx->queue, &v), "view", m->weight));
         data = r->part.data;
     }
-    return call(ctx,
-                ctx->ops->pack(&ctx->queue, &(struct exc_pack_args){.w = data,
-                                                                    .w_dtype = m->dtype,
-                                                                    .n = into->n,
-                                                                    .k = into->k,
-                                                                    .to = into->dtype,
-                                                                    .out = (void *)(uintptr_t)into->data}),
-                "pack", m->weight);
+    struct exc_pack_args a = {.w = data, .w_dtype = m->dtype, .n = into->n, .k = into->k, .to = into->dtype,
+                              .out = (void *)(uintptr_t)into->data};
+    return call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight);
 }
 
 exc_status exc_fill_close(exc_loader *r, const exc_matrix *m) { return leave(r, m->weight); }
@@ -375,6 +365,7 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     exc_release(r.dense.data);
     exc_release(r.scale.data);
     exc_release(r.part.data);
+    exc_release(r.wide.data);
     return st;
 }
 

@@ -32,6 +32,7 @@ typedef struct exc_loader {
     exc_stage dense; /* [out,in] of one that lies otherwise */
     exc_stage scale; /* scales of a quantised one, aligned, without gaps */
     exc_stage part;  /* a view that does not lie dense */
+    exc_stage wide;  /* numbers of a quantised one, f32 */
     uint64_t done, total;
 } exc_loader;
 /* scans one matrix for NaN and infinity and packs it into `into`, from row `row` (whole panels) on */
@@ -39,7 +40,7 @@ exc_status exc_fill_rows(exc_loader *r, exc_role role, int64_t layer, const exc_
 exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
 exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into); /* as f32 */
-/* A whole matrix [out,in] in memory, to be taken apart by views; holds until the next weight is read. */
+/* A whole matrix [out,in] in memory, to be taken apart by views, a quantised one as f32; holds until the next weight is read. */
 typedef struct exc_matrix { const exc_weight *weight; const uint8_t *data; int dtype; } exc_matrix;
 exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out); /* scanned for NaN and infinity */
 /* packs into [n,k] the elements (i,j) at first + i*row_step + j*column_step of the matrix */

@@ -24,14 +24,6 @@ static exc_packed *carve_heads(exc_carve *c, const exc_shape *s, int64_t n, int6
     return p;
 }
 
-/* the first matmul makes queries (or what they are made of) and the latent row; either may be stored in f32
- */
-static int first_dtype(const exc_model *m, exc_role q, int64_t layer) {
-    bool wide =
-        exc_carve_dtype(m, q, layer) == EXC_F32 || exc_carve_dtype(m, EXC_ROLE_ATTN_KV_A, layer) == EXC_F32;
-    return wide ? EXC_F32 : EXC_BF16;
-}
-
 static int64_t q_width(const exc_shape *s) {
     return s->latent.q_rank ? s->latent.q_rank : s->heads * s->head_dim;
 }
@@ -40,11 +32,23 @@ static int64_t kv_width(const exc_shape *s) { return s->latent.rank + s->latent.
 
 static exc_role q_role(const exc_shape *s) { return s->latent.q_rank ? EXC_ROLE_ATTN_Q_A : EXC_ROLE_ATTN_Q; }
 
+/* the first matmul makes queries (or what they are made of) and the latent row */
+static int first_dtype(const exc_model *m, exc_role q, int64_t layer) {
+    return exc_carve_join(m, exc_carve_dtype(m, q, layer), exc_carve_dtype(m, EXC_ROLE_ATTN_KV_A, layer));
+}
+
+/* a quantised kv_b does not fall into heads at its blocks of scales: its numbers are written out, 0.2 % of a large model */
+static int heads_dtype(const exc_model *m, int64_t layer) {
+    bool coded = exc_weight_coded(exc_atlas_find(m->atlas, EXC_ROLE_ATTN_KV_B, layer, -1));
+    if (!coded) return exc_carve_dtype(m, EXC_ROLE_ATTN_KV_B, layer);
+    return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
+}
+
 static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer) {
     const exc_shape *s = &m->atlas->shape;
     const exc_latent *l = &s->latent;
     exc_latent_weights *w = &y->mix.latent;
-    int dtype = exc_carve_dtype(m, EXC_ROLE_ATTN_KV_B, layer);
+    int dtype = heads_dtype(m, layer);
     w->kv_at = exc_whole_panels(q_width(s));
     w->width = w->kv_at + exc_whole_panels(kv_width(s));
     w->first = exc_carve_packed(c, w->width, s->hidden, first_dtype(m, q_role(s), layer));

@@ -47,9 +47,43 @@ __device__ inline unsigned pack_bf16(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
+/* the same to f16: beyond the range infinity, NaN becomes 0x7fff */
+__device__ inline unsigned pack_f16(float lo, float hi) {
+    unsigned r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+__device__ inline float widen_f16(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+/* 16 bytes of data that will be read again soon: the second-level cache keeps its lines; of data read for the last time: it
+ * drops them. Volatile, so that no two are taken for one; the order of these calls is that of the program. */
+#define EXC_LOAD16(name, policy)                                                                                       \
+    __device__ inline uint4 name(const void *p) {                                                                      \
+        uint4 v;                                                                                                       \
+        uint64_t how;                                                                                                  \
+        asm("createpolicy.fractional.L2::" policy ".b64 %0, 1.0;" : "=l"(how));                                        \
+        asm volatile("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"                                        \
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)                                                      \
+                     : "l"(p), "l"(how));                                                                              \
+        return v;                                                                                                      \
+    }
+EXC_LOAD16(load_keep, "evict_last")
+EXC_LOAD16(load_drop, "evict_first")
+/* 16 bytes that will not be read soon */
+__device__ inline void store_drop(void *p, const uint4 &v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 #else
 #include "cuda_on_host/tensor.h"
 template <int OPEN> inline void cp_async_wait() { hc::cp_async_wait(OPEN); }
+inline unsigned pack_f16(float lo, float hi) {
+    auto one = [](float x) -> unsigned { return x != x ? 0x7fffu : narrow<f16>(x).bits; };
+    return one(lo) | one(hi) << 16;
+}
+inline float widen_f16(uint16_t bits) { return widen(f16{bits}); }
 #endif
 
 #endif

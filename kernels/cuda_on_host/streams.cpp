@@ -263,6 +263,9 @@ API cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
         *v = (int)cfg().smem_optin;
         break;
+    case cudaDevAttrL2CacheSize:
+        *v = (int)cfg().cache << 10;
+        break;
     case cudaDevAttrComputeCapabilityMajor:
         *v = 8;
         break;

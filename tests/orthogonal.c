@@ -1,0 +1,213 @@
+/* orthogonal.c - the .cu twins that edit weights and find subspaces against their CPU definitions, which algebra.c checks against f64.
+ *
+ * project: weights, c and integer counts are the CPU's bits, in place and out of place, whatever the shape and the way the device
+ * takes; the sums before and after are f64 sums in another order, 1e-12 relative. Sizes reach what is held in shared memory
+ * and what is found again in the cache (more than 576 rows), whole and broken 16-byte pieces, one and several waves of chunks. */
+#include <math.h>
+
+#include "twin.h"
+
+static size_t size_of(int dtype) { return dtype == EXC_F32 ? 4 : 2; }
+
+static void fill(void *p, int dtype, int64_t n, uint64_t seed) {
+    for (int64_t i = 0; i < n; i++) {
+        float v = test_normal(seed, (uint64_t)i);
+        if (dtype == EXC_F32) ((float *)p)[i] = v;
+        else if (dtype == EXC_BF16) ((uint16_t *)p)[i] = test_bf16(v);
+        else ((uint16_t *)p)[i] = (uint16_t)(0x3000 + exc_random_u64(seed, 1, (uint64_t)i) % 0xc00 + (v < 0 ? 0x8000 : 0));
+    }
+}
+
+/* rows of length 1; what they are to each other does not matter here */
+static float *units(int64_t rank, int64_t n, uint64_t seed) {
+    float *b = malloc((size_t)(rank * n) * sizeof *b);
+    for (int64_t r = 0; r < rank; r++) {
+        double s = 0;
+        for (int64_t i = 0; i < n; i++) b[r * n + i] = test_normal(seed + (uint64_t)r, (uint64_t)i), s += (double)b[r * n + i] * (double)b[r * n + i];
+        for (int64_t i = 0; i < n; i++) b[r * n + i] = (float)((double)b[r * n + i] / sqrt(s));
+    }
+    return b;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------- project */
+
+typedef struct edit {
+    int dtype, side, norm;
+    int64_t count, rows, cols, rank;
+    int in_place, sums, want_c; /* what is asked for */
+    int stacked;                /* base and stride instead of pointers */
+    size_t offset;              /* of the first matrix from an aligned address, bytes */
+    int odd_values;             /* NaN, infinities, -0, subnormal */
+} edit;
+
+static void describe(const edit *e, const char *what) {
+    fail_msg("%s: dtype %d side %d norm %d, %d x [%d,%d] rank %d, in place %d sums %d c %d stacked %d offset %d", what, e->dtype, e->side,
+             e->norm, (int)e->count, (int)e->rows, (int)e->cols, (int)e->rank, e->in_place, e->sums, e->want_c, e->stacked, (int)e->offset);
+}
+
+/* results of one side */
+typedef struct outcome {
+    char *w;
+    float *c;
+    double before[8], after[8];
+    int64_t changed[8], nonfinite[8];
+} outcome;
+
+static void odd_values(void *w, int dtype, int64_t n) {
+    static const uint16_t bf[] = {0x8000, 0x0001, 0x7f81, 0xff80, 0x7f7f}, half[] = {0x8000, 0x0001, 0x7c01, 0xfc00, 0x7bff};
+    for (int i = 0; i < 5 && i < n; i++) {
+        int64_t at = (int64_t)i * 7919 % n;
+        if (dtype == EXC_F32) ((uint32_t *)w)[at] = (uint32_t)bf[i] << 16;
+        else ((uint16_t *)w)[at] = dtype == EXC_BF16 ? bf[i] : half[i];
+    }
+}
+
+static void on_cpu(const edit *e, struct exc_project_args a, const void *w, outcome *o, size_t bytes) {
+    const void *src[8];
+    void *dst[8];
+    memcpy(o->w, w, bytes * (size_t)e->count);
+    for (int64_t i = 0; i < e->count; i++) src[i] = dst[i] = o->w + (size_t)i * bytes;
+    a.src = src, a.dst = dst, a.c = e->want_c ? o->c : NULL;
+    if (e->sums) a.before = o->before, a.after = o->after, a.changed = o->changed, a.nonfinite = o->nonfinite;
+    assert_int_equal(exc_cpu_project(&twin.cpu->queue, &a), EXC_OK);
+}
+
+static void on_device(const edit *e, struct exc_project_args a, const void *w, outcome *o, size_t bytes, int64_t c_size) {
+    const void *src[8];
+    void *dst[8];
+    size_t all = bytes * (size_t)e->count, n = (size_t)e->count;
+    char *from = twin_up_at(w, all, e->offset), *to = e->in_place ? from : twin_up_at(o->w, all, e->offset);
+    for (int64_t i = 0; i < e->count; i++) src[i] = from + (size_t)i * bytes, dst[i] = to + (size_t)i * bytes;
+    if (e->stacked) a.src_base = from, a.dst_base = to, a.src_stride = a.dst_stride = e->rows * e->cols;
+    else a.src = twin_up(src, n * sizeof *src), a.dst = twin_up(dst, n * sizeof *dst);
+    a.basis = twin_up(a.basis, (size_t)(e->rank * (e->side == EXC_SIDE_OUT ? e->rows : e->cols)) * sizeof *a.basis);
+    a.strength = twin_up(a.strength, n * sizeof *a.strength);
+    if (e->want_c) a.c = twin_up(o->c, (size_t)c_size * sizeof *a.c);
+    if (e->sums) {
+        a.before = twin_up(o->before, n * 8), a.after = twin_up(o->after, n * 8);
+        a.changed = twin_up(o->changed, n * 8), a.nonfinite = twin_up(o->nonfinite, n * 8);
+    }
+    TWIN_RUN(project, &a);
+    twin_down(o->w, to, all);
+    if (e->want_c) twin_down(o->c, a.c, (size_t)c_size * sizeof *a.c);
+    if (e->sums) {
+        twin_down(o->before, a.before, n * 8), twin_down(o->after, a.after, n * 8);
+        twin_down(o->changed, a.changed, n * 8), twin_down(o->nonfinite, a.nonfinite, n * 8);
+    }
+    if (!e->in_place) {
+        char *still = malloc(all);
+        twin_down(still, from, all);
+        if (memcmp(still, w, all)) describe(e, "the source changed");
+        free(still);
+    }
+    twin_done();
+}
+
+static int near(double a, double b) { return (a != a && b != b) || a == b || fabs(a - b) <= 1e-12 * fabs(b); }
+
+static void both_agree(const edit *e) {
+    int64_t along = e->side == EXC_SIDE_OUT ? e->rows : e->cols, n = e->rows * e->cols, c_size = e->count * e->rank * (n / along);
+    size_t bytes = (size_t)n * size_of(e->dtype);
+    char *w = malloc(bytes * (size_t)e->count);
+    float strength[8], *basis = units(e->rank, along, 5);
+    outcome o[2];
+    memset(o, 0, sizeof o);
+    for (int i = 0; i < 2; i++) o[i].w = calloc(bytes, (size_t)e->count), o[i].c = calloc((size_t)c_size, sizeof(float));
+    for (int64_t i = 0; i < e->count; i++) {
+        fill(w + (size_t)i * bytes, e->dtype, n, (uint64_t)(n + i));
+        strength[i] = i % 3 == 1 ? 0.0f : i % 3 ? -0.5f : 1.0f;
+        if (e->odd_values) odd_values(w + (size_t)i * bytes, e->dtype, n);
+    }
+    struct exc_project_args a = {.dtype = e->dtype, .count = e->count, .rows = e->rows, .cols = e->cols, .side = e->side, .basis = basis,
+                                 .rank = e->rank, .strength = strength, .norm = e->norm};
+    on_cpu(e, a, w, &o[0], bytes);
+    on_device(e, a, w, &o[1], bytes, c_size);
+    if (memcmp(o[0].w, o[1].w, bytes * (size_t)e->count)) describe(e, "the weights differ");
+    for (int64_t i = 0; e->want_c && i < c_size; i++)
+        if (memcmp(&o[0].c[i], &o[1].c[i], 4) && (o[0].c[i] == o[0].c[i] || o[1].c[i] == o[1].c[i])) describe(e, "c differs");
+    for (int64_t i = 0; e->sums && i < e->count; i++) {
+        if (o[0].changed[i] != o[1].changed[i]) describe(e, "changed differs");
+        if (o[0].nonfinite[i] != o[1].nonfinite[i]) describe(e, "nonfinite differs");
+        if (!near(o[1].before[i], o[0].before[i]) || !near(o[1].after[i], o[0].after[i])) describe(e, "the sums differ");
+    }
+    for (int i = 0; i < 2; i++) free(o[i].w), free(o[i].c);
+    free(w), free(basis);
+}
+
+static void project_any_shape(void **state) {
+    static const int64_t shapes[][2] = {{1, 1}, {31, 33}, {64, 128}, {127, 300}, {65, 8}, {200, 72}};
+    static const int64_t ranks[] = {1, 2, 3, 4, 5, 9};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++)
+        for (size_t k = 0; k < EXC_COUNT(ranks); k++)
+            for (int variant = 0; variant < 12; variant++) {
+                int dtype = (int[]){EXC_BF16, EXC_F16, EXC_F32}[variant % 3], side = variant / 3 % 2, asked = variant / 6;
+                if (twin_small() && (s > 3 || k % 2)) continue;
+                both_agree(&(edit){.dtype = dtype, .side = side, .norm = asked ? (int)(s + k) % 3 : EXC_NORM_NONE, .count = 1 + (int64_t)(s + k) % 3,
+                                   .rows = shapes[s][0], .cols = shapes[s][1], .rank = ranks[k], .in_place = (int)k % 2, .sums = asked,
+                                   .want_c = (int)(s + k) % 2, .stacked = (int)s % 2, .offset = s == 3 ? 6 : 0, .odd_values = s == 4});
+            }
+}
+
+/* strips that do not fit shared memory, several waves of chunks, a ragged last strip; rows of a tile fewer than 32 */
+static void project_tall_and_wide(void **state) {
+    if (twin_small()) skip();
+    for (int variant = 0; variant < 8; variant++) {
+        int dtype = variant & 1 ? EXC_F32 : EXC_BF16, asked = variant >> 1 & 1, side = variant >> 2;
+        edit e = {.dtype = dtype, .side = side, .norm = asked ? EXC_NORM_COLUMN : EXC_NORM_NONE, .count = 2, .rows = 2900, .cols = 72,
+                  .rank = 1 + variant % 4, .in_place = asked, .sums = asked, .want_c = asked, .stacked = variant % 2};
+        if (side == EXC_SIDE_IN) e.rows = 21, e.cols = 5000;
+        both_agree(&e);
+    }
+    both_agree(&(edit){.dtype = EXC_BF16, .count = 1, .rows = 16384, .cols = 40, .rank = 2});
+    both_agree(&(edit){.dtype = EXC_F32, .side = EXC_SIDE_IN, .count = 1, .rows = 3, .cols = 16384, .rank = 1, .sums = 1});
+    both_agree(&(edit){.dtype = EXC_BF16, .count = 2, .rows = 130, .cols = 40, .rank = 64, .sums = 1, .want_c = 1});
+    both_agree(&(edit){.dtype = EXC_F32, .side = EXC_SIDE_IN, .count = 2, .rows = 33, .cols = 130, .rank = 64, .in_place = 1, .sums = 1});
+}
+
+/* matrices of one call that begin at different distances from 16-byte addresses */
+static void project_mixed_addresses(void **state) {
+    enum { N = 4, H = 70, I = 40 };
+    uint16_t w[N][H * I + 8], got[N][H * I + 8];
+    float strength[N] = {1, 0.5f, 0, 1}, *basis = units(1, H, 3);
+    const void *src[N], *host[N];
+    void *dst[N], *to[N];
+    for (int i = 0; i < N; i++) fill(w[i], EXC_BF16, H * I + 8, (uint64_t)i), host[i] = to[i] = w[i];
+    for (int i = 0; i < N; i++) src[i] = dst[i] = twin_up_at(w[i], H * I * 2, i % 2 ? 2 : 0);
+    struct exc_project_args a = {.src = host, .dst = to, .dtype = EXC_BF16, .count = N, .rows = H, .cols = I, .basis = basis, .rank = 1,
+                                 .strength = strength}, d = a;
+    d.src = twin_up(src, sizeof src), d.dst = twin_up(dst, sizeof dst);
+    d.basis = twin_up(basis, H * 4), d.strength = twin_up(strength, sizeof strength);
+    assert_int_equal(exc_cpu_project(&twin.cpu->queue, &a), EXC_OK);
+    TWIN_RUN(project, &d);
+    for (int i = 0; i < N; i++) {
+        twin_down(got[i], dst[i], H * I * 2);
+        assert_memory_equal(got[i], w[i], H * I * 2);
+    }
+    twin_done();
+    free(basis);
+}
+
+static void project_refuses(void **state) {
+    struct exc_project_args a = {.dtype = EXC_BF16, .rank = 1};
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_OK); /* no matrices, no rows */
+    a.count = 3;
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_OK);
+    a.rank = 65;
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_ERR_USAGE);
+    a.rank = 1, a.dtype = EXC_I32;
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_ERR_USAGE);
+    a.dtype = EXC_F32, a.norm = 3;
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_ERR_USAGE);
+    a.norm = 0, a.rows = -1;
+    assert_int_equal(TWIN_STATUS(project, &a), EXC_ERR_USAGE);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(project_any_shape),
+        cmocka_unit_test(project_tall_and_wide),
+        cmocka_unit_test(project_mixed_addresses),
+        cmocka_unit_test(project_refuses),
+    };
+    return cmocka_run_group_tests_name("orthogonal", tests, twin_open, twin_close);
+}

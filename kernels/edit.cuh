@@ -25,7 +25,6 @@ constexpr int CHUNK = 64;   /* rows of one partial sum */
 constexpr int RANKS = 4;    /* directions whose sums share registers */
 constexpr int MOST_RANK = 64;
 constexpr int64_t MOST = INT_MAX - CHUNK; /* rows, columns */
-constexpr int AHEAD = 8;    /* pieces that a thread asks for at once */
 
 /* sums of a strip or a row block of one matrix */
 struct Tally {

@@ -76,10 +76,13 @@ template <class T, bool WIDE> __device__ inline void put(const Part &t, int h, c
     else if (t.n) store_drop(t.dst + h * t.pitch, v);
 }
 
+/* pieces that a thread asks for at once beside k directions' sums: what registers allow */
+__host__ __device__ constexpr int ahead(int k) { return k == 0 ? 2 : k < 4 ? 8 : 4; }
+
 /* The canonical sums of a strip: out[i, column] = sum over rows of what term() adds to p[i]. row(h, chunk) gives the
  * weights, meet(h, chunk, v) sees them on their way. Waves of `groups` chunks; after each, one thread a sum folds the wave's
  * partial sums, in ascending order. */
-template <class T, int SUMS, class Row, class Meet, class Term>
+template <class T, int SUMS, int AHEAD, class Row, class Meet, class Term>
 __device__ inline void sums(const Part &t, float *partial, float *out, Row row, Meet meet, Term term) {
     const int columns = t.lanes * N<T>, mine = threadIdx.x;
     float hi = 0, lo = 0;
@@ -125,7 +128,7 @@ __device__ inline void sums(const Part &t, float *partial, float *out, Row row, 
 /* c of SUMS directions */
 template <class T, int SUMS, class Row, class Meet>
 __device__ inline void dots(const Part &t, float *partial, float *out, const float *basis, Row row, Meet meet) {
-    sums<T, SUMS>(t, partial, out, row, meet, [&](int h, const float(&x)[N<T>], float(&p)[SUMS][N<T>]) {
+    sums<T, SUMS, ahead(SUMS)>(t, partial, out, row, meet, [&](int h, const float(&x)[N<T>], float(&p)[SUMS][N<T>]) {
 #pragma unroll
         for (int r = 0; r < SUMS; r++) {
             const float b = __ldg(basis + (size_t)r * t.rows + h);
@@ -162,6 +165,7 @@ __device__ inline void delta(const Job &j, const Part &t, float strength, const 
 /* dst = gain * (w - delta); returns how many weights changed where that is wanted */
 template <class T, int K, bool WIDE>
 __device__ inline int update(const Job &j, const Part &t, float strength, const Room &m, const float *gain) {
+    constexpr int AHEAD = ahead(K);
     const int columns = t.lanes * N<T>;
     float c[K ? K : 1][N<T>], g[N<T>];
     int changed = 0;
@@ -205,7 +209,7 @@ template <class T, bool EDITED, class Row>
 __device__ inline void squares(const Job &j, const Part &t, float strength, const Room &m, float *out, Row row) {
     const float none[1][N<T>] = {};
     auto pass = [](int, int, const uint4 &) {};
-    sums<T, 1>(t, m.partial, out, row, pass, [&](int h, const float(&x)[N<T>], float(&p)[1][N<T>]) {
+    sums<T, 1, 1>(t, m.partial, out, row, pass, [&](int h, const float(&x)[N<T>], float(&p)[1][N<T>]) {
         float d[N<T>];
         if (EDITED) delta<T, 0>(j, t, strength, none, m.c, h, d);
 #pragma unroll

@@ -63,6 +63,12 @@ __device__ inline char *dst_of(const Job &j, int64_t m) {
     return j.src ? static_cast<char *>(j.dst[m]) : j.dst_base + m * j.dst_stride;
 }
 
+/* the next `bytes` bytes of a block's shared memory */
+template <class P> __host__ __device__ inline void lay(P *&p, unsigned char *base, size_t &at, size_t bytes) {
+    p = reinterpret_cast<P *>(reinterpret_cast<uintptr_t>(base) + at); /* base is NULL when the host measures */
+    at += (bytes + 15) / 16 * 16;
+}
+
 /* ---- weights, N<T> to a piece */
 template <class T> constexpr int N = 16 / (int)sizeof(T);
 

@@ -66,12 +66,14 @@ typedef struct exc_ctx_options {
     int reproducible;      /* 1: same bits for any batching too: logits, states, replies, and all sums of a capture (see exc_capture) */
     exc_event_fn on_event; /* NULL: no events */
     void *user;
+    const char *ranks;     /* processes that do one job together: NULL or "none"; "auto": as mpirun or srun started this one; "mpi" */
 } exc_ctx_options;
 #define EXC_CTX_OPTIONS {sizeof(exc_ctx_options)}
 
 EXC_API exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **ctx); /* [job] options may be NULL */
 EXC_API void exc_ctx_free(exc_ctx *ctx);
 EXC_API const char *exc_ctx_error(const exc_ctx *ctx); /* of the last failed call; "" if none */
+EXC_API void exc_ctx_rank(const exc_ctx *ctx, int *rank, int *ranks); /* 0 of 1 when this process works alone */
 /* [job] {"version","backend","backends":[{"name","usable","why"}],"threads","isa","features":{..}} */
 EXC_API exc_status exc_ctx_describe(exc_ctx *ctx, char **json);
 

@@ -32,6 +32,7 @@
 
 struct exc_ops;    /* kernels/ops.h */
 struct exc_module; /* kernels/module.h */
+typedef struct exc_ranks exc_ranks; /* base/ranks.c */
 
 struct exc_ctx {
     exc_ctx_options opt;
@@ -41,6 +42,7 @@ struct exc_ctx {
     exc_queue queue;           /* what ops run on */
     uint64_t nonfinite;        /* counter behind queue.nonfinite, on the CPU */
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
+    exc_ranks *ranks;          /* NULL: this process works alone */
     struct exc_kept {
         char key[33];
         void *thing; /* NULL: nothing kept */
@@ -100,14 +102,36 @@ exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kerne
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);
 
+/* ---- modules (base/library.c): a handle for dlsym, or NULL and one sentence in why; `env` may name another file */
+void *exc_library_open(const char *name, const char *env, char *why, size_t n);
+
+/* ---- ranks (base/ranks.c): processes that do one job together. All ranks make these calls in the same order; `what` names
+ * the place, for the message that ranks out of step get. EXC_ERR_DEVICE: a rank is gone, late or elsewhere. */
+exc_status exc_ranks_open(exc_ctx *ctx, const char *how); /* NULL or "none", "auto": as the launcher says, "mpi" */
+void exc_ranks_close(exc_ctx *ctx);
+int exc_ranks_me(const exc_ctx *ctx);       /* 0.. */
+int exc_ranks_count(const exc_ctx *ctx); /* 1 alone */
+void exc_share(int64_t n, int rank, int size, int64_t *first, int64_t *end); /* the rank's contiguous part of n things */
+exc_status exc_ranks_meet(exc_ctx *ctx, const char *what, uint64_t same); /* a barrier; `same` must be equal on all ranks */
+exc_status exc_ranks_gather(exc_ctx *ctx, const char *what, const void *send, void *recv, size_t bytes); /* recv [ranks, bytes] */
+/* pieces to and from each rank, in rank order one after the other in send and recv; byte counts [ranks] */
+exc_status exc_ranks_exchange(exc_ctx *ctx, const char *what, const void *send, const size_t *send_bytes, void *recv, const size_t *recv_bytes);
+/* every rank's piece to everyone: recv in rank order, bytes [ranks] the size of each piece, known to all */
+exc_status exc_ranks_collect(exc_ctx *ctx, const char *what, const void *send, void *recv, const size_t *bytes);
+/* array <- sum over ranks, added in rank order: the same bits everywhere. dtype EXC_I64, EXC_U32, EXC_F64, EXC_F32; array may be NULL */
+exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array, size_t count);
+/* fails on all ranks when it failed on one */
+exc_status exc_ranks_agree(exc_ctx *ctx, const char *what, exc_status mine);
+
 /* ---- small files (base/paths.c). Paths in messages are as the user gave them. */
 exc_status exc_read_file(exc_ctx *ctx, const char *path, size_t limit, char **data, size_t *len); /* NUL added; exc_release */
 /* n bytes at `at` of an open file; EXC_ERR_INPUT when it ends before */
 exc_status exc_read_at(exc_ctx *ctx, const char *path, int fd, void *to, size_t n, uint64_t at);
-/* writes PATH.partial-<pid>, fsync, rename, fsync of the folder; refuses an existing path unless force */
+/* writes PATH.partial-<pid>, fsync, rename, fsync of the folder; refuses an existing path unless force. Of several ranks the
+ * first one writes, and all come back with its status once the file is there. */
 exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force);
-exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force); /* EXC_ERR_USAGE when it exists and !force */
-exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force);   /* the same, or when a folder stands there */
+exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force); /* EXC_ERR_USAGE when it exists and !force; this rank only */
+exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force);   /* the same, or when a folder stands there; all ranks */
 exc_status exc_path_join(exc_ctx *ctx, const char *dir, const char *name, char **out);
 exc_status exc_fsync_dir(exc_ctx *ctx, const char *dir);
 bool exc_utf8_valid(const char *s, size_t n, size_t *bad_at);

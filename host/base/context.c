@@ -54,6 +54,7 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     *out = ctx; /* also on failure: exc_ctx_error() says why, exc_ctx_free() is due */
     exc_status st = choose(ctx, opt.backend);
     if (st == EXC_OK) st = exc_queue_open(ctx, opt.threads);
+    if (st == EXC_OK) st = exc_ranks_open(ctx, opt.ranks);
     ctx->queue.reproducible = opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
     if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, 0);
@@ -64,6 +65,7 @@ void exc_ctx_free(exc_ctx *ctx)
 {
     if (!ctx) return;
     if (ctx->kept.thing) ctx->kept.drop(ctx->kept.thing);
+    exc_ranks_close(ctx);
     exc_device_close(ctx);
     exc_queue_close(ctx);
     exc_release(ctx);
@@ -81,8 +83,9 @@ exc_status exc_ctx_describe(exc_ctx *ctx, char **json)
         if (why) exc_buf_printf(&b, ",\"why\":\"%s\"", why);
         exc_buf_puts(&b, "}");
     }
-    exc_buf_printf(&b, "],\"threads\":%d,\"isa\":\"%s\",\"reproducible\":%s}", ctx->queue.workers,
-                   exc_isa_name(exc_isa_level()), ctx->queue.reproducible ? "true" : "false");
+    exc_buf_printf(&b, "],\"threads\":%d,\"isa\":\"%s\",\"reproducible\":%s,\"rank\":%d,\"ranks\":%d}", ctx->queue.workers,
+                   exc_isa_name(exc_isa_level()), ctx->queue.reproducible ? "true" : "false", exc_ranks_me(ctx),
+                   exc_ranks_count(ctx));
     if (b.failed) {
         exc_buf_free(&b);
         return exc_fail(ctx, EXC_ERR_MEMORY, "no memory for the description");

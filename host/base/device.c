@@ -8,7 +8,6 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "base.h"
 #include "module.h"
@@ -38,55 +37,18 @@ static void missing(const exc_module *m, char *text, size_t n)
         if (!twins[i]) at += (size_t)snprintf(text + at, n - at, "%s%s", at ? ", " : "", names[i]);
 }
 
-static const exc_module *opened(const char *path)
-{
-    void *lib = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-    if (!lib) {
-        snprintf(why, sizeof why, "%s", dlerror());
-        for (char *c = why; *c; c++)
-            if (*c == '"' || *c == '\\' || (unsigned char)*c < ' ') *c = ' '; /* it is quoted in JSON */
-        return NULL;
-    }
-    union { void *object; exc_module_open_fn function; } entry = {dlsym(lib, "exc_module_open")};
-    const exc_module *m = entry.object ? entry.function(EXC_MODULE_VERSION) : NULL;
-    if (m && m->size == sizeof *m && m->queue_size == sizeof(exc_queue)) return m;
-    snprintf(why, sizeof why, "%s was built for another version of Excise", path);
-    dlclose(lib);
-    return NULL;
-}
-
-/* the folder of this program or library, without the last slash; "" when unknown */
-static void own_folder(char *dir)
-{
-    Dl_info info;
-    char *slash;
-    *dir = 0;
-    if (!dladdr(&once, &info) || !info.dli_fname) return;
-    /* a program is named as it was called, a library by its path */
-    if (!strchr(info.dli_fname, '/') || !realpath(info.dli_fname, dir)) {
-        ssize_t n = readlink("/proc/self/exe", dir, PATH_MAX - 1);
-        dir[n > 0 ? n : 0] = 0;
-    }
-    if ((slash = strrchr(dir, '/'))) *slash = 0;
-}
-
 static void load(void)
 {
-    static const char *const places[] = {"", "/../lib", "/../lib64", "/../lib/x86_64-linux-gnu"};
-    const char *named = getenv("EXCISE_CUDA_MODULE");
-    if (named && *named) {
-        module = opened(named);
+    void *lib = exc_library_open(MODULE_FILE, "EXCISE_CUDA_MODULE", why, sizeof why);
+    if (!lib) return;
+    union { void *object; exc_module_open_fn function; } entry = {dlsym(lib, "exc_module_open")};
+    const exc_module *m = entry.object ? entry.function(EXC_MODULE_VERSION) : NULL;
+    if (m && m->size == sizeof *m && m->queue_size == sizeof(exc_queue)) {
+        module = m;
         return;
     }
-    char dir[PATH_MAX], path[PATH_MAX + 64];
-    own_folder(dir);
-    for (size_t i = 0; i < EXC_COUNT(places); i++) {
-        snprintf(path, sizeof path, "%s%s/%s", dir, places[i], MODULE_FILE);
-        if (access(path, F_OK)) continue;
-        module = opened(path);
-        return;
-    }
-    snprintf(why, sizeof why, "the CUDA module is not installed (no %s in %s or its ../lib)", MODULE_FILE, dir);
+    snprintf(why, sizeof why, "the CUDA module was built for another version of Excise");
+    dlclose(lib);
 }
 
 const struct exc_module *exc_device_module(void)

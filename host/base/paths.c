@@ -58,12 +58,17 @@ exc_status exc_check_output(exc_ctx *ctx, const char *path, bool force)
     return exc_fail(ctx, EXC_ERR_USAGE, "%s: output exists; nothing is overwritten without --force", path);
 }
 
-exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force)
+static exc_status check_here(exc_ctx *ctx, const char *path, bool force)
 {
     struct stat sb;
     EXC_TRY(exc_check_output(ctx, path, force));
     if (lstat(path, &sb) || !S_ISDIR(sb.st_mode)) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_USAGE, "%s: expected a file to overwrite, found a folder", path);
+}
+
+exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force)
+{
+    return exc_ranks_agree(ctx, path, exc_ranks_me(ctx) ? EXC_OK : check_here(ctx, path, force));
 }
 
 exc_status exc_fsync_dir(exc_ctx *ctx, const char *dir)
@@ -108,9 +113,8 @@ exc_status exc_read_at(exc_ctx *ctx, const char *path, int fd, void *to, size_t 
     return EXC_OK;
 }
 
-exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force)
+static exc_status replace_file(exc_ctx *ctx, const char *path, const void *data, size_t len)
 {
-    EXC_TRY(exc_check_file(ctx, path, force));
     exc_buf name = {0};
     exc_buf_printf(&name, "%s.partial-%ld", path, (long)getpid());
     if (name.failed) {
@@ -138,6 +142,12 @@ exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size
     else unlink(name.data);
     exc_buf_free(&name);
     return st;
+}
+
+exc_status exc_write_file(exc_ctx *ctx, const char *path, const void *data, size_t len, bool force)
+{
+    EXC_TRY(exc_check_file(ctx, path, force));
+    return exc_ranks_agree(ctx, path, exc_ranks_me(ctx) ? EXC_OK : replace_file(ctx, path, data, len));
 }
 
 exc_status exc_path_join(exc_ctx *ctx, const char *dir, const char *name, char **out)

@@ -3,6 +3,7 @@
  * one line and exit code 2. */
 #include <errno.h>
 #include <limits.h>
+#include <stdbool.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -144,7 +145,14 @@ static exc_status open_context(cli *c) {
     opt.reproducible = c->reproducible;
     opt.on_event = cli_event;
     opt.user = c;
-    return exc_ctx_create(&opt, &c->ctx);
+    opt.ranks = "auto";
+    exc_status st = exc_ctx_create(&opt, &c->ctx);
+    int count = 1;
+    if (c->ctx) exc_ctx_rank(c->ctx, &c->rank, &count);
+    /* of several ranks the first one speaks; the others say what went wrong with them */
+    if (c->rank && !freopen("/dev/null", "w", stdout)) return EXC_ERR_IO;
+    if (c->rank) c->quiet = 1;
+    return st;
 }
 
 int cli_begin(cli *c, const cli_option *options, int least, int most) {
@@ -219,7 +227,9 @@ int cli_done(cli *c, exc_status st) {
     cli_progress_end(c);
     if (st == EXC_OK) return 0;
     const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
-    fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
+    /* what all ranks refuse alike is said once */
+    bool once = st == EXC_ERR_USAGE || st == EXC_ERR_INPUT || st == EXC_CANCELLED;
+    if (!c->rank || !once) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
     return exc_status_exit(st);
 }
 

@@ -28,6 +28,7 @@ typedef struct cli {
     int json, quiet, verbose, force, threads, reproducible;
     const char *backend, *gpus;
     exc_ctx *ctx;
+    int rank;                   /* of this process among those of one job */
     int code;                   /* exit code when cli_begin says stop */
     struct progress { double began, last; char step[64]; int open; } progress;
 } cli;

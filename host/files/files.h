@@ -89,6 +89,7 @@ typedef struct exc_range { int file; uint64_t begin, end; void *tag; } exc_range
 typedef exc_status (*exc_fill_fn)(exc_ctx *ctx, void *user, const exc_range *ranges, size_t n, const void *const *src, void *const *dst);
 typedef struct exc_publish exc_publish;
 exc_status exc_publish_open(exc_ctx *ctx, const exc_checkpoint *from, const char *out_dir, bool force, exc_publish **p);
+int exc_publish_rank(const exc_ctx *ctx, int file); /* which rank writes that file, and edits what is in it */
 exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n, exc_fill_fn fill, void *user);
 /* where "excise/NAME" is to be written before the commit; release with exc_release */
 exc_status exc_publish_path(exc_publish *p, const char *name, char **path);

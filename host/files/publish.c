@@ -6,6 +6,9 @@
  * moment and after any crash. The partial folder is locked while its writer lives; one that nobody locks was
  * left by a killed process and is removed when the same OUT is written again.
  *
+ * Several ranks write one folder: the first makes it, copies side files and commits; shards are dealt out, each
+ * whole to one rank. The folder must be on a file system that all of them see.
+ *
  * Not copied: the source's own excise/ (it tells of another edit) and folders that begin with a dot (.git,
  * .cache). With force only a folder that is empty or has an excise/ in it is replaced: a slip of -o must not
  * cost somebody's home. */
@@ -28,7 +31,7 @@ struct exc_publish {
     exc_ctx *ctx;
     const exc_checkpoint *from;
     char *out, *partial; /* folders; partial is empty until it is made */
-    bool force, filled;
+    bool force, filled, guest; /* guest: another rank made the folder and will commit it */
     int lock; /* on the partial folder */
 };
 
@@ -217,9 +220,20 @@ static exc_status make_partial(exc_publish *p) {
     return EXC_OK;
 }
 
-static exc_status start(exc_publish *p, const char *out) {
-    if (!(p->out = exc_strdup(p->ctx, out))) return EXC_ERR_MEMORY;
-    for (size_t n = strlen(p->out); n > 1 && p->out[n - 1] == '/'; n--) p->out[n - 1] = 0;
+/* the first rank's name for the folder, to all */
+static exc_status share_partial(exc_publish *p) {
+    int n = exc_ranks_count(p->ctx);
+    if (n == 1) return EXC_OK;
+    char mine[PATH_MAX] = "", *all = exc_alloc(p->ctx, (size_t)n, sizeof mine, "path");
+    if (!all) return EXC_ERR_MEMORY;
+    if (p->partial) snprintf(mine, sizeof mine, "%s", p->partial);
+    exc_status st = exc_ranks_gather(p->ctx, "folder of the new checkpoint", mine, all, sizeof mine);
+    if (st == EXC_OK && exc_ranks_me(p->ctx) && !(p->partial = exc_strdup(p->ctx, all))) st = EXC_ERR_MEMORY;
+    exc_release(all);
+    return st;
+}
+
+static exc_status start(exc_publish *p) {
     EXC_TRY(check_apart(p));
     EXC_TRY(exc_check_output(p->ctx, p->out, p->force));
     EXC_TRY(check_replaceable(p));
@@ -237,7 +251,13 @@ exc_status exc_publish_open(exc_ctx *ctx, const exc_checkpoint *from, const char
     p->from = from;
     p->force = force;
     p->lock = -1;
-    exc_status st = start(p, out_dir);
+    p->guest = exc_ranks_me(ctx) > 0;
+    exc_status st = EXC_ERR_MEMORY;
+    if ((p->out = exc_strdup(ctx, out_dir))) {
+        for (size_t n = strlen(p->out); n > 1 && p->out[n - 1] == '/'; n--) p->out[n - 1] = 0;
+        st = exc_ranks_agree(ctx, out_dir, p->guest ? EXC_OK : start(p));
+        if (!st) st = share_partial(p);
+    }
     if (st)
         exc_publish_abort(p);
     else
@@ -272,6 +292,8 @@ static exc_status check_space(const exc_publish *p, uint64_t bytes) {
                     (unsigned long long)bytes, (unsigned long long)available);
 }
 
+int exc_publish_rank(const exc_ctx *ctx, int file) { return file % exc_ranks_count(ctx); }
+
 exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n, exc_fill_fn fill,
                                void *user) {
     const exc_checkpoint *from = p->from;
@@ -285,6 +307,7 @@ exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n
     EXC_TRY(exc_mover_open(p->ctx, &t, &m));
     exc_status st = EXC_OK;
     for (int i = 0; i < from->n_files && !st; i++) {
+        if (exc_publish_rank(p->ctx, i) != exc_ranks_me(p->ctx)) continue;
         const char *slash = strrchr(from->files[i]->path, '/');
         char *to = NULL;
         st = exc_path_join(p->ctx, p->partial, slash ? slash + 1 : from->files[i]->path, &to);
@@ -292,7 +315,7 @@ exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n
         exc_release(to);
     }
     exc_mover_close(m);
-    return st;
+    return exc_ranks_agree(p->ctx, "shards of the new checkpoint", st);
 }
 
 /* --------------------------------------------------------------------------------------------------- add,
@@ -344,7 +367,6 @@ static exc_status take_place(exc_publish *p) {
 static exc_status finish(exc_publish *p) {
     char parent[PATH_MAX];
     const char *base;
-    if (!p->filled) EXC_TRY(exc_publish_tensors(p, NULL, 0, NULL, NULL));
     for (int i = 0; i < p->from->n_files; i++) EXC_TRY(exc_same_file(p->ctx, p->from->files[i]));
     EXC_TRY(sync_tree(p->ctx, p->partial));
     EXC_TRY(real_parent(p, parent, &base));
@@ -354,14 +376,15 @@ static exc_status finish(exc_publish *p) {
 }
 
 exc_status exc_publish_commit(exc_publish *p) {
-    exc_status st = finish(p);
+    exc_status st = p->filled ? EXC_OK : exc_publish_tensors(p, NULL, 0, NULL, NULL);
+    if (!st) st = exc_ranks_agree(p->ctx, "commit of the checkpoint", p->guest ? EXC_OK : finish(p));
     exc_publish_abort(p);
     return st;
 }
 
 void exc_publish_abort(exc_publish *p) {
     if (!p) return;
-    if (p->partial && p->partial[0]) remove_tree(p->partial);
+    if (p->partial && p->partial[0] && !p->guest) remove_tree(p->partial);
     if (p->lock >= 0) close(p->lock);
     exc_release(p->partial);
     exc_release(p->out);

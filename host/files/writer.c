@@ -4,7 +4,7 @@
  * their place in a temporary file beside the target, in any order, and nothing is held in memory. Tensors lie
  * by descending element size, then in order of declaration, behind a header padded to 8 bytes: every array is
  * aligned for its dtype. The file gets its name in commit, after fsync, so a reader never sees half of one.
- */
+ * Of several ranks the first one writes; the others check the same things and throw the bytes away. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -45,12 +45,12 @@ static const char *shown(const char *name) { return exc_show(name, strlen(name))
 
 static exc_status start(exc_writer *w, const char *path) {
     exc_ctx *ctx = w->ctx;
-    EXC_TRY(exc_check_file(ctx, path, w->force));
     if (!(w->path = exc_strdup(ctx, path))) return EXC_ERR_MEMORY;
     size_t n = strlen(path) + 32;
     if (!(w->temporary = exc_alloc(ctx, n, 1, "path"))) return EXC_ERR_MEMORY;
     snprintf(w->temporary, n, "%s.partial-%ld", path, (long)getpid());
     if (!(w->meta = json_object())) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory", path);
+    if (exc_ranks_me(ctx)) return EXC_OK;
     w->fd = open(w->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (w->fd < 0) return exc_fail_errno(ctx, "%s", path);
     w->made = true;
@@ -59,12 +59,13 @@ static exc_status start(exc_writer *w, const char *path) {
 
 exc_status exc_writer_open(exc_ctx *ctx, const char *path, bool force, exc_writer **out) {
     *out = NULL;
+    EXC_TRY(exc_check_file(ctx, path, force));
     exc_writer *w = exc_zalloc(ctx, 1, sizeof *w, "file writer");
     if (!w) return EXC_ERR_MEMORY;
     w->ctx = ctx;
     w->force = force;
     w->fd = -1;
-    exc_status st = start(w, path);
+    exc_status st = exc_ranks_agree(ctx, path, start(w, path));
     if (st)
         exc_writer_abort(w);
     else
@@ -195,6 +196,7 @@ static void make_header(exc_writer *w, exc_buf *b) {
 }
 
 static exc_status write_at(exc_writer *w, const void *data, size_t n, uint64_t at) {
+    if (!w->made) return EXC_OK; /* not the rank that writes */
     for (size_t done = 0; done < n;) {
         ssize_t put = pwrite(w->fd, (const char *)data + done, n - done, (off_t)(at + done));
         if (put < 0 && errno == EINTR) continue;
@@ -249,6 +251,7 @@ static exc_status finish(exc_writer *w) {
         if (!w->items[i].put && w->items[i].bytes)
             return exc_fail(w->ctx, EXC_ERR_USAGE, "%s: %s: declared, but its data never came", w->path,
                             shown(w->items[i].name));
+    if (!w->made) return EXC_OK;
     if (fsync(w->fd)) return exc_fail_errno(w->ctx, "%s: fsync", w->path);
     int fd = w->fd;
     w->fd = -1;
@@ -263,7 +266,7 @@ static exc_status finish(exc_writer *w) {
 }
 
 exc_status exc_writer_commit(exc_writer *w) {
-    exc_status st = finish(w);
+    exc_status st = exc_ranks_agree(w->ctx, "commit of a file", finish(w));
     exc_writer_abort(w);
     return st;
 }

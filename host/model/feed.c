@@ -88,6 +88,23 @@ static exc_sums sums_of(const exc_session *s, const exc_step *t, int64_t row) {
     return r;
 }
 
+exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, const int64_t *offset, const int32_t *pair_of,
+                            int64_t tokens, int64_t top_k, int64_t experts, float *out, const int32_t *slot, double *mid_sum,
+                            double *sqnorm_sum) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t first = s->m->expert_first; /* biases are of all experts */
+    EXC_RUN(s, glu, .x = x, .act = s->m->act, .gate = y->gate, .up = y->up,
+            .gate_bias = y->gate_bias ? y->gate_bias + first * p->inner : NULL,
+            .up_bias = y->up_bias ? y->up_bias + first * p->inner : NULL, .activation = p->activation, .offset = offset,
+            .pair_of = pair_of, .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .mid = s->mid,
+            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum);
+    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down,
+            .bias = y->down_bias ? y->down_bias + first * p->hidden : NULL, .offset = offset, .pair_of = pair_of,
+            .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .y = out,
+            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum);
+    return EXC_OK;
+}
+
 static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t,
                           int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
@@ -104,12 +121,8 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
         .gate_sum = sums.gate_sum, .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
     EXC_RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
         .row_of = s->row_of, .pair_of = s->pair_of);
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .gate_bias = y->gate_bias,
-        .up_bias = y->up_bias, .activation = p->activation, .offset = s->offset, .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner,
-        .mid = s->mid, .slot = sums.mid_sum ? slot : NULL, .mid_sum = sums.mid_sum);
-    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down, .bias = y->down_bias, .offset = s->offset,
-        .pair_of = s->pair_of, .tokens = rows, .top_k = K, .experts = E, .hidden = H, .inner = p->inner, .y = s->y,
-        .slot = sums.sqnorm_sum ? slot : NULL, .sqnorm_sum = sums.sqnorm_sum);
+    if (s->spread) EXC_TRY(exc_spread_experts(s, y, slot, &sums));
+    else EXC_TRY(exc_feed_experts(s, y, s->x, s->offset, s->pair_of, rows, K, E, s->y, slot, sums.mid_sum, sums.sqnorm_sum));
     const exc_virtual *v = &y->mlp_lens;
     EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,
         .top_k = K, .hidden = H, .basis = v->on ? v->basis : NULL, .rank = v->on ? v->rank : 0,

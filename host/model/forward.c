@@ -49,6 +49,7 @@ static size_t lay_out(exc_session *s, uint8_t *slab) {
     s->own_row = exc_carve_take(c, T, sizeof *s->own_row);
     s->ones = exc_carve_take(c, T, sizeof *s->ones);
     exc_feed_room(c, s);
+    exc_spread_room(c, s);
     for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
         if (p->mix_layers[kind]) mixers[kind]->room(c, s);
     return c->overflow ? SIZE_MAX : c->at;
@@ -111,7 +112,7 @@ exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capac
         s->base[i] = at;
         s->capacity[i] = capacity[i];
         forget(s, i);
-        at += capacity[i];
+        if (!s->spread || exc_spread_owns(s, i)) at += capacity[i];
     }
     s->used_slots = slots;
     if (at > s->cache_tokens)
@@ -216,7 +217,7 @@ static exc_status check_finite(exc_session *s, int64_t rows) {
         s->m->dir, (long long)(index / H), (long long)(index % H), (long long)bad);
 }
 
-exc_status exc_session_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
+exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
     const exc_shape *p = &s->m->atlas->shape;
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < logit_rows(s) ? rows - done : logit_rows(s);
@@ -239,12 +240,20 @@ static exc_status last_logits(exc_session *s, const exc_step *t) {
     return EXC_OK;
 }
 
+exc_status exc_session_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
+    return s->spread ? exc_spread_logits(s, first, rows, logits) : exc_session_part_logits(s, first, rows, logits);
+}
+
 exc_status exc_session_step(exc_session *s, const exc_step *t) {
+    return s->spread ? exc_spread_step(s, t) : exc_session_part(s, t);
+}
+
+exc_status exc_session_part(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_loaded *l = s->m->loaded;
     int64_t rows;
     EXC_TRY(place(s, t, &rows));
-    if (!rows) return EXC_OK;
+    if (!rows && !s->spread) return EXC_OK; /* a rank without rows still has experts that others ask */
     EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = t->tokens, .tokens = rows,
         .hidden = p->hidden, .out = s->h);
     tap(s, t, 0, rows);
@@ -258,5 +267,5 @@ exc_status exc_session_step(exc_session *s, const exc_step *t) {
     }
     EXC_TRY(check_finite(s, rows));
     if (!t->logits) return EXC_OK;
-    return t->logits_all ? exc_session_logits(s, 0, rows, t->logits) : last_logits(s, t);
+    return t->logits_all ? exc_session_part_logits(s, 0, rows, t->logits) : last_logits(s, t);
 }

@@ -83,7 +83,7 @@ float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t
 }
 
 exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
-    int64_t n, k, count = exc_role_by_expert(role) ? m->atlas->shape.experts : 1;
+    int64_t n, k, count = exc_role_by_expert(role) ? m->expert_end - m->expert_first : 1;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
     int dtype = exc_carve_dtype(m, role, layer);
     exc_packed *p = exc_carve_take(c, (size_t)count, sizeof *p);
@@ -128,10 +128,15 @@ static void advise(const exc_loader *r, const exc_weight *w, int advice) {
         madvise((void *)(uintptr_t)(f->map + first), (size_t)(w->end - first), advice);
 }
 
+/* weights of other ranks' experts are not read */
+static bool is_mine(const exc_loader *r, const exc_weight *w) {
+    return w->expert < 0 || (w->expert >= r->m->expert_first && w->expert < r->m->expert_end);
+}
+
 /* starts reading the next layer while this one is packed */
 static void read_ahead(const exc_loader *r, int64_t layer) {
     for (size_t i = 0; i < r->a->count; i++)
-        if (r->a->items[i].layer == layer) advise(r, &r->a->items[i], MADV_WILLNEED);
+        if (r->a->items[i].layer == layer && is_mine(r, &r->a->items[i])) advise(r, &r->a->items[i], MADV_WILLNEED);
 }
 
 static exc_status call(exc_ctx *ctx, exc_status st, const char *op, const exc_weight *w) {
@@ -262,8 +267,8 @@ exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_
 
 exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into) {
     if (!exc_role_by_expert(role)) return exc_fill_role(r, role, layer, into);
-    for (int64_t e = 0; e < r->a->shape.experts; e++) {
-        const exc_weight *w = exc_atlas_find(r->a, role, layer, e);
+    for (int64_t e = 0; e < r->m->expert_end - r->m->expert_first; e++) {
+        const exc_weight *w = exc_atlas_find(r->a, role, layer, r->m->expert_first + e);
         EXC_TRY(pack_weight(r, w, into[e].dtype, (uint8_t *)(uintptr_t)into[e].data));
     }
     return EXC_OK;
@@ -330,7 +335,7 @@ static exc_status load_layer(exc_loader *r, int64_t i) {
 static exc_status load_all(exc_loader *r) {
     const exc_shape *s = &r->a->shape;
     for (size_t i = 0; i < r->a->count; i++)
-        r->total += exc_weight_bytes(&r->a->items[i]);
+        if (is_mine(r, &r->a->items[i])) r->total += exc_weight_bytes(&r->a->items[i]);
     read_ahead(r, -1);
     read_ahead(r, 0);
     const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
@@ -360,7 +365,7 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     if (!m->loaded->slab) return EXC_ERR_MEMORY;
     c = (exc_carve){.base = m->loaded->slab};
     lay_out(&c, m, m->loaded);
-    exc_status st = load_all(&r);
+    exc_status st = exc_ranks_agree(ctx, "load", load_all(&r));
     exc_release(r.stage.data);
     exc_release(r.dense.data);
     exc_release(r.scale.data);
@@ -385,6 +390,10 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
     m->dir = exc_strdup(ctx, dir);
     if (!m->dir) return EXC_ERR_MEMORY;
     EXC_TRY(exc_atlas_open(ctx, dir, &m->atlas));
+    exc_share(m->atlas->shape.experts, exc_ranks_me(ctx), exc_ranks_count(ctx), &m->expert_first, &m->expert_end);
+    if (m->expert_first == m->expert_end)
+        return exc_fail(ctx, EXC_ERR_USAGE, "%s: ranks: expected at most %lld, one for each expert, found %d", dir,
+                        (long long)m->atlas->shape.experts, exc_ranks_count(ctx));
     if (opt->plan) {
         EXC_TRY(exc_lens_make(ctx, m->atlas, opt->plan, opt->lens, &m->lens));
         m->has_lens = 1;

@@ -266,8 +266,8 @@ typedef struct exc_layer {
     union { exc_softmax_weights softmax; exc_latent_weights latent; } mix; /* by exc_shape.mix of the layer */
     exc_packed out, router;        /* out: what the mixer writes to the stream with */
     float *out_bias;               /* [H] or NULL */
-    exc_packed *gate, *up, *down;  /* [E]; [1] in a dense layer */
-    float *gate_bias, *up_bias, *down_bias; /* [E,I], [E,I], [E,H] or NULL */
+    exc_packed *gate, *up, *down;  /* [experts of this rank]; [1] in a dense layer */
+    float *gate_bias, *up_bias, *down_bias; /* [E,I], [E,I], [E,H] of all experts, or NULL */
     exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
     exc_packed shared_router;      /* [1,H]; data NULL: not gated */
     float *router_bias;            /* [E], added where the family says, or NULL */
@@ -293,6 +293,7 @@ struct exc_model {
     exc_lens_hook lens;
     int has_lens, is_virtual;
     char *dir;
+    int64_t expert_first, expert_end; /* routed experts that this rank holds: all of them when it works alone */
     uint64_t weight_bytes;      /* resident packed weights */
     exc_loaded *loaded;         /* packed weights by layer (load.c) */
     struct exc_session *spare;  /* the last session, kept because first touch of fresh memory is slow (generate.c) */

@@ -52,6 +52,7 @@ struct exc_session {
     int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
     int32_t *own_row;               /* [T] 0,1,2,..: and its row */
     float *ones;                    /* [T] and its weight */
+    struct exc_spread *spread;      /* buffers for work with other ranks; NULL alone */
     void *slab;
     size_t bytes;
 };
@@ -83,5 +84,21 @@ exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const 
 /* experts, shared expert or dense MLP of a layer on s->x, with the sums that the step asks for (feed.c) */
 exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
 void exc_feed_room(exc_carve *c, exc_session *s);
+/* the experts' two products: x act [tokens,H], grouping as op glu has it, y f32 [rows,H]; slot marks observed tokens; sums may
+ * be NULL. `experts` of them from the rank's first on. */
+exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, const int64_t *offset, const int32_t *pair_of,
+                            int64_t tokens, int64_t top_k, int64_t experts, float *out, const int32_t *slot, double *mid_sum,
+                            double *sqnorm_sum);
+
+/* ---- several ranks (spread.c) */
+exc_status exc_session_part(exc_session *s, const exc_step *t); /* a step over the sequences of this rank */
+exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits); /* of this rank's rows */
+void exc_spread_room(exc_carve *c, exc_session *s);
+bool exc_spread_owns(const exc_session *s, int64_t slot);
+exc_status exc_spread_step(exc_session *s, const exc_step *t);
+exc_status exc_spread_logits(exc_session *s, int64_t first, int64_t rows, float *logits);
+/* s->x [T,H], grouped by s->offset, s->pair_of, through the experts wherever they are; outputs to s->y in that grouping.
+ * mark [T]: prompt number or -1, or NULL. sums: of this layer, [E] whole; each rank adds to its own experts' part */
+exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *mark, const exc_sums *sums);
 
 #endif

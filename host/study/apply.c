@@ -65,6 +65,27 @@ static exc_status fill(exc_ctx *ctx, void *user, const exc_range *ranges, size_t
     return st;
 }
 
+/* what each rank did to the weights in its files, to all: the report is one */
+static exc_status share_effects(work *k) {
+    size_t ranks = (size_t)exc_ranks_count(k->ctx), n = k->e.n, one = sizeof *k->e.effect + sizeof *k->e.hash;
+    if (ranks == 1) return EXC_OK;
+    uint8_t *mine = exc_alloc(k->ctx, n, one, "effects"), *all = exc_alloc(k->ctx, n * ranks, one, "effects of all ranks");
+    exc_status st = mine && all ? EXC_OK : EXC_ERR_MEMORY;
+    for (size_t i = 0; st == EXC_OK && i < n; i++) {
+        memcpy(mine + i * one, &k->e.effect[i], sizeof *k->e.effect);
+        memcpy(mine + i * one + sizeof *k->e.effect, k->e.hash[i], sizeof *k->e.hash);
+    }
+    if (st == EXC_OK) st = exc_ranks_gather(k->ctx, "effects of the edits", mine, all, n * one);
+    for (size_t i = 0; st == EXC_OK && i < n; i++) {
+        const uint8_t *from = all + ((size_t)exc_publish_rank(k->ctx, k->e.w[i]->tensor->shard) * n + i) * one;
+        memcpy(&k->e.effect[i], from, sizeof *k->e.effect);
+        memcpy(k->e.hash[i], from + sizeof *k->e.effect, sizeof *k->e.hash);
+    }
+    exc_release(mine);
+    exc_release(all);
+    return st;
+}
+
 static exc_status write_shards(work *k) {
     exc_range *r = exc_alloc(k->ctx, k->e.n_ranges ? k->e.n_ranges : 1, sizeof *r, "ranges to edit");
     if (!r) return EXC_ERR_MEMORY;
@@ -74,7 +95,7 @@ static exc_status write_shards(work *k) {
     }
     exc_status st = exc_publish_tensors(k->p, r, k->e.n_ranges, fill, k);
     exc_release(r);
-    return st;
+    return st == EXC_OK ? share_effects(k) : st;
 }
 
 /* ----------------------------------------------------------------------------------------------------- what it says */

@@ -214,6 +214,7 @@ static exc_status sum_outputs(capture *c) {
             int64_t terms[4];
             for (int g = 0; g < 4; g++) terms[g] = s->group[g / 2][g % 2].count[m * E + e];
             if (!(terms[0] + terms[1] + terms[2] + terms[3])) continue; /* its sums are zero, and stay so */
+            if (e < c->m->expert_first || e >= c->m->expert_end) continue; /* another rank's expert: added at the end */
             for (int g = 0; g < 4; g++)
                 memcpy(c->x + g * I, s->group[g / 2][g % 2].mid_sum + (m * E + e) * I,
                        (size_t)I * sizeof *c->x);
@@ -224,6 +225,34 @@ static exc_status sum_outputs(capture *c) {
         }
         EXC_TRY(exc_progress(c->ctx, "output sums", (uint64_t)m + 1, (uint64_t)s->moe_layers, "layers"));
     }
+    return EXC_OK;
+}
+
+/* Each rank has counted its own sequences' choices and its own experts' activations: the sum over ranks is the whole. */
+static exc_status share_sums(capture *c) {
+    exc_ctx *ctx = c->ctx;
+    const exc_stats *s = c->s;
+    size_t M = (size_t)s->moe_layers, E = (size_t)s->experts;
+    for (int i = 0; i < 4; i++) {
+        const exc_group *g = &s->group[i / 2][i % 2];
+        EXC_TRY(exc_ranks_sum(ctx, "counts", EXC_I64, g->count, M * E));
+        EXC_TRY(exc_ranks_sum(ctx, "gate sums", EXC_F64, g->gate_sum, M * E));
+        EXC_TRY(exc_ranks_sum(ctx, "intermediate sums", EXC_F64, g->mid_sum, M * E * (size_t)s->inner));
+        EXC_TRY(exc_ranks_sum(ctx, "output norms", EXC_F64, g->sqnorm_sum, M * E));
+        EXC_TRY(exc_ranks_sum(ctx, "tokens", EXC_I64, g->tokens, M));
+        EXC_TRY(exc_ranks_sum(ctx, "sums of shared experts", EXC_F64, c->shared_mid[i / 2][i % 2],
+                              M * (size_t)c->m->atlas->shape.shared_inner));
+    }
+    for (int i = 0; i < 2; i++)
+        EXC_TRY(exc_ranks_sum(ctx, "counts by prompt", EXC_U32, s->prompt_count[i], (size_t)s->prompts[i] * M * E));
+    return EXC_OK;
+}
+
+static exc_status share_outputs(capture *c) {
+    const exc_stats *s = c->s;
+    for (int i = 0; i < 4; i++)
+        EXC_TRY(exc_ranks_sum(c->ctx, "output sums", EXC_F64, s->group[i / 2][i % 2].out_sum,
+                              (size_t)(s->moe_layers * s->experts * s->hidden)));
     return EXC_OK;
 }
 
@@ -293,7 +322,9 @@ static exc_status perform(capture *c, char **json) {
              (long long)c->observed[0], (long long)c->set[0]->begin[c->set[0]->count],
              (long long)c->observed[1], (long long)c->set[1]->begin[c->set[1]->count]);
     for (int i = 0; i < 2; i++) EXC_TRY(run_set(c, i));
+    EXC_TRY(share_sums(c));
     if (!c->opt.no_out) EXC_TRY(sum_outputs(c));
+    if (!c->opt.no_out) EXC_TRY(share_outputs(c));
     EXC_TRY(sum_shared(c));
     EXC_TRY(exc_stats_check(c->ctx, c->s, "capture"));
     if (c->ctx->queue.reproducible) warn_inexact(c);

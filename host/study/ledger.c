@@ -198,9 +198,11 @@ exc_status exc_ledger_open(exc_ctx *ctx, const char *dir, bool force, exc_ledger
     l->lock = -1;
     exc_status st =
         (l->dir = exc_strdup(ctx, dir)) ? exc_path_join(ctx, dir, "steps.json", &l->path) : EXC_ERR_MEMORY;
-    if (st == EXC_OK) st = make_folders(ctx, dir);
-    if (st == EXC_OK) st = take_lock(l);
-    if (st == EXC_OK) st = read_steps(l);
+    /* the first of several ranks makes the folder and holds the lock; then all read the same state */
+    if (st == EXC_OK && !exc_ranks_me(ctx)) st = make_folders(ctx, dir);
+    if (st == EXC_OK && !exc_ranks_me(ctx)) st = take_lock(l);
+    st = exc_ranks_agree(ctx, dir, st);
+    if (st == EXC_OK) st = exc_ranks_agree(ctx, dir, read_steps(l));
     if (st == EXC_OK)
         *out = l;
     else

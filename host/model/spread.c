@@ -1,0 +1,281 @@
+/* spread.c - a step over several ranks: sequences are dealt out, experts stay where they are held.
+ *
+ * Every rank is asked for the same step. It runs the mixers for the sequences in its slots only (slot s belongs to rank s
+ * modulo the number of ranks, and so does its cache) and meets the others in every MoE layer: rows travel to the rank that
+ * holds the chosen expert and the expert's output travels back, unsummed, so that the weighted sum is taken at home
+ * in the same order as by one rank alone. Nothing is padded and no row is dropped. Outputs that the step asks for are
+ * collected on all ranks, which keeps everything above this file the same for one rank and for many.
+ *
+ * Rows reach an expert ordered by rank, then by token; a stable grouping keeps that. */
+#include <string.h>
+
+#include "session.h"
+
+struct exc_spread {
+    int64_t step_rows;              /* of the whole step */
+    int64_t *first_row;             /* [sequences of the step] */
+    int32_t *owner_row;             /* [T] rows of the step in the order of ranks */
+    int64_t *rows;                  /* [ranks] how many each has */
+    int64_t *sequences;             /* [ranks] */
+    int32_t *order;                 /* [slots] sequences of the step in the order of ranks */
+    exc_step local;                 /* this rank's part, over the arrays below */
+    int32_t *tokens, *slot, *observe;
+    int64_t *begin;
+    /* dispatch; up to R = T * min(K, experts of the rank) rows come in */
+    void *send_x, *recv_x;          /* [T*K,H], [R,H] act */
+    int32_t *send_mark, *recv_mark; /* [T*K], [R] prompt number or -1 */
+    int32_t *ids, *row_of, *pair_of;/* [R] expert of a row that came in, its place in the grouping, and back */
+    int64_t *offset;                /* [E+1] */
+    int64_t *counts;                /* [2,E] rows by expert, mine to all and all to mine */
+    float *y, *home;                /* [R,H] outputs in the grouping, and in the order they came in */
+    size_t *send_bytes, *recv_bytes;/* [ranks] */
+};
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void exc_spread_room(exc_carve *c, exc_session *s) {
+    int ranks = exc_ranks_count(s->ctx);
+    if (ranks == 1) return;
+    const exc_shape *p = &s->m->atlas->shape;
+    size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, H = (size_t)p->hidden, E = (size_t)p->experts, act = exc_act_bytes(s->m),
+           R = T * (size_t)least(p->top_k, s->m->expert_end - s->m->expert_first), S = (size_t)s->slots, n = (size_t)ranks;
+    struct exc_spread *d = exc_carve_take(c, 1, sizeof *d), none;
+    s->spread = d;
+    if (!d) d = &none; /* measuring */
+    *d = (struct exc_spread){0};
+    d->first_row = exc_carve_take(c, S, sizeof *d->first_row);
+    d->owner_row = exc_carve_take(c, T, sizeof *d->owner_row);
+    d->rows = exc_carve_take(c, n, sizeof *d->rows);
+    d->sequences = exc_carve_take(c, n, sizeof *d->sequences);
+    d->order = exc_carve_take(c, S, sizeof *d->order);
+    d->tokens = exc_carve_take(c, T, sizeof *d->tokens);
+    d->observe = exc_carve_take(c, T, sizeof *d->observe);
+    d->slot = exc_carve_take(c, S, sizeof *d->slot);
+    d->begin = exc_carve_take(c, S + 1, sizeof *d->begin);
+    d->send_x = exc_carve_take(c, T * K * H, act);
+    d->recv_x = exc_carve_take(c, R * H, act);
+    d->send_mark = exc_carve_take(c, T * K, sizeof *d->send_mark);
+    d->recv_mark = exc_carve_take(c, R, sizeof *d->recv_mark);
+    d->ids = exc_carve_take(c, R, sizeof *d->ids);
+    d->row_of = exc_carve_take(c, R, sizeof *d->row_of);
+    d->pair_of = exc_carve_take(c, R, sizeof *d->pair_of);
+    d->offset = exc_carve_take(c, E + 1, sizeof *d->offset);
+    d->counts = exc_carve_take(c, 2 * E * n, sizeof *d->counts);
+    d->y = exc_carve_take(c, R * H, sizeof *d->y);
+    d->home = exc_carve_take(c, R * H, sizeof *d->home);
+    d->send_bytes = exc_carve_take(c, n, sizeof *d->send_bytes);
+    d->recv_bytes = exc_carve_take(c, n, sizeof *d->recv_bytes);
+}
+
+bool exc_spread_owns(const exc_session *s, int64_t slot) {
+    return slot % exc_ranks_count(s->ctx) == exc_ranks_me(s->ctx);
+}
+
+/* ------------------------------------------------------------------------------------------------- parts of a step */
+
+/* deals the sequences of a step out and fills the local step */
+static const exc_step *deal(exc_session *s, const exc_step *t) {
+    struct exc_spread *d = s->spread;
+    int ranks = exc_ranks_count(s->ctx), me = exc_ranks_me(s->ctx);
+    int64_t at = 0, seen = 0, rows = 0, n = 0;
+    d->step_rows = t->sequences ? t->begin[t->sequences] : 0;
+    for (int r = 0; r < ranks; r++) {
+        d->rows[r] = d->sequences[r] = 0;
+        for (int64_t i = 0; i < t->sequences; i++) {
+            if (t->slot[i] % ranks != r) continue;
+            d->order[seen++] = (int32_t)i;
+            d->sequences[r]++;
+            d->rows[r] += t->begin[i + 1] - t->begin[i];
+            for (int64_t row = t->begin[i]; row < t->begin[i + 1]; row++, at++) {
+                d->owner_row[at] = (int32_t)row;
+                if (r != me) continue;
+                d->tokens[rows] = t->tokens[row];
+                d->observe[rows++] = t->observe ? t->observe[row] : -1;
+            }
+            if (r != me) continue;
+            d->slot[n] = t->slot[i];
+            d->begin[++n] = rows;
+        }
+    }
+    d->begin[0] = 0;
+    d->local = (exc_step){.tokens = d->tokens,
+                          .slot = d->slot,
+                          .begin = d->begin,
+                          .sequences = n,
+                          .logits_all = t->logits_all,
+                          .sums = t->sums,
+                          .observe = t->observe ? d->observe : NULL};
+    return &d->local;
+}
+
+/* the slots of other ranks hold these tokens too, as far as lengths go */
+static void advance_others(exc_session *s, const exc_step *t) {
+    for (int64_t i = 0; i < t->sequences; i++)
+        if (!exc_spread_owns(s, t->slot[i])) s->length[t->slot[i]] += t->begin[i + 1] - t->begin[i];
+}
+
+/* Local results [planes, mine, width] of each rank, in the ranks' order `order`, to whole [planes, all, width] on every
+ * rank. */
+static exc_status collect(exc_session *s, const char *what, const void *mine, const int64_t *counts, const int32_t *order,
+                          int64_t planes, int64_t all, size_t width, void *whole) {
+    exc_ctx *ctx = s->ctx;
+    struct exc_spread *d = s->spread;
+    int ranks = exc_ranks_count(ctx);
+    uint8_t *in = exc_alloc(ctx, (size_t)(planes * all), width, "results of all ranks");
+    if (!in) return EXC_ERR_MEMORY;
+    for (int r = 0; r < ranks; r++) d->recv_bytes[r] = (size_t)(planes * counts[r]) * width;
+    exc_status st = exc_ranks_collect(ctx, what, mine, in, d->recv_bytes);
+    const uint8_t *from = in;
+    for (int64_t r = 0, at = 0; st == EXC_OK && r < ranks; at += counts[r++])
+        for (int64_t p = 0; p < planes; p++)
+            for (int64_t i = 0; i < counts[r]; i++, from += width)
+                memcpy((uint8_t *)whole + (size_t)(p * all + order[at + i]) * width, from, width);
+    exc_release(in);
+    return st;
+}
+
+typedef struct result {
+    const char *what;
+    void *whole;        /* where the step wants it, or NULL */
+    void **local;       /* where this rank's part goes */
+    int64_t planes;
+    size_t width;
+    bool by_sequence;   /* else by row */
+} result;
+
+static exc_status run_local(exc_session *s, const exc_step *t, exc_step *local, result *all, size_t n) {
+    struct exc_spread *d = s->spread;
+    int me = exc_ranks_me(s->ctx);
+    for (size_t i = 0; i < n; i++) {
+        int64_t count = all[i].by_sequence ? d->sequences[me] : d->rows[me];
+        if (all[i].whole && !(*all[i].local = exc_alloc(s->ctx, (size_t)(all[i].planes * count), all[i].width, "results of a step")))
+            return EXC_ERR_MEMORY;
+    }
+    EXC_TRY(exc_session_part(s, local));
+    advance_others(s, t);
+    for (size_t i = 0; i < n; i++)
+        if (all[i].whole)
+            EXC_TRY(collect(s, all[i].what, *all[i].local, all[i].by_sequence ? d->sequences : d->rows,
+                            all[i].by_sequence ? d->order : d->owner_row, all[i].planes,
+                            all[i].by_sequence ? t->sequences : d->step_rows, all[i].width, all[i].whole));
+    return EXC_OK;
+}
+
+/* what all ranks must have been asked for */
+static uint64_t fingerprint(const exc_step *t) {
+    uint64_t wanted = (uint64_t)(t->logits != NULL) | (uint64_t)(t->hidden != NULL) << 1 | (uint64_t)(t->hidden_last != NULL) << 2 |
+                      (uint64_t)(t->router_ids != NULL) << 3 | (uint64_t)(t->router_weights != NULL) << 4 |
+                      (uint64_t)(t->sums != NULL) << 5 | (uint64_t)(t->logits_all != 0) << 6;
+    size_t n = (size_t)t->sequences, rows = n ? (size_t)t->begin[n] : 0;
+    return exc_hash64(t->tokens, rows * sizeof *t->tokens) ^ exc_hash64(t->slot, n * sizeof *t->slot) * 3 ^
+           exc_hash64(t->begin, (n + 1) * sizeof *t->begin) * 5 ^ wanted << 1;
+}
+
+exc_status exc_spread_step(exc_session *s, const exc_step *t) {
+    const exc_shape *p = &s->m->atlas->shape;
+    EXC_TRY(exc_ranks_meet(s->ctx, "a step of the forward pass", fingerprint(t)));
+    exc_step local = *deal(s, t);
+    size_t H = (size_t)p->hidden * sizeof(float), K = (size_t)p->top_k * sizeof(float);
+    result all[] = {{"logits", t->logits, (void **)&local.logits, 1, (size_t)p->vocab * sizeof(float), !t->logits_all},
+                    {"hidden states", t->hidden, (void **)&local.hidden, p->layers + 1, H, false},
+                    {"last hidden states", t->hidden_last, (void **)&local.hidden_last, 1, H * (size_t)(p->layers + 1), true},
+                    {"routing", t->router_ids, (void **)&local.router_ids, p->moe_layers, K, false},
+                    {"routing weights", t->router_weights, (void **)&local.router_weights, p->moe_layers, K, false}};
+    exc_status st = run_local(s, t, &local, all, EXC_COUNT(all));
+    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_release(*all[i].local);
+    return st;
+}
+
+/* Logits of rows first.. of the step: each rank makes those of its rows, which follow each other in its own order too. */
+exc_status exc_spread_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
+    struct exc_spread *d = s->spread;
+    exc_ctx *ctx = s->ctx;
+    int ranks = exc_ranks_count(ctx), me = exc_ranks_me(ctx);
+    size_t V = (size_t)s->m->atlas->shape.vocab;
+    int64_t *counts = exc_zalloc(ctx, (size_t)ranks, sizeof *counts, "rows of all ranks"), mine = 0;
+    int32_t *order = exc_alloc(ctx, (size_t)rows, sizeof *order, "rows of all ranks");
+    exc_status st = counts && order ? EXC_OK : EXC_ERR_MEMORY;
+    for (int64_t r = 0, at = 0, n = 0; st == EXC_OK && r < ranks; at += d->rows[r++])
+        for (int64_t i = 0; i < d->rows[r]; i++) {
+            int64_t row = d->owner_row[at + i];
+            if (row < first || row >= first + rows) continue;
+            if (r == me && !counts[r]) mine = i;
+            counts[r]++;
+            order[n++] = (int32_t)(row - first);
+        }
+    float *part = st == EXC_OK ? exc_alloc(ctx, (size_t)counts[me] * V, sizeof *part, "logits") : NULL;
+    if (!part) st = EXC_ERR_MEMORY;
+    if (st == EXC_OK) st = exc_session_part_logits(s, mine, counts[me], part);
+    if (st == EXC_OK) st = collect(s, "logits", part, counts, order, 1, rows, V * sizeof *part, logits);
+    exc_release(part);
+    exc_release(order);
+    exc_release(counts);
+    return st;
+}
+
+/* -------------------------------------------------------------------------------------------------------- experts */
+
+/* how many rows go to and come from each expert's rank */
+static exc_status tell_counts(exc_session *s) {
+    struct exc_spread *d = s->spread;
+    int ranks = exc_ranks_count(s->ctx);
+    int64_t E = s->m->atlas->shape.experts, own = s->m->expert_end - s->m->expert_first, first, end, *in = d->counts + E;
+    for (int64_t e = 0; e < E; e++) d->counts[e] = s->offset[e + 1] - s->offset[e];
+    for (int r = 0; r < ranks; r++) {
+        exc_share(E, r, ranks, &first, &end);
+        d->send_bytes[r] = (size_t)(end - first) * sizeof *in;
+        d->recv_bytes[r] = (size_t)own * sizeof *in;
+    }
+    return exc_ranks_exchange(s->ctx, "rows by expert", d->counts, d->send_bytes, in, d->recv_bytes);
+}
+
+/* byte counts of a movement of rows of `width` bytes; back: from the experts home */
+static void row_bytes(exc_session *s, size_t width, bool back) {
+    struct exc_spread *d = s->spread;
+    int ranks = exc_ranks_count(s->ctx);
+    int64_t E = s->m->atlas->shape.experts, own = s->m->expert_end - s->m->expert_first, first, end;
+    size_t *out = back ? d->recv_bytes : d->send_bytes, *in = back ? d->send_bytes : d->recv_bytes;
+    for (int r = 0; r < ranks; r++) {
+        exc_share(E, r, ranks, &first, &end);
+        out[r] = (size_t)(s->offset[end] - s->offset[first]) * width;
+        in[r] = 0;
+        for (int64_t e = 0; e < own; e++) in[r] += (size_t)d->counts[E + r * own + e] * width;
+    }
+}
+
+static exc_status send_rows(exc_session *s, const int32_t *mark, int64_t *came) {
+    struct exc_spread *d = s->spread;
+    const exc_shape *p = &s->m->atlas->shape;
+    size_t row = (size_t)p->hidden * exc_act_bytes(s->m);
+    int64_t E = p->experts, own = s->m->expert_end - s->m->expert_first, n = 0;
+    for (int64_t r = 0; r < s->offset[E]; r++) {
+        int64_t token = s->pair_of[r] / p->top_k;
+        memcpy((uint8_t *)d->send_x + (size_t)r * row, (const uint8_t *)s->x + (size_t)token * row, row);
+        d->send_mark[r] = mark ? mark[token] : -1;
+    }
+    row_bytes(s, row, false);
+    EXC_TRY(exc_ranks_exchange(s->ctx, "rows to experts", d->send_x, d->send_bytes, d->recv_x, d->recv_bytes));
+    row_bytes(s, sizeof *d->send_mark, false);
+    EXC_TRY(exc_ranks_exchange(s->ctx, "marks of rows", d->send_mark, d->send_bytes, d->recv_mark, d->recv_bytes));
+    for (int64_t i = 0; i < own * exc_ranks_count(s->ctx); i++)
+        for (int64_t j = 0; j < d->counts[E + i]; j++) d->ids[n++] = (int32_t)(i % own);
+    *came = n;
+    return EXC_OK;
+}
+
+exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *mark, const exc_sums *sums) {
+    struct exc_spread *d = s->spread;
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t own = s->m->expert_end - s->m->expert_first, H = p->hidden, I = p->inner, rows;
+    double *mid = sums->mid_sum ? sums->mid_sum + s->m->expert_first * I : NULL;
+    double *sq = sums->sqnorm_sum ? sums->sqnorm_sum + s->m->expert_first : NULL;
+    EXC_TRY(tell_counts(s));
+    EXC_TRY(send_rows(s, mark, &rows));
+    EXC_RUN(s, permute, .ids = d->ids, .tokens = rows, .top_k = 1, .experts = own, .offset = d->offset, .row_of = d->row_of,
+            .pair_of = d->pair_of);
+    EXC_TRY(exc_feed_experts(s, y, d->recv_x, d->offset, d->pair_of, rows, 1, own, d->y, d->recv_mark, mid, sq));
+    for (int64_t i = 0; i < rows; i++)
+        memcpy(d->home + i * H, d->y + d->row_of[i] * H, (size_t)H * sizeof *d->y);
+    row_bytes(s, (size_t)H * sizeof *d->y, true);
+    return exc_ranks_exchange(s->ctx, "outputs of experts", d->home, d->send_bytes, s->y, d->recv_bytes);
+}

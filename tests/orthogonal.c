@@ -202,12 +202,108 @@ static void project_refuses(void **state) {
     assert_int_equal(TWIN_STATUS(project, &a), EXC_ERR_USAGE);
 }
 
+/* ------------------------------------------------------------------------------------------------- gram, matvec, contrast */
+
+/* X^T X adds samples in the CPU's order: its bits; X X^T to the rounding of `width` f64 additions */
+static void gram_both_ways(void **state) {
+    static const int64_t shapes[][4] = {{1, 1, 1, 1}, {2, 37, 33, 40}, {1, 130, 65, 65}, {3, 64, 64, 64}, {2, 5, 200, 200}, {0, 4, 4, 4}, {1, 0, 3, 3}};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++)
+        for (int side = 0; side < 2; side++) {
+            int64_t layers = shapes[s][0], n = shapes[s][1], d = shapes[s][2], step = shapes[s][3], size = side == EXC_GRAM_SAMPLES ? n : d;
+            if (twin_small() && n > 64) continue;
+            size_t count = (size_t)(layers * n * step), out = (size_t)(layers * size * size);
+            float *x = malloc((count + 1) * 4);
+            double *want = calloc(out + 1, 8), *got = calloc(out + 1, 8);
+            fill(x, EXC_F32, (int64_t)count, s);
+            struct exc_gram_args a = {.x = x, .layers = layers, .layer_stride = n * step, .samples = n, .row_stride = step, .width = d, .side = side, .g = want}, b = a;
+            b.x = twin_up(x, count * 4), b.g = twin_up(want, out * 8);
+            assert_int_equal(exc_cpu_gram(&twin.cpu->queue, &a), EXC_OK);
+            TWIN_RUN(gram, &b);
+            twin_down(got, b.g, out * 8);
+            if (side == EXC_GRAM_WIDTH) assert_memory_equal(got, want, out * 8);
+            for (int64_t l = 0; l < layers; l++)
+                for (int64_t i = 0; i < size * size; i++) {
+                    const double *g = want + l * size * size; /* |x.y| <= |x| |y| bounds the magnitudes that were added */
+                    double most = sqrt(g[i / size * (size + 1)] * g[i % size * (size + 1)]);
+                    assert_true(fabs(got[l * size * size + i] - g[i]) <= (double)d * 0x1p-52 * most);
+                }
+            twin_done();
+            free(x), free(want), free(got);
+        }
+    struct exc_gram_args bad = {.layers = 1, .samples = 2, .width = 4, .row_stride = 3};
+    assert_int_equal(TWIN_STATUS(gram, &bad), EXC_ERR_USAGE);
+}
+
+static void matvec_rows(void **state) {
+    static const int64_t shapes[][3] = {{1, 1, 1}, {3, 16, 32}, {9, 33, 127}, {4, 100, 300}, {0, 5, 5}};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++)
+        for (int dtype = 0; dtype < 2; dtype++) {
+            int64_t rows = shapes[s][0], n = shapes[s][1], k = shapes[s][2], kk = (k + 31) / 32 * 32, nn = (n + 15) / 16 * 16;
+            int type = dtype ? EXC_F32 : EXC_BF16;
+            size_t size = size_of(type), bytes = (size_t)(nn * kk) * size;
+            char *w = malloc((size_t)(n * k) * size), *plain = calloc(bytes, 1);
+            void *packed = exc_alloc(NULL, exc_packed_bytes(n, k, type), 1, "a test matrix");
+            double *x = malloc((size_t)(rows * k + 1) * 8), *want = calloc((size_t)(rows * n + 1), 8), *got = calloc((size_t)(rows * n + 1), 8);
+            fill(w, type, n * k, s);
+            for (int64_t i = 0; i < rows * k; i++) x[i] = (double)test_normal(9, (uint64_t)i) * (1 + 1e-9 * (double)i);
+            for (int64_t i = 0; i < n; i++) memcpy(plain + (size_t)(i * kk) * size, w + (size_t)(i * k) * size, (size_t)k * size);
+            assert_int_equal(exc_cpu_pack(&twin.cpu->queue, &(struct exc_pack_args){.w = w, .w_dtype = type, .n = n, .k = k, .to = type, .out = packed}), EXC_OK);
+            exc_packed cpu = {packed, n, k, type}, gpu = {twin_up(plain, bytes), n, k, type};
+            struct exc_matvec_args a = {x, &cpu, rows, want}, b = {twin_up(x, (size_t)(rows * k) * 8), &gpu, rows, twin_up(want, (size_t)(rows * n) * 8)};
+            assert_int_equal(exc_cpu_matvec(&twin.cpu->queue, &a), EXC_OK);
+            TWIN_RUN(matvec, &b);
+            twin_down(got, b.y, (size_t)(rows * n) * 8);
+            for (int64_t i = 0; i < rows * n; i++) assert_true(fabs(got[i] - want[i]) <= (double)k * 0x1p-50 * (1 + fabs(want[i])));
+            twin_done();
+            free(w), free(plain), exc_release(packed), free(x), free(want), free(got);
+        }
+}
+
+/* the same draws: all that differs is log and erfc, a few ulp, and what a variance of such differences makes of it */
+static void contrast_draws_alike(void **state) {
+    static const int64_t shapes[][4] = {{1, 1, 1, 5}, {60, 33, 40, 50}, {7, 300, 300, 17}, {300, 8, 9, 33}, {3, 40, 40, 1}, {2, 40, 40, 0}, {0, 4, 4, 3}};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++) {
+        int64_t P = shapes[s][0], E = shapes[s][1], stride = shapes[s][2], B = P ? P + 3 : 0;
+        if (twin_small() && s > 2) continue;
+        uint32_t *t = calloc((size_t)(P * stride + 1), 4), *b = calloc((size_t)(B * stride + 1), 4);
+        for (int64_t i = 0; i < P * stride; i++) t[i] = (uint32_t)(exc_random_u64(1, 0, (uint64_t)i) % 20);
+        for (int64_t i = 0; i < B * stride; i++) b[i] = (uint32_t)(exc_random_u64(2, 0, (uint64_t)i) % 20);
+        double *out[2][5];
+        struct exc_contrast_args a[2];
+        for (int i = 0; i < 2; i++) {
+            for (int k = 0; k < 5; k++) out[i][k] = calloc((size_t)E, 8);
+            a[i] = (struct exc_contrast_args){.target = t, .target_prompts = P, .baseline = b, .baseline_prompts = B, .stride = stride, .experts = E,
+                                              .top_k = 4, .alpha = 0.5, .resamples = shapes[s][3], .seed = 9, .stream = 3};
+        }
+        struct exc_contrast_args *d = &a[1];
+        a[0].log_ratio = out[0][0], a[0].se = out[0][1], a[0].z = out[0][2], a[0].p = out[0][3], a[0].risk = out[0][4];
+        d->target = twin_up(t, (size_t)(P * stride) * 4), d->baseline = twin_up(b, (size_t)(B * stride) * 4);
+        double **to[5] = {&d->log_ratio, &d->se, &d->z, &d->p, &d->risk};
+        for (int k = 0; k < 5; k++) *to[k] = twin_up(out[1][k], (size_t)E * 8);
+        assert_int_equal(exc_cpu_contrast(&twin.cpu->queue, &a[0]), EXC_OK);
+        TWIN_RUN(contrast, d);
+        for (int k = 0; k < 5; k++) {
+            twin_down(out[1][k], *to[k], (size_t)E * 8);
+            for (int64_t e = 0; e < E; e++) {
+                double w = out[0][k][e], g = out[1][k][e];
+                if (!(w == g || fabs(w - g) <= 1e-9 * fabs(w) + 1e-12)) fail_msg("shape %d, output %d, expert %d: %.17g, not %.17g", (int)s, k, (int)e, g, w);
+            }
+        }
+        twin_done();
+        for (int i = 0; i < 10; i++) free(out[i / 5][i % 5]);
+        free(t), free(b);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(project_any_shape),
         cmocka_unit_test(project_tall_and_wide),
         cmocka_unit_test(project_mixed_addresses),
         cmocka_unit_test(project_refuses),
+        cmocka_unit_test(gram_both_ways),
+        cmocka_unit_test(matvec_rows),
+        cmocka_unit_test(contrast_draws_alike),
     };
     return cmocka_run_group_tests_name("orthogonal", tests, twin_open, twin_close);
 }

@@ -3,7 +3,7 @@
 #ifndef EXC_TEST_COLLECT_H
 #define EXC_TEST_COLLECT_H
 
-#include "tiny.h"
+#include "models.h"
 
 #include "model.h"
 
@@ -47,7 +47,7 @@ static inline exc_prompts golden_prompts(const char *model)
 {
     size_t n;
     char path[256];
-    snprintf(path, sizeof path, "models/%s/golden/prompts.jsonl", model);
+    snprintf(path, sizeof path, "models/%s/golden/prompts.jsonl", golden_of(model));
     char *text = test_read(test_data(path), &n);
     exc_prompts p = {.begin = calloc(65, 8), .tokens = calloc(8192, 4)};
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
@@ -165,7 +165,7 @@ static inline verdict judge(const char *model, const result *r)
     distance logits = {0}, hidden = {0}, weights = {0}, clean = {0};
     int64_t same = 0, pairs = 0;
     verdict v = {0};
-    snprintf(path, sizeof path, "models/%s/golden/golden.safetensors", model);
+    snprintf(path, sizeof path, "models/%s/golden/golden.safetensors", golden_of(model));
     assert_int_equal(exc_tensors_open(ctx, test_data(path), &g), EXC_OK);
     for (int64_t i = 0; i < r->p->count; i++) {
         int64_t n = length_of(r->p, i), M = r->s->moe_layers, K = r->s->top_k, V = r->s->vocab;

@@ -9,11 +9,10 @@ static exc_ctx *ctx;
 /* a copy of a golden model whose config.json has `from` replaced by `to` */
 static char *changed(const char *model, const char *from, const char *to)
 {
-    char path[64], *dir = test_tmpdir(), *copy;
+    char *dir = test_tmpdir(), *copy;
     size_t n;
-    snprintf(path, sizeof path, "models/%s", model);
     assert_true(asprintf(&copy, "%s/model", dir) > 0);
-    test_copy_tree(test_data(path), copy);
+    test_copy_tree(golden_dir(model), copy);
     if (!from) return copy;
     char *text = test_read(test_path(copy, "config.json"), &n), *at = strstr(text, from), *out;
     if (!at) fail_msg("%s: config has no %s", model, from);
@@ -192,9 +191,8 @@ static void test_inspect(void **state)
         {"moonlight", "sigmoid of each expert, the 6 largest, renormalised to sum 1, times 2.446", 1, 0, 21, 64, 0},
     };
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {
-        char path[64], *text = NULL;
-        snprintf(path, sizeof path, "models/%s", rows[i].model);
-        if (exc_inspect(ctx, test_data(path), &text)) fail_msg("%s", exc_ctx_error(ctx));
+        char *text = NULL;
+        if (exc_inspect(ctx, golden_dir(rows[i].model), &text)) fail_msg("%s", exc_ctx_error(ctx));
         json_t *o = json_loads(text, JSON_REJECT_DUPLICATES, NULL), *bias = json_object_get(o, "router_bias"), *role;
         int64_t tensors = 0;
         size_t j;

@@ -25,13 +25,6 @@ static const struct family {
     {"gpt_oss_bf16", 1.1e-1, 8.1e-2, 0.933, 2.1e-2},
 };
 
-static const char *golden_dir(const char *model)
-{
-    char path[128];
-    snprintf(path, sizeof path, "models/%s", model);
-    return test_data(path);
-}
-
 static void golden_f32(const char *name)
 {
     exc_ctx *ctx = test_ctx(2);
@@ -106,9 +99,9 @@ static void golden_sums(const char *name_of)
     if (exc_decode_run(ctx, m, &p, &d, &replies)) fail_msg("%s", exc_ctx_error(ctx));
     exc_tensors *g, *states;
     char file[256];
-    snprintf(file, sizeof file, "models/%s/golden/expert_stats.safetensors", name_of);
+    snprintf(file, sizeof file, "models/%s/golden/expert_stats.safetensors", golden_of(name_of));
     assert_int_equal(exc_tensors_open(ctx, test_data(file), &g), EXC_OK);
-    snprintf(file, sizeof file, "models/%s/golden/golden.safetensors", name_of);
+    snprintf(file, sizeof file, "models/%s/golden/golden.safetensors", golden_of(name_of));
     assert_int_equal(exc_tensors_open(ctx, test_data(file), &states), EXC_OK);
     double *out = calloc(ME * H, 8);
     for (int k = 0; k < 2; k++) {

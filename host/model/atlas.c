@@ -80,7 +80,14 @@ static const char *why_absent(const exc_atlas *a, exc_role role, int64_t layer, 
     const exc_family *f = a->family;
     bool moe = a->shape.is_moe[layer],
          dense = role == EXC_ROLE_DENSE_DOWN || role == EXC_ROLE_DENSE_GATE || role == EXC_ROLE_DENSE_UP;
-    if (role >= EXC_ROLE_ATTN_OUT_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
+    bool linear = role >= EXC_ROLE_LINEAR_QKVZ && role <= EXC_ROLE_LINEAR_CONV;
+    linear = linear || (role >= EXC_ROLE_LINEAR_RATE && role <= EXC_ROLE_LINEAR_NORM) || role == EXC_ROLE_ATTN_OUT;
+    if (a->shape.mix[layer] == EXC_MIX_LINEAR && (linear || (role >= EXC_ROLE_ATTN_Q && role <= EXC_ROLE_ATTN_V) ||
+                                                  role == EXC_ROLE_ATTN_Q_NORM || role == EXC_ROLE_ATTN_K_NORM))
+        snprintf(out, cap, "has linear attention (layer_types, full_attention_interval)");
+    else if (linear)
+        snprintf(out, cap, "has softmax attention (layer_types, full_attention_interval)");
+    else if (role >= EXC_ROLE_ATTN_OUT_BIAS && role <= EXC_ROLE_ATTN_V_BIAS)
         snprintf(out, cap, "has no biases (%s)", f->bias_key);
     else if (a->shape.latent.rank && role >= EXC_ROLE_ATTN_Q)
         snprintf(out, cap, "makes queries in %s (q_lora_rank)", a->shape.latent.q_rank ? "two steps" : "one step");
@@ -126,6 +133,7 @@ static int stored_shape(const exc_atlas *a, const exc_layout *y, const exc_weigh
     if (y->stacked) shape[n++] = a->shape.experts;
     if (y->transposed) shape[n++] = w->in;
     shape[n++] = out;
+    if (y->channels) shape[n++] = 1;
     if (!y->transposed && !exc_role_is_vector(w->role)) shape[n++] = y->blocks ? w->in / 32 : w->in;
     if (y->blocks) shape[n++] = 16; /* bytes of 32 codes */
     return n;
@@ -161,8 +169,13 @@ static exc_status check_shape(exc_ctx *ctx, const exc_atlas *a, const exc_layout
                     file_of(a, t), exc_show(t->name, strlen(t->name)), want, found, t->rank > 4 ? ",.." : "");
 }
 
+static bool in_layer(const exc_shape *s, const exc_name *p, int64_t layer) {
+    return !p->in || layer < 0 || (p->in & EXC_IN(s->mix[layer]));
+}
+
 /* one matched tensor: index bounds, role present in this layer, shape, dtype */
-static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, const exc_layout *y, exc_weight *w, bool *skip) {
+static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, const exc_name *p, exc_weight *w, bool *skip) {
+    const exc_layout *y = &p->layout;
     const exc_tensor *t = w->tensor;
     const exc_shape *s = &a->shape;
     const char *file = file_of(a, t), *name = exc_show(t->name, strlen(t->name));
@@ -180,7 +193,7 @@ static exc_status check_weight(exc_ctx *ctx, exc_atlas *a, const exc_layout *y, 
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected experts 0..%lld (%s %lld), found expert %lld",
                         file, name, (long long)s->experts - 1, a->family->experts_key, (long long)s->experts,
                         (long long)w->expert);
-    if (!exc_shape_role(s, a->family, w->role, w->layer, &w->out, &w->in)) {
+    if (!in_layer(s, p, w->layer) || !exc_shape_role(s, a->family, w->role, w->layer, &w->out, &w->in)) {
         if (w->role ==
             EXC_ROLE_LM_HEAD) { /* tied: loaders use the embedding and leave this tensor alone; so do we */
             *skip = true;
@@ -217,7 +230,7 @@ static exc_status add_item(exc_ctx *ctx, exc_atlas *a, const exc_weight *w) {
 /* the weights of one name in a tensor: one, or one an expert */
 static exc_status add_weights(exc_ctx *ctx, exc_atlas *a, const exc_name *p, exc_weight *w, bool *skip) {
     w->role = p->role;
-    EXC_TRY(check_weight(ctx, a, &p->layout, w, skip));
+    EXC_TRY(check_weight(ctx, a, p, w, skip));
     int64_t count = *skip ? 0 : p->layout.stacked ? a->shape.experts : 1;
     if (count && exc_weight_coded(w)) EXC_TRY(exc_scale_find(ctx, a, &p->layout, w));
     for (int64_t e = 0; e < count; e++) {

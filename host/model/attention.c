@@ -1,7 +1,7 @@
 /* attention.c - the softmax mixer: grouped-query attention with rotary positions over a KV cache.
  *
  * Queries, keys and values come from one matmul. Rotation, the norm per head and the store into the cache are one op;
- * where a family norms all heads as one vector that norm runs before. Cache rows of all sequences lie in one plane a
+ * where a family norms all heads as one vector that norm runs before, and where it gates the output that comes behind. Cache rows of all sequences lie in one plane a
  * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. A layer may see a window of the last tokens only, and
  * each head may have a sink, a score that takes its share of the softmax and has no value. */
 #include <string.h>
@@ -13,8 +13,11 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     exc_softmax_weights *w = &y->mix.softmax;
     int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
     int dtype = exc_carve_dtype(m, EXC_ROLE_ATTN_Q, layer);
+    bool gated = m->atlas->family->out_gate;
+    if (gated) dtype = exc_carve_join(m, EXC_BF16, dtype); /* rows that are moved lose their blocks of scales */
     for (exc_role r = EXC_ROLE_ATTN_K; r <= EXC_ROLE_ATTN_V; r++) dtype = exc_carve_join(m, dtype, exc_carve_dtype(m, r, layer));
-    w->k_at = exc_whole_panels(q);
+    w->gate_at = gated ? exc_whole_panels(q) : 0;
+    w->k_at = w->gate_at + exc_whole_panels(q);
     w->v_at = w->k_at + exc_whole_panels(kv);
     w->width = w->v_at + exc_whole_panels(kv);
     w->qkv = exc_carve_packed(c, w->width, s->hidden, dtype);
@@ -32,10 +35,17 @@ static exc_status fill_bias(exc_loader *r, int64_t layer, const exc_softmax_weig
     return exc_fill_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, w->bias + w->v_at);
 }
 
+/* stored head by head, D rows of queries and D of gates */
+static exc_status fill_gated(exc_loader *r, int64_t layer, const exc_softmax_weights *w) {
+    int64_t n = r->a->shape.heads, D = r->a->shape.head_dim;
+    const exc_moved moved[] = {{0, 2 * D, 0, D, D, n}, {D, 2 * D, w->gate_at, D, D, n}};
+    return exc_fill_moved(r, EXC_ROLE_ATTN_Q, layer, moved, 2, w->gate_at + n * D, &w->qkv, 0);
+}
+
 /* rows that pad q, k and v to whole panels are written by pack, which fills a last panel with zeros */
 static exc_status fill(exc_loader *r, exc_layer *y, int64_t layer) {
     const exc_softmax_weights *w = &y->mix.softmax;
-    EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_Q, layer, &w->qkv, 0));
+    EXC_TRY(w->gate_at ? fill_gated(r, layer, w) : exc_fill_rows(r, EXC_ROLE_ATTN_Q, layer, &w->qkv, 0));
     EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_K, layer, &w->qkv, w->k_at));
     EXC_TRY(exc_fill_rows(r, EXC_ROLE_ATTN_V, layer, &w->qkv, w->v_at));
     if (w->bias) EXC_TRY(fill_bias(r, layer, w));
@@ -45,15 +55,17 @@ static exc_status fill(exc_loader *r, exc_layer *y, int64_t layer) {
 }
 
 /* width of the q|k|v rows of the model's softmax layers: the same in each */
-static int64_t qkv_width(const exc_shape *p) {
-    return exc_whole_panels(p->heads * p->head_dim) + 2 * exc_whole_panels(p->kv_heads * p->head_dim);
+static int64_t qkv_width(const exc_atlas *a) {
+    const exc_shape *p = &a->shape;
+    int64_t q = exc_whole_panels(p->heads * p->head_dim), kv = exc_whole_panels(p->kv_heads * p->head_dim);
+    return (a->family->out_gate ? 2 : 1) * q + 2 * kv;
 }
 
 static void room(exc_carve *c, exc_session *s) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t T = (size_t)s->step_tokens, act = exc_act_bytes(s->m), q = (size_t)(p->heads * p->head_dim),
            cache = (size_t)(p->mix_layers[EXC_MIX_SOFTMAX] * s->cache_tokens * p->kv_heads * p->head_dim);
-    s->softmax.qkv = exc_carve_take(c, T * (size_t)qkv_width(p), sizeof(float));
+    s->softmax.qkv = exc_carve_take(c, T * (size_t)qkv_width(s->m->atlas), sizeof(float));
     s->softmax.q = exc_carve_take(c, T * q, act);
     s->softmax.o = exc_carve_take(c, T * q, act);
     s->softmax.cache_k = exc_carve_take(c, cache, act);
@@ -93,6 +105,9 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
             .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv,
             .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .window = p->window[layer], .sinks = w->sinks,
             .out = b->o, .act = act);
+    if (w->gate_at)
+        EXC_RUN(s, gate, .x = b->o, .x_dtype = act, .g = b->qkv + w->gate_at, .g_stride = w->width, .tokens = rows,
+                .heads = p->heads, .dim = p->head_dim, .y = b->o, .act = act);
     return exc_write_stream(s, b->o, q, &y->out, y->out_bias, &y->attn_lens, rows);
 }
 

@@ -125,6 +125,21 @@ static void put_names(exc_buf *b, const exc_atlas *a, bool passed) {
     }
 }
 
+/* how tokens see each other, layer by layer */
+static void put_mixers(exc_buf *b, const exc_shape *s) {
+    static const char *const kinds[EXC_MIXES] = {"softmax", "latent", "linear"};
+    const exc_linear *l = &s->linear;
+    exc_buf_puts(b, ",\"attention_by_layer\":[");
+    for (int64_t i = 0; i < s->layers; i++) exc_buf_printf(b, "%s\"%s\"", i ? "," : "", kinds[s->mix[i]]);
+    exc_buf_puts(b, "]");
+    if (l->v_heads)
+        exc_buf_printf(b,
+                       ",\"linear_key_heads\":%lld,\"linear_value_heads\":%lld,\"linear_key_dim\":%lld"
+                       ",\"linear_value_dim\":%lld,\"linear_taps\":%lld",
+                       (long long)l->k_heads, (long long)l->v_heads, (long long)l->k_dim, (long long)l->v_dim,
+                       (long long)l->taps);
+}
+
 static void put_all(exc_buf *b, const exc_atlas *a) {
     const exc_shape *s = &a->shape;
     uint64_t params = 0, bytes = 0;
@@ -158,6 +173,7 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
     if (s->latent.rank)
         exc_buf_printf(b, ",\"latent\":%lld,\"query_latent\":%lld,\"value_dim\":%lld",
                        (long long)s->latent.rank, (long long)s->latent.q_rank, (long long)s->value_dim);
+    put_mixers(b, s);
     put_gate(b, a);
     exc_buf_puts(b, ",\"experts_by_layer\":[");
     for (int64_t l = 0; l < s->layers; l++)

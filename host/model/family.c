@@ -7,11 +7,11 @@
 #include "model.h"
 
 extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe,
-    exc_family_qwen2_moe, exc_family_deepseek_v3, exc_family_gpt_oss;
+    exc_family_qwen2_moe, exc_family_deepseek_v3, exc_family_gpt_oss, exc_family_qwen3_next, exc_family_qwen3_5_moe;
 
 const exc_family *const exc_families[] = {
-    &exc_family_qwen3_moe, &exc_family_mixtral,     &exc_family_olmoe,   &exc_family_glm4_moe,
-    &exc_family_qwen2_moe, &exc_family_deepseek_v3, &exc_family_gpt_oss, NULL,
+    &exc_family_qwen3_moe,   &exc_family_qwen3_5_moe, &exc_family_qwen3_next, &exc_family_mixtral, &exc_family_olmoe,
+    &exc_family_glm4_moe,    &exc_family_qwen2_moe,   &exc_family_deepseek_v3, &exc_family_gpt_oss, NULL,
 };
 
 const exc_family *exc_family_find(const char *model_type) {
@@ -47,6 +47,13 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_ATTN_Q_B] = "attn_q_b",
     [EXC_ROLE_ATTN_KV_A] = "attn_kv_a",
     [EXC_ROLE_ATTN_KV_B] = "attn_kv_b",
+    [EXC_ROLE_LINEAR_QKVZ] = "linear_qkvz",
+    [EXC_ROLE_LINEAR_BA] = "linear_ba",
+    [EXC_ROLE_LINEAR_QKV] = "linear_qkv",
+    [EXC_ROLE_LINEAR_Z] = "linear_z",
+    [EXC_ROLE_LINEAR_B] = "linear_b",
+    [EXC_ROLE_LINEAR_A] = "linear_a",
+    [EXC_ROLE_LINEAR_CONV] = "linear_conv",
     [EXC_ROLE_ATTN_Q_BIAS] = "attn_q_bias",
     [EXC_ROLE_ATTN_K_BIAS] = "attn_k_bias",
     [EXC_ROLE_ATTN_V_BIAS] = "attn_v_bias",
@@ -55,6 +62,9 @@ static const char *const role_names[EXC_ROLES] = {
     [EXC_ROLE_ATTN_K_NORM] = "attn_k_norm",
     [EXC_ROLE_ATTN_Q_A_NORM] = "attn_q_a_norm",
     [EXC_ROLE_ATTN_KV_A_NORM] = "attn_kv_a_norm",
+    [EXC_ROLE_LINEAR_RATE] = "linear_rate",
+    [EXC_ROLE_LINEAR_STEP] = "linear_step",
+    [EXC_ROLE_LINEAR_NORM] = "linear_norm",
     [EXC_ROLE_NORM_IN] = "norm_in",
     [EXC_ROLE_NORM_POST] = "norm_post",
     [EXC_ROLE_NORM_FINAL] = "norm_final",

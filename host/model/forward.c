@@ -11,7 +11,8 @@
 #include "session.h"
 
 static const exc_mixer *const mixers[EXC_MIXES] = {[EXC_MIX_SOFTMAX] = &exc_mixer_softmax,
-                                                     [EXC_MIX_LATENT] = &exc_mixer_latent};
+                                                     [EXC_MIX_LATENT] = &exc_mixer_latent,
+                                                     [EXC_MIX_LINEAR] = &exc_mixer_linear};
 
 const exc_mixer *exc_mixer_of(exc_mix kind) { return mixers[kind]; }
 
@@ -53,13 +54,6 @@ static size_t lay_out(exc_session *s, uint8_t *slab) {
     for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
         if (p->mix_layers[kind]) mixers[kind]->room(c, s);
     return c->overflow ? SIZE_MAX : c->at;
-}
-
-/* recurrent states of a slot back to zero; caches need nothing, their length says what holds */
-static void forget(exc_session *s, int64_t slot) {
-    s->length[slot] = 0;
-    for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
-        if (s->m->atlas->shape.mix_layers[kind] && mixers[kind]->forget) mixers[kind]->forget(s, slot);
 }
 
 exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t cache_tokens,
@@ -111,7 +105,7 @@ exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capac
     for (int64_t i = 0; i < slots; i++) {
         s->base[i] = at;
         s->capacity[i] = capacity[i];
-        forget(s, i);
+        s->length[i] = 0;
         if (!s->spread || exc_spread_owns(s, i)) at += capacity[i];
     }
     s->used_slots = slots;
@@ -122,7 +116,8 @@ exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capac
     return EXC_OK;
 }
 
-void exc_session_forget(exc_session *s, int64_t slot) { forget(s, slot); }
+/* caches and recurrent states stay as they are: an op that is told of length 0 looks at neither */
+void exc_session_forget(exc_session *s, int64_t slot) { s->length[slot] = 0; }
 
 int64_t exc_session_length(const exc_session *s, int64_t slot) { return s->length[slot]; }
 
@@ -131,6 +126,13 @@ int64_t exc_cache_bytes(const exc_model *m) {
     for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
         values += m->atlas->shape.mix_layers[kind] * mixers[kind]->cached(&m->atlas->shape);
     return values * (int64_t)exc_act_bytes(m);
+}
+
+int64_t exc_state_bytes(const exc_model *m) {
+    int64_t bytes = 0;
+    for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
+        if (mixers[kind]->held) bytes += m->atlas->shape.mix_layers[kind] * mixers[kind]->held(&m->atlas->shape);
+    return bytes;
 }
 
 int64_t exc_step_tokens(const exc_model *m) {

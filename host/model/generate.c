@@ -89,7 +89,7 @@ static exc_status choose_sizes(run *r, int64_t *capacity) {
         cap = most(cap, n + most(reply_limit(r, i) - 1, 0)); /* the last new token is never fed back */
         total += n;
     }
-    int64_t fit = least(CACHE_BYTES / (cap * kv), LOGIT_BYTES / (s->vocab * 4));
+    int64_t fit = least(CACHE_BYTES / (cap * kv + exc_state_bytes(r->m)), LOGIT_BYTES / (s->vocab * 4));
     r->slots = r->d->batch > 0 ? r->d->batch : most(least(fit, 256), 1);
     r->slots = least(r->slots, most(r->p->count, 1));
     r->step_tokens = r->d->batch_tokens > 0 ? r->d->batch_tokens : exc_step_tokens(r->m);

@@ -314,6 +314,37 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int6
     return call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight);
 }
 
+static void move_rows(const exc_matrix *m, const exc_moved *v, uint8_t *to) {
+    size_t row = (size_t)m->weight->in * exc_dtype_bits((exc_dtype)m->dtype) / 8;
+    for (int64_t i = 0; i < v->count; i++)
+        memcpy(to + (size_t)(v->to + i * v->to_step) * row, m->data + (size_t)(v->from + i * v->from_step) * row,
+               (size_t)v->rows * row);
+}
+
+exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows,
+                          const exc_packed *into, int64_t at) {
+    exc_ctx *ctx = r->ctx;
+    exc_matrix m;
+    EXC_TRY(exc_fill_open(r, role, layer, &m));
+    size_t bytes = (size_t)(rows * into->k) * exc_dtype_bits((exc_dtype)m.dtype) / 8;
+    EXC_TRY(enlarge(r, &r->part, bytes));
+    memset(r->part.data, 0, bytes);
+    for (size_t i = 0; i < n; i++) move_rows(&m, &moved[i], r->part.data);
+    struct exc_pack_args a = {.w = r->part.data, .w_dtype = m.dtype, .n = rows, .k = into->k, .to = into->dtype};
+    a.out = (uint8_t *)(uintptr_t)into->data + (size_t)(at / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
+    EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m.weight));
+    return exc_fill_close(r, &m);
+}
+
+exc_status exc_fill_turned(exc_loader *r, exc_role role, int64_t layer, float *into) {
+    const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
+    EXC_TRY(enlarge(r, &r->part, (size_t)(w->out * w->in) * sizeof *into));
+    EXC_TRY(copy_weight(r, w, EXC_F32, r->part.data));
+    struct exc_view_args a = {.src = r->part.data, .src_row = 1, .src_column = w->in, .dst = into, .dst_row = w->out,
+                              .dst_column = 1, .rows = w->in, .columns = w->out, .unit = sizeof *into};
+    return call(r->ctx, r->ctx->ops->view(&r->ctx->queue, &a), "view", w);
+}
+
 exc_status exc_fill_close(exc_loader *r, const exc_matrix *m) { return leave(r, m->weight); }
 
 void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v) {

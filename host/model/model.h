@@ -17,10 +17,12 @@ typedef enum exc_role {
     EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP, EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP, EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP,
     EXC_ROLE_ROUTER, EXC_ROLE_SHARED_ROUTER, EXC_ROLE_ATTN_Q, EXC_ROLE_ATTN_K, EXC_ROLE_ATTN_V,
     EXC_ROLE_ATTN_Q_A, EXC_ROLE_ATTN_Q_B, EXC_ROLE_ATTN_KV_A, EXC_ROLE_ATTN_KV_B,
+    EXC_ROLE_LINEAR_QKVZ, EXC_ROLE_LINEAR_BA, EXC_ROLE_LINEAR_QKV, EXC_ROLE_LINEAR_Z, EXC_ROLE_LINEAR_B, EXC_ROLE_LINEAR_A,
+    EXC_ROLE_LINEAR_CONV,
     /* vectors */
     EXC_ROLE_ROUTER_BIAS, EXC_ROLE_EXPERT_DOWN_BIAS, EXC_ROLE_EXPERT_GATE_BIAS, EXC_ROLE_EXPERT_UP_BIAS, EXC_ROLE_ATTN_OUT_BIAS,
     EXC_ROLE_ATTN_Q_BIAS, EXC_ROLE_ATTN_K_BIAS, EXC_ROLE_ATTN_V_BIAS, EXC_ROLE_ATTN_SINKS, EXC_ROLE_ATTN_Q_NORM, EXC_ROLE_ATTN_K_NORM,
-    EXC_ROLE_ATTN_Q_A_NORM, EXC_ROLE_ATTN_KV_A_NORM,
+    EXC_ROLE_ATTN_Q_A_NORM, EXC_ROLE_ATTN_KV_A_NORM, EXC_ROLE_LINEAR_RATE, EXC_ROLE_LINEAR_STEP, EXC_ROLE_LINEAR_NORM,
     EXC_ROLE_NORM_IN, EXC_ROLE_NORM_POST, EXC_ROLE_NORM_FINAL, EXC_ROLE_EMBED, EXC_ROLE_LM_HEAD,
     EXC_ROLES
 } exc_role;
@@ -33,11 +35,18 @@ typedef struct exc_layout {
     bool transposed;            /* each as [in,out] */
     int parts, part;            /* the `out` axis holds this many roles and this is number `part`; 0: it alone */
     bool mixed;                 /* .. taking turns along it, instead of one part behind the other */
+    bool channels;              /* [out,1,in]: a convolution of each channel by itself */
     bool blocks;                /* fp4: u8 [..,in/32,16], with scales in the tensor NAME_scales beside NAME_blocks */
 } exc_layout;
 /* Name pattern of a role in a published layout: %L layer, %E expert, [text] may be left out. A role may stand more than once
  * (layouts that circulate); the first is the one that messages name. */
-typedef struct exc_name { exc_role role; const char *pattern; exc_layout layout; } exc_name;
+typedef struct exc_name {
+    exc_role role;
+    const char *pattern;
+    exc_layout layout;
+    unsigned in;                /* only in layers of these mixers, EXC_IN(..) each; 0: in all */
+} exc_name;
+#define EXC_IN(mix) (1u << (mix))
 
 /* All experts of a layer in two tensors, gate over up, as newer loaders keep and save them: for every family's table. */
 #define EXC_STACKED_EXPERTS(prefix)                                                                                         \
@@ -68,7 +77,7 @@ typedef enum exc_windows { /* which layers see no further back than sliding_wind
 } exc_windows;
 
 /* Kinds of token mixers; one file each (session.h: exc_mixer). */
-typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIX_LATENT, EXC_MIXES } exc_mix;
+typedef enum exc_mix { EXC_MIX_SOFTMAX, EXC_MIX_LATENT, EXC_MIX_LINEAR, EXC_MIXES } exc_mix;
 
 /* A key of config.json that may have one value (as JSON text) or be absent or null. */
 typedef struct exc_fixed { const char *key, *value; } exc_fixed;
@@ -80,8 +89,12 @@ typedef struct exc_family {
     const char *const *passed;  /* prefixes of tensors that are present but not part of the text decoder; NULL-terminated */
     int norm_zero_centred;
     double norm_eps, rope_theta, rotary; /* what loaders take where config.json is silent: rms_norm_eps, rope_theta, partial_rotary_factor */
+    int64_t head_dim;           /* the same of head_dim; 0: hidden_size / num_attention_heads */
     exc_qk_norm qk_norm;
-    exc_mix mix;                /* how tokens see each other, in all layers */
+    exc_mix mix;                /* how tokens see each other, in all layers; LINEAR: softmax in those that layer_types calls
+                                 * full_attention, or every full_attention_interval-th */
+    bool out_gate;              /* q_proj makes a gate beside each head's query: the head's output is multiplied by its sigmoid */
+    const char *nested;         /* object of config.json with the decoder's keys, where there is one; NULL: none */
     float latent_eps;           /* of the norms inside latent attention */
     const char *qk_norm_key;    /* switches it on; NULL: always on */
     const char *bias_key;       /* config switch of q, k and v biases; NULL: none */
@@ -140,6 +153,9 @@ typedef struct exc_latent {
     bool adjacent;              /* channels (2i, 2i+1) rotate together, else (i, i + rotary/2) */
 } exc_latent;
 
+/* Gated delta net (linear.c): heads of keys (and queries) and of values, and taps of the convolution before it. */
+typedef struct exc_linear { int64_t k_heads, v_heads, k_dim, v_dim, taps; } exc_linear;
+
 /* Everything config.json decides, checked. */
 typedef struct exc_shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, context, experts, top_k, inner, dense_inner, moe_layers;
@@ -147,6 +163,7 @@ typedef struct exc_shape {
     int64_t value_dim;          /* channels of a head's output */
     int64_t rotary;             /* channels of a head that rotate */
     exc_latent latent;          /* rank 0: not this family's */
+    exc_linear linear;          /* v_heads 0: not this family's */
     int64_t mtp_layers;         /* behind the last layer, passed through */
     exc_qk_norm qk_norm;
     bool qkv_bias, out_bias;
@@ -250,7 +267,7 @@ typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank
  * values, each part padded to whole panels with zero weights (attention.c). */
 typedef struct exc_softmax_weights {
     exc_packed qkv;
-    int64_t k_at, v_at, width;     /* of a q|k|v row */
+    int64_t gate_at, k_at, v_at, width; /* of a q|k|v row; gates of the output, where there are some, stand behind the queries */
     float *bias;                   /* [width] or NULL */
     float *q_norm, *k_norm;        /* [head_dim], [heads*head_dim] as the family has it, or NULL */
     float *sinks;                  /* [heads] or NULL */
@@ -262,8 +279,15 @@ typedef struct exc_latent_weights {
     exc_packed *key, *absorb, *value; /* [heads]: [plain,rank], its transpose, [value_dim,rank] */
     float *q_norm, *kv_norm;       /* [q_rank] or NULL, [rank] */
 } exc_latent_weights;
+typedef struct exc_linear_weights {
+    exc_packed in, gates;          /* columns 0.. of a row are q|k|v, z_at.. the gate of the output; beta, then step at step_at */
+    int64_t z_at, width, step_at, gates_width;
+    float *conv;                   /* [taps, q|k|v] */
+    float *rate, *step_bias;       /* [v_heads] A_log, dt_bias */
+    float *norm;                   /* [v_dim] */
+} exc_linear_weights;
 typedef struct exc_layer {
-    union { exc_softmax_weights softmax; exc_latent_weights latent; } mix; /* by exc_shape.mix of the layer */
+    union { exc_softmax_weights softmax; exc_latent_weights latent; exc_linear_weights linear; } mix; /* by exc_shape.mix */
     exc_packed out, router;        /* out: what the mixer writes to the stream with */
     float *out_bias;               /* [H] or NULL */
     exc_packed *gate, *up, *down;  /* [experts of this rank]; [1] in a dense layer */
@@ -311,6 +335,7 @@ exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capac
 void exc_session_forget(exc_session *s, int64_t slot);          /* one sequence: its slot is empty again */
 int64_t exc_session_length(const exc_session *s, int64_t slot); /* tokens the slot holds */
 int64_t exc_cache_bytes(const exc_model *m);                    /* of one token, in all layers */
+int64_t exc_state_bytes(const exc_model *m);                    /* of one sequence of any length, in all layers */
 int64_t exc_step_tokens(const exc_model *m);                    /* a good size of a prefill step for this model */
 
 /* Sums a forward pass adds to, for one label and phase. Rows: M MoE layers. Any pointer may be NULL. */

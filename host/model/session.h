@@ -26,6 +26,16 @@ typedef struct exc_latent_room {
     void *rows;                     /* expanded: [T, C+R] act */
 } exc_latent_room;
 
+typedef struct exc_linear_room {
+    float *in;                      /* [T, q|k|v|z] */
+    float *gates;                   /* [T, beta|step] */
+    float *qkv;                     /* [T, q|k|v] behind the convolution */
+    float *out;                     /* [T, v_heads*v_dim] */
+    void *x;                        /* the same, normed and gated, act */
+    float *ring, *state;            /* [linear layers, slots, ring_step] and [.., state_step]: what conv and delta keep */
+    int64_t ring_step, state_step;
+} exc_linear_room;
+
 struct exc_session {
     exc_ctx *ctx;
     exc_model *m;
@@ -36,6 +46,7 @@ struct exc_session {
     float *h;                       /* [T,H] residual stream */
     void *x;                        /* [T,H] act: normed rows */
     exc_softmax_room softmax;
+    exc_linear_room linear;
     exc_latent_room latent;
     float *router;                  /* [T,E] */
     int32_t *ids;                   /* [T,K] */
@@ -63,11 +74,12 @@ typedef struct exc_mixer {
     exc_status (*fill)(exc_loader *r, exc_layer *y, int64_t layer);
     void (*room)(exc_carve *c, exc_session *s);                /* buffers and caches of all its layers */
     int64_t (*cached)(const exc_shape *s);                     /* values that a layer keeps of each token */
-    void (*forget)(exc_session *s, int64_t slot);              /* recurrent state of a slot back to zero; NULL: has none */
+    int64_t (*held)(const exc_shape *s);                       /* bytes that a layer keeps of each sequence; NULL: none */
     exc_status (*run)(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows);
 } exc_mixer;
 extern const exc_mixer exc_mixer_softmax; /* attention.c */
 extern const exc_mixer exc_mixer_latent;  /* mla.c */
+extern const exc_mixer exc_mixer_linear;  /* linear.c */
 const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
 
 /* One op call; a refusal is a fault of the caller, and says which call. */

@@ -15,7 +15,8 @@
 typedef struct reader {
     exc_ctx *ctx;
     const json_t *o;
-    const char *what; /* path of the file, for messages */
+    const char *what;   /* path of the file, for messages */
+    const json_t *root; /* what o is nested in, or o itself */
 } reader;
 
 static exc_status wrong(const reader *r, const char *key, const char *expected, const json_t *found) {
@@ -109,20 +110,55 @@ static exc_status read_layers(const reader *r, const exc_family *f, exc_shape *s
     return EXC_OK;
 }
 
+/* heads of the layers that have no softmax */
+static exc_status read_linear(const reader *r, exc_shape *s) {
+    exc_ctx *ctx = r->ctx;
+    exc_linear *l = &s->linear;
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "linear_num_key_heads", 1, 1024, 16, &l->k_heads));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "linear_num_value_heads", 1, 1024, 32, &l->v_heads));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "linear_key_head_dim", 1, 1024, 128, &l->k_dim));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "linear_value_head_dim", 1, 1024, 128, &l->v_dim));
+    EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "linear_conv_kernel_dim", 1, 64, 4, &l->taps));
+    if (l->v_heads % l->k_heads == 0) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_INPUT,
+                    "%s: linear_num_value_heads: expected a multiple of linear_num_key_heads (%lld), found %lld",
+                    r->what, (long long)l->k_heads, (long long)l->v_heads);
+}
+
+/* softmax or linear, as layer_types says, else by full_attention_interval */
+static exc_status read_kinds(const reader *r, exc_shape *s) {
+    static const char key[] = "layer_types", wanted[] = "\"full_attention\" or \"linear_attention\"";
+    const json_t *types = json_object_get(r->o, key);
+    int64_t interval;
+    EXC_TRY(read_linear(r, s));
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "full_attention_interval", 1, MAX_LAYERS, 4, &interval));
+    bool given = types && !json_is_null(types);
+    if (given && (!json_is_array(types) || json_array_size(types) != (size_t)s->layers))
+        return wrong(r, key, "a kind for each of num_hidden_layers", types);
+    for (int64_t l = 0; l < s->layers; l++) {
+        const json_t *v = given ? json_array_get(types, (size_t)l) : NULL;
+        const char *type = json_is_string(v) ? json_string_value(v) : "";
+        bool full = given ? !strcmp(type, "full_attention") : (l + 1) % interval == 0;
+        if (given && !full && strcmp(type, "linear_attention") != 0) return wrong(r, key, wanted, v);
+        s->mix[l] = full ? EXC_MIX_SOFTMAX : EXC_MIX_LINEAR;
+    }
+    return EXC_OK;
+}
+
 /* which mixer each layer has, and its row among those of its kind */
 static exc_status read_mixers(const reader *r, const exc_family *f, exc_shape *s) {
     s->mix = exc_alloc(r->ctx, (size_t)s->layers, 1, "layer kinds");
     s->mix_row = exc_alloc(r->ctx, (size_t)s->layers, sizeof *s->mix_row, "layer rows");
     if (!s->mix || !s->mix_row) return EXC_ERR_MEMORY;
-    for (int64_t l = 0; l < s->layers; l++) {
-        s->mix[l] = (uint8_t)f->mix;
-        s->mix_row[l] = s->mix_layers[f->mix]++;
-    }
+    memset(s->mix, f->mix, (size_t)s->layers);
+    if (f->mix == EXC_MIX_LINEAR) EXC_TRY(read_kinds(r, s));
+    for (int64_t l = 0; l < s->layers; l++) s->mix_row[l] = s->mix_layers[s->mix[l]]++;
     return EXC_OK;
 }
 
 static exc_status read_eos(const reader *r, exc_shape *s) {
     const json_t *v = json_object_get(r->o, "eos_token_id");
+    if (!v || json_is_null(v)) v = json_object_get(r->root, "eos_token_id");
     if (!v || json_is_null(v)) return EXC_OK;
     size_t n = json_is_array(v) ? json_array_size(v) : 1;
     if (n > EXC_COUNT(s->eos)) return wrong(r, "eos_token_id", "at most 8 ids", v);
@@ -146,7 +182,7 @@ static exc_status read_generation(exc_ctx *ctx, const char *dir, exc_shape *s) {
         json_t *root = NULL;
         st = exc_json_load(ctx, path, 0, &root);
         if (!st) {
-            reader r = {ctx, root, path};
+            reader r = {ctx, root, path, root};
             st = json_is_object(root)
                      ? read_eos(&r, s)
                      : exc_fail(ctx, EXC_ERR_INPUT, "%s: top level: expected an object", path);
@@ -166,8 +202,9 @@ static const char *experts_key(const reader *r, const exc_family *f) {
     return f->experts_key;
 }
 
-static exc_status read_head(const reader *r, exc_shape *s) {
-    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "head_dim", 1, 1024, s->hidden / s->heads, &s->head_dim));
+static exc_status read_head(const reader *r, const exc_family *f, exc_shape *s) {
+    int64_t usual = f->head_dim ? f->head_dim : s->hidden / s->heads;
+    EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, "head_dim", 1, 1024, usual, &s->head_dim));
     s->value_dim = s->head_dim;
     if (s->head_dim >= 2 && s->head_dim % 2 == 0) return EXC_OK;
     return exc_fail(r->ctx, EXC_ERR_INPUT, "%s: head_dim: expected an even number, found %lld", r->what,
@@ -201,7 +238,7 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
     EXC_TRY(integer(r, "hidden_size", 1, MAX_WIDTH, &s->hidden));
     EXC_TRY(integer(r, "num_attention_heads", 1, 4096, &s->heads));
     EXC_TRY(exc_json_int_or(ctx, r->o, r->what, "num_key_value_heads", 1, 4096, s->heads, &s->kv_heads));
-    EXC_TRY(f->mix == EXC_MIX_LATENT ? read_latent(r, s) : read_head(r, s));
+    EXC_TRY(f->mix == EXC_MIX_LATENT ? read_latent(r, s) : read_head(r, f, s));
     EXC_TRY(integer(r, "vocab_size", 1, INT32_MAX, &s->vocab));
     EXC_TRY(integer(r, "max_position_embeddings", 1, (int64_t)1 << 24, &s->context));
     EXC_TRY(integer(r, experts_key(r, f), 1, 1024, &s->experts));
@@ -225,9 +262,10 @@ static exc_status read_sizes(const reader *r, const exc_checkpoint *files, const
         return wrong(r, "rms_norm_eps", "a number in (0, 1]", json_object_get(r->o, "rms_norm_eps"));
     s->eps = (float)eps;
     bool tied;
-    EXC_TRY(exc_json_bool_or(ctx, r->o, r->what, "tie_word_embeddings", false, &tied));
+    const json_t *with = json_object_get(r->root, "tie_word_embeddings") ? r->root : r->o;
+    EXC_TRY(exc_json_bool_or(ctx, with, r->what, "tie_word_embeddings", false, &tied));
     /* the key may be left out of a tied checkpoint; said to be false, the tensor must be there */
-    if (!json_object_get(r->o, "tie_word_embeddings") && !exc_checkpoint_find(files, "lm_head.weight"))
+    if (!json_object_get(with, "tie_word_embeddings") && !exc_checkpoint_find(files, "lm_head.weight"))
         tied = true;
     s->tied = tied;
     return EXC_OK;
@@ -359,7 +397,7 @@ static exc_status read_gate(const reader *r, const exc_family *f, exc_shape *s) 
 
 static exc_status read_all(const reader *r, const exc_checkpoint *files, const exc_family *f, exc_shape *s) {
     exc_ctx *ctx = r->ctx;
-    EXC_TRY(exc_quant_read(ctx, r->o, r->what, s));
+    EXC_TRY(exc_quant_read(ctx, r->root, r->what, s));
     EXC_TRY(read_sizes(r, files, f, s));
     EXC_TRY(read_activation(r, f, s));
     for (const char *const *key = f->refused; *key; key++) EXC_TRY(refuse_switch(r, *key));
@@ -380,8 +418,11 @@ exc_status exc_shape_read(exc_ctx *ctx, const exc_checkpoint *files, const exc_f
     memset(out, 0, sizeof *out);
     char *path;
     EXC_TRY(exc_path_join(ctx, files->dir, "config.json", &path));
-    reader r = {ctx, files->config, path};
-    exc_status st = read_all(&r, files, family, out);
+    reader r = {ctx, files->config, path, files->config};
+    const json_t *inner = family->nested ? json_object_get(files->config, family->nested) : NULL;
+    if (json_is_object(inner)) r.o = inner;
+    exc_status st = inner && !json_is_object(inner) ? wrong(&r, family->nested, "an object", inner)
+                                                    : read_all(&r, files, family, out);
     exc_release(path);
     if (st) exc_shape_free(out);
     return st;
@@ -406,9 +447,10 @@ static int64_t qk_norm_width(const exc_shape *s, exc_role role) {
 
 bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role, int64_t layer, int64_t *out,
                     int64_t *in) {
-    bool moe = layer >= 0 && layer < s->layers && s->is_moe[layer], shared = moe && s->shared_inner,
-         here = true;
-    int64_t H = s->hidden, o = 0, i = 1;
+    bool inside = layer >= 0 && layer < s->layers, moe = inside && s->is_moe[layer], shared = moe && s->shared_inner,
+         here = true, linear = inside && s->mix[layer] == EXC_MIX_LINEAR;
+    const exc_linear *l = &s->linear;
+    int64_t H = s->hidden, o = 0, i = 1, keys = l->k_heads * l->k_dim, values = l->v_heads * l->v_dim;
 #define IS(condition, rows, cols) (here = (condition), o = (rows), i = (cols))
     switch (role) {
     case EXC_ROLE_EXPERT_DOWN:
@@ -455,14 +497,40 @@ bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role,
         IS(!moe, s->dense_inner, H);
         break;
     case EXC_ROLE_ATTN_OUT:
-        IS(true, H, s->heads * s->value_dim);
+        IS(true, H, linear ? values : s->heads * s->value_dim);
         break;
     case EXC_ROLE_ATTN_Q:
-        IS(!s->latent.q_rank, s->heads * s->head_dim, H);
+        IS(!linear && !s->latent.q_rank, s->heads * s->head_dim * (family->out_gate ? 2 : 1), H);
         break;
     case EXC_ROLE_ATTN_K:
     case EXC_ROLE_ATTN_V:
-        IS(true, s->kv_heads * s->head_dim, H);
+        IS(!linear, s->kv_heads * s->head_dim, H);
+        break;
+    case EXC_ROLE_LINEAR_QKVZ:
+        IS(linear, 2 * keys + 2 * values, H);
+        break;
+    case EXC_ROLE_LINEAR_BA:
+        IS(linear, 2 * l->v_heads, H);
+        break;
+    case EXC_ROLE_LINEAR_QKV:
+        IS(linear, 2 * keys + values, H);
+        break;
+    case EXC_ROLE_LINEAR_Z:
+        IS(linear, values, H);
+        break;
+    case EXC_ROLE_LINEAR_B:
+    case EXC_ROLE_LINEAR_A:
+        IS(linear, l->v_heads, H);
+        break;
+    case EXC_ROLE_LINEAR_CONV:
+        IS(linear, 2 * keys + values, l->taps);
+        break;
+    case EXC_ROLE_LINEAR_RATE:
+    case EXC_ROLE_LINEAR_STEP:
+        IS(linear, l->v_heads, 1);
+        break;
+    case EXC_ROLE_LINEAR_NORM:
+        IS(linear, l->v_dim, 1);
         break;
     case EXC_ROLE_ATTN_Q_A:
         IS(s->latent.q_rank, s->latent.q_rank, H);
@@ -491,7 +559,7 @@ bool exc_shape_role(const exc_shape *s, const exc_family *family, exc_role role,
         break;
     case EXC_ROLE_ATTN_Q_NORM:
     case EXC_ROLE_ATTN_K_NORM:
-        IS(s->qk_norm != EXC_QK_NONE, qk_norm_width(s, role), 1);
+        IS(!linear && s->qk_norm != EXC_QK_NONE, qk_norm_width(s, role), 1);
         break;
     case EXC_ROLE_NORM_IN:
     case EXC_ROLE_NORM_POST:

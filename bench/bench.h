@@ -103,6 +103,7 @@ double spec_flop(const spec *s, double tokens, double visible); /* one forward p
 
 /* ---- the rows */
 void flow_rows(bench *b);    /* flow.c: ops of the forward pass */
+void latent_rows(bench *b);  /* latents.c: ops of multi-head latent attention */
 void sums_rows(bench *b);    /* sums.c: ops of statistics and comparison */
 void edits_rows(bench *b);   /* edits.c: weight edits and subspaces */
 void engine_rows(bench *b);  /* engine.c: whole models in memory */

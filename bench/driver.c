@@ -261,6 +261,7 @@ int main(int argc, char **argv)
     edits_rows(&run);
     sums_rows(&run);
     flow_rows(&run);
+    latent_rows(&run);
     engine_rows(&run);
     disk_rows(&run);
     ceilings_close(&run);

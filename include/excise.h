@@ -216,9 +216,14 @@ typedef struct exc_plan_options {
 EXC_API exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *stats, const exc_dirs *dirs,
                                  const exc_plan_options *options, exc_plan **plan, char **json); /* [job] */
 
+/* how an edited weight becomes one that its format can store: the nearest; up or down by chance, right on average; or near
+ * ones that together leave nothing of the direction (a solve, for formats whose spacing swallows the edit) */
+typedef enum exc_rounding { EXC_ROUND_RN, EXC_ROUND_SR, EXC_ROUND_EXACT } exc_rounding;
+
 typedef struct exc_apply_options {
     size_t size;
     int dry_run, force, sidecar, allow_nonfinite;
+    const char *round;    /* "rn", "sr", "exact"; NULL: as the plan says ("rounding"), else rn */
 } exc_apply_options;
 #define EXC_APPLY_OPTIONS {sizeof(exc_apply_options)}
 /* [job] writes the checkpoint OUT_DIR: same files, only the edited ranges differ; committed by one rename */

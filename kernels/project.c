@@ -15,6 +15,7 @@
 
 #include "lanes.h"
 #include "relay.h"
+#include "requant.h"
 
 #define CHUNK 64   /* rows of one partial sum of the canonical tree */
 #define RANKS 3    /* directions whose sums share registers */
@@ -525,9 +526,10 @@ static exc_status row_norms(job *j) {
 
 exc_status exc_cpu_project(exc_queue *q, const struct exc_project_args *a) {
     if (a->count < 0 || a->rows < 0 || a->cols < 0 || a->rank < 1 || a->rank > MOST_RANK) return EXC_ERR_USAGE;
-    if (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32) return EXC_ERR_USAGE;
     if (a->norm < EXC_NORM_NONE || a->norm > EXC_NORM_ROW) return EXC_ERR_USAGE;
     if (a->side != EXC_SIDE_OUT && a->side != EXC_SIDE_IN) return EXC_ERR_USAGE;
+    if (exc_requant_wanted(a->dtype, a->rounding)) return exc_requant_project(q, a);
+    if (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32) return EXC_ERR_USAGE;
     if (exc_relay_project(q, a)) return EXC_OK;
     int out = a->side == EXC_SIDE_OUT;
     job j = {.a = a, .q = q, .sweep = sweep_for(), .size = a->dtype == EXC_F32 ? 4 : 2, .sums = q->scratch[0]};

@@ -5,7 +5,9 @@
  * atomically; they are whole numbers, so their order does not matter. */
 #include <string.h>
 
+#include "codes.h"
 #include "lanes.h"
+#include "requant.h"
 
 #define RUN 1024
 #define TASK_ELEMENTS (64 << 10)
@@ -76,6 +78,7 @@ static void task_run(void *arg, size_t task, int worker) {
 }
 
 exc_status exc_cpu_scale(exc_queue *q, const struct exc_scale_args *a) {
+    if (a->count >= 0 && exc_is_coded(a->dtype)) return exc_requant_scale(q, a);
     if (a->count < 0 || a->n < 0 || (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32))
         return EXC_ERR_USAGE;
     job j = {.a = a, .per_matrix = exc_task_count(a->n, TASK_ELEMENTS), .run = run_for()};

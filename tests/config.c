@@ -161,7 +161,7 @@ static const fault faults[] = {
      {"experts.0.down_proj", "expected [16,8]", "found [8,16]"}},
     {"one expert smaller", "model.layers.1.mlp.experts.3.up_proj.weight", SHRINK, EXC_ERR_INPUT, {"experts.3.up_proj", "[8,16]", "[7,16]"}},
     {"a norm as matrix", "model.layers.0.input_layernorm.weight", RANK3, EXC_ERR_INPUT, {"input_layernorm", "expected [16]"}},
-    {"fp8 weight", "model.layers.0.mlp.experts.0.down_proj.weight", FP8, EXC_ERR_INPUT, {"dtype", "BF16, F16 or F32", "F8_E4M3"}},
+    {"fp8 weight", "model.layers.0.mlp.experts.0.down_proj.weight", FP8, EXC_ERR_INPUT, {"dtype F8_E4M3", "quant_method", "found none"}},
     {"NaN at the start", "model.layers.0.mlp.experts.1.down_proj.weight", POISON_FIRST, EXC_ERR_NUMERIC,
      {"finite", "model.layers.0.mlp.experts.1.down_proj.weight", "element 0", "model.safetensors"}},
     {"NaN at the end", "lm_head.weight", POISON_LAST, EXC_ERR_NUMERIC, {"finite", "lm_head.weight", "element 511", "[31,15]"}},

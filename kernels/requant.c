@@ -1,0 +1,699 @@
+/* requant.c - project for quantised weights, and with stochastic or exact rounding: W' = W - s R^T (R W), then Q near W'.
+ *
+ * What is left of R after an edit is what rounding puts back. The change of an element, r_i c, is far below the spacing of e4m3
+ * or fp4, so that nearest rounding returns most elements to where they were (28-48 % of R W stay in e4m3, 97 % in fp4).
+ * Stochastic rounding keeps the change on average. Exact rounding looks for the nearest grid point q with R q = R w': by
+ * Lagrange q = RN(w' - R^T lambda), one lambda for a line and direction, found by secants, every trial a sweep.
+ *
+ * A task is a band: 128 lines across R (columns for EXC_SIDE_OUT, rows for EXC_SIDE_IN), which is a whole number of scale blocks, in
+ * pieces of 32 along R that stay in cache: codes are loaded (turned for EXC_SIDE_IN) and decoded afresh by each sweep. Sweeps:
+ * R W; lengths where they are restored; the ideal result and with it the new scales; trials; the result. Arithmetic
+ * is f32, sums of a piece are added in f64. Bands are independent, so threads change no bits. */
+#include <math.h>
+#include <string.h>
+
+#include "grid.h"
+#include "lanes.h"
+#include "requant.h"
+
+#define BAND EXC_BLOCK
+#define PIECE 32        /* along R: one group of fp4 */
+#define MOST_RANK 64
+#define TRIALS 12
+#define CARVED ((size_t)1 << 20) /* of the scratch of worker 0: sums of bands, gains of rows */
+
+typedef struct tally {
+    double before, after, moved, error, size;
+    int64_t changed, nonfinite;
+} tally;
+
+typedef struct job {
+    const struct exc_project_args *a;
+    exc_queue *q;
+    exc_grid grid;
+    int out;                          /* EXC_SIDE_OUT */
+    int64_t along, whole, bands;      /* sizes along R and across; bands of a matrix */
+    int64_t first;                    /* matrix of task 0 */
+    tally *sums;                      /* [matrices of a round, bands] */
+    float *row_gain;                  /* [along] or NULL: lengths of rows across bands */
+    const double *factor;             /* [count] or NULL: W' = factor W instead */
+} job;
+
+typedef float lane[BAND];
+
+typedef struct band {
+    const job *j;
+    int64_t matrix, at; /* first line */
+    int lines;
+    const uint8_t *src, *scale;
+    uint8_t *dst, *scale_to;
+    uint32_t key;
+    int coded, bare;    /* bare: no trials, lambda is zero */
+    float base;         /* old scales times this are kept where they can be */
+    float *kept;        /* new scales in order of the sweep */
+    tally *t;
+    double acc[MOST_RANK][BAND];
+    lane coef[MOST_RANK]; /* strength * R W */
+    lane gain, ones, most;
+    double length[BAND], left[BAND];
+    /* solver: by direction and line */
+    double target[MOST_RANK][BAND];
+    lane lambda[MOST_RANK], past[MOST_RANK], best[MOST_RANK];
+    lane gap[MOST_RANK], past_gap[MOST_RANK], low[2], high[2]; /* low, high: lambda and gap that bracket the zero, rank 1 */
+    double best_gap[BAND];
+    /* a piece */
+    lane x[PIECE], ideal[PIECE], value[PIECE], old_scale[PIECE], new_scale[PIECE], inverse[PIECE];
+    uint16_t raw[PIECE][BAND], code[PIECE][BAND];
+} band;
+
+/* ------------------------------------------------------------------------------------------------------------- bodies */
+
+EXC_INLINE void decode_body(const uint16_t *raw, int dtype, const float *scale, int stride, int rows, float *x) {
+    for (int h = 0; h < rows; h++, raw += BAND, x += BAND, scale += stride) {
+        if (dtype == EXC_F8_E4M3)
+            for (int l = 0; l < BAND; l++) x[l] = (raw[l] & 0x7f) == EXC_NAN_E4M3 ? __builtin_nanf("") : exc_from_e4m3(raw[l]) * scale[l];
+        else if (dtype == EXC_F4)
+            for (int l = 0; l < BAND; l++) x[l] = exc_from_e2m1(raw[l]) * scale[l];
+        else if (dtype == EXC_BF16)
+            for (int l = 0; l < BAND; l++) x[l] = exc_from_bf16(raw[l]);
+        else
+            for (int l = 0; l < BAND; l++) x[l] = exc_from_f16(raw[l]);
+    }
+}
+EXC_DISPATCH(decode, (const uint16_t *raw, int dtype, const float *scale, int stride, int rows, float *x),
+             (raw, dtype, scale, stride, rows, x))
+
+/* acc[r] += R x over a piece */
+EXC_INLINE void dots_body(const float *x, int rows, const float *basis, int64_t stride, int64_t rank, double *acc) {
+    for (int64_t r = 0; r < rank; r++, acc += BAND) {
+        float sum[BAND] = {0};
+        for (int h = 0; h < rows; h++) {
+            float b = basis[r * stride + h];
+            for (int l = 0; l < BAND; l++) sum[l] = __builtin_fmaf(b, x[h * BAND + l], sum[l]);
+        }
+        for (int l = 0; l < BAND; l++) acc[l] += (double)sum[l];
+    }
+}
+EXC_DISPATCH(dots, (const float *x, int rows, const float *basis, int64_t stride, int64_t rank, double *acc),
+             (x, rows, basis, stride, rank, acc))
+
+/* y = gain * (x - R^T coef); row_gain by row or NULL */
+EXC_INLINE void shift_body(const float *x, int rows, const float *basis, int64_t stride, int64_t rank, const float *coef,
+                           const float *gain, const float *row_gain, float *y) {
+    for (int h = 0; h < rows; h++, x += BAND, y += BAND) {
+        float d[BAND] = {0}, g = row_gain ? row_gain[h] : 1.0f;
+        for (int64_t r = 0; r < rank; r++) {
+            float b = basis[r * stride + h];
+            for (int l = 0; l < BAND; l++) d[l] = __builtin_fmaf(b, coef[r * BAND + l], d[l]);
+        }
+        for (int l = 0; l < BAND; l++) y[l] = (x[l] - d[l]) * (gain[l] * g);
+    }
+}
+EXC_DISPATCH(shift, (const float *x, int rows, const float *basis, int64_t stride, int64_t rank, const float *coef, const float *gain,
+                     const float *row_gain, float *y),
+             (x, rows, basis, stride, rank, coef, gain, row_gain, y))
+
+/* sum[l] += (x - y)^2; y NULL: x^2 */
+EXC_INLINE void squares_body(const float *x, const float *y, int rows, double *sum) {
+    float s[BAND] = {0};
+    for (int h = 0; h < rows; h++)
+        for (int l = 0; l < BAND; l++) {
+            float d = x[h * BAND + l] - (y ? y[h * BAND + l] : 0.0f);
+            s[l] = __builtin_fmaf(d, d, s[l]);
+        }
+    for (int l = 0; l < BAND; l++) sum[l] += (double)s[l];
+}
+EXC_DISPATCH(squares, (const float *x, const float *y, int rows, double *sum), (x, y, rows, sum))
+
+EXC_INLINE void largest_body(const float *x, int rows, float *most) {
+    for (int h = 0; h < rows; h++)
+        for (int l = 0; l < BAND; l++) {
+            float a = __builtin_fabsf(x[h * BAND + l]);
+            most[l] = a > most[l] ? a : most[l];
+        }
+}
+EXC_DISPATCH(largest, (const float *x, int rows, float *most), (x, rows, most))
+
+/* value = the stored number near v, code = its bits. draw NULL: nearest; else {key, row, column, whether rows lie along} */
+typedef struct draw {
+    uint32_t key, row, col;
+    int turned;
+} draw;
+EXC_INLINE void settle_body(const exc_grid *grid, int dtype, const float *v, const float *inverse, const float *scale, int stride,
+                            int rows, const draw *d, float *value, uint16_t *code) {
+    const exc_grid g = *grid;
+    const int top = dtype == EXC_F8_E4M3 ? 7 : dtype == EXC_F4 ? 3 : 15;
+    for (int h = 0; h < rows; h++, v += BAND, value += BAND, code += BAND, inverse += stride, scale += stride) {
+        float a[BAND];
+        for (int l = 0; l < BAND; l++) a[l] = __builtin_fabsf(v[l] * inverse[l]);
+        if (!d)
+            for (int l = 0; l < BAND; l++) a[l] = exc_grid_near(&g, a[l]);
+        else
+            for (int l = 0; l < BAND; l++) {
+                uint32_t row = d->turned ? d->row + (uint32_t)l : d->row + (uint32_t)h, col = d->turned ? d->col + (uint32_t)h : d->col + (uint32_t)l;
+                a[l] = exc_grid_draw(&g, a[l], exc_philox(d->key, row, col));
+            }
+        for (int l = 0; l < BAND; l++) {
+            uint32_t sign = exc_to_bits(v[l] * inverse[l]) >> 31, c = exc_grid_code(&g, a[l]);
+            c = a[l] != a[l] ? (dtype == EXC_F8_E4M3 ? EXC_NAN_E4M3 : dtype == EXC_F4 ? 0 : dtype == EXC_BF16 ? 0x7fc0 : 0x7e00) : c;
+            code[l] = (uint16_t)(c | sign << top);
+            value[l] = exc_from_bits(exc_to_bits(a[l] * scale[l]) ^ sign << 31);
+        }
+    }
+}
+EXC_DISPATCH(settle, (const exc_grid *grid, int dtype, const float *v, const float *inverse, const float *scale, int stride, int rows,
+                      const draw *d, float *value, uint16_t *code),
+             (grid, dtype, v, inverse, scale, stride, rows, d, value, code))
+
+/* ------------------------------------------------------------------------------------------------------- load, store */
+
+/* bytes from a stored row to the next */
+static int64_t row_bytes(const struct exc_project_args *a) {
+    return a->dtype == EXC_F8_E4M3 ? a->cols : a->dtype == EXC_F4 ? a->cols / 2 : a->cols * 2;
+}
+
+static uint16_t read_code(const uint8_t *row, int dtype, int64_t i) {
+    if (dtype == EXC_F8_E4M3) return row[i];
+    if (dtype == EXC_F4) return row[i / 2] >> (i % 2 ? 4 : 0) & 15;
+    uint16_t h;
+    memcpy(&h, row + 2 * i, 2);
+    return h;
+}
+
+static void write_code(uint8_t *row, int dtype, int64_t i, uint16_t code) {
+    if (dtype == EXC_F8_E4M3) row[i] = (uint8_t)code;
+    else if (dtype == EXC_F4) row[i / 2] = (uint8_t)(i % 2 ? (row[i / 2] & 15) | code << 4 : (row[i / 2] & 0xf0) | code);
+    else memcpy(row + 2 * i, &code, 2);
+}
+
+static void load_codes(band *b, int64_t h0, int rows) {
+    const struct exc_project_args *a = b->j->a;
+    const int64_t stride = row_bytes(a);
+    if (b->lines < BAND) memset(b->raw, 0, sizeof b->raw);
+    if (b->j->out)
+        for (int h = 0; h < rows; h++) {
+            const uint8_t *row = b->src + (h0 + h) * stride;
+            if (a->dtype == EXC_F8_E4M3)
+                for (int l = 0; l < b->lines; l++) b->raw[h][l] = row[b->at + l];
+            else
+                for (int l = 0; l < b->lines; l++) b->raw[h][l] = read_code(row, a->dtype, b->at + l);
+        }
+    else
+        for (int l = 0; l < b->lines; l++)
+            for (int h = 0; h < rows; h++) b->raw[h][l] = read_code(b->src + (b->at + l) * stride, a->dtype, h0 + h);
+}
+
+static void store_codes(band *b, int64_t h0, int rows) {
+    const struct exc_project_args *a = b->j->a;
+    const int64_t stride = row_bytes(a);
+    for (int h = 0; h < rows; h++)
+        for (int l = 0; l < b->lines; l++) {
+            if (b->j->out) write_code(b->dst + (h0 + h) * stride, a->dtype, b->at + l, b->code[h][l]);
+            else write_code(b->dst + (b->at + l) * stride, a->dtype, h0 + h, b->code[h][l]);
+            b->t->changed += b->code[h][l] != b->raw[h][l] || b->new_scale[b->j->a->dtype == EXC_F4 ? h : 0][l] != b->old_scale[a->dtype == EXC_F4 ? h : 0][l];
+        }
+}
+
+/* where in the matrix's array lies the scale of line l and place h along R */
+static int64_t scale_place(const band *b, int64_t h, int l) {
+    const struct exc_project_args *a = b->j->a;
+    int64_t row = b->j->out ? h : b->at + l, col = b->j->out ? b->at + l : h;
+    if (a->dtype == EXC_F4) return row * (a->cols / EXC_GROUP) + col / EXC_GROUP;
+    return row / EXC_BLOCK * ((a->cols + EXC_BLOCK - 1) / EXC_BLOCK) + col / EXC_BLOCK;
+}
+
+/* and where its successor in kept: e4m3 one a block, fp4 four a row (EXC_SIDE_OUT) or one a line and piece */
+static int64_t kept_place(const band *b, int64_t h, int l) {
+    if (b->j->a->dtype == EXC_F8_E4M3) return h / EXC_BLOCK;
+    return b->j->out ? h * (BAND / EXC_GROUP) + l / EXC_GROUP : h / EXC_GROUP * BAND + l;
+}
+
+static float inverse_of(float scale) { return scale != 0.0f ? 1.0f / scale : 0.0f; }
+
+/* scales of a piece, spread over its lines: a row of them for e4m3, one for each of its rows for fp4 */
+static void load_scales(band *b, int64_t h0, int rows, int known) {
+    const struct exc_project_args *a = b->j->a;
+    int n = a->dtype == EXC_F4 ? rows : 1;
+    for (int h = 0; h < n; h++)
+        for (int l = 0; l < BAND; l++) {
+            int inside = l < b->lines;
+            b->old_scale[h][l] = b->coded && inside ? exc_scale_at(b->scale, a->scale_dtype, scale_place(b, h0 + h, l)) : 1.0f;
+            if (!known) continue;
+            b->new_scale[h][l] = b->coded && inside ? b->kept[kept_place(b, h0 + h, l)] : 1.0f;
+            b->inverse[h][l] = inverse_of(b->new_scale[h][l]);
+        }
+}
+
+static void load_piece(band *b, int64_t h0, int rows, int known) {
+    load_codes(b, h0, rows);
+    if (b->j->a->dtype == EXC_F4 || h0 % EXC_BLOCK == 0) load_scales(b, h0, rows, known);
+    decode_for()(b->raw[0], b->j->a->dtype, b->old_scale[0], b->j->a->dtype == EXC_F4 ? BAND : 0, rows, b->x[0]);
+}
+
+/* ------------------------------------------------------------------------------------------------------ scale policy */
+
+static int powers_only(const struct exc_project_args *a) { return a->scale_power || a->scale_dtype == EXC_F8_E8M0; }
+
+static float power_above(float x) {
+    uint32_t u = (exc_to_bits(x) + 0x7fffffu) & 0x7f800000u;
+    return exc_from_bits(u < 0x00800000u ? 0x00800000u : u);
+}
+
+/* the scale that a factor on all weights asks for, as its dtype has it */
+static float scaled(const band *b, float old) {
+    const struct exc_project_args *a = b->j->a;
+    float s = old * b->base;
+    if (b->base == 1.0f) return old;
+    if (powers_only(a)) return s > 0x1p-127f ? s : 0x1p-127f;
+    return a->scale_dtype == EXC_BF16 ? exc_from_bits(exc_round_bf16(s) << 16) : s;
+}
+
+/* A block keeps its scale while its numbers fit; else e4m3 gets the least that makes the largest 448 (upwards where its dtype is
+ * coarse), fp4 the power by which the largest lies between 4 and 8. */
+static float next_scale(const band *b, float was, float most) {
+    const struct exc_project_args *a = b->j->a;
+    float old = scaled(b, was);
+    if (!(most < __builtin_inff()) || old != old) return was;
+    if (a->dtype == EXC_F4) {
+        if (most < 8.0f * old || most < 0x1p-124f) return old;
+        return exc_from_bits((exc_to_bits(most) & 0x7f800000u) - (2u << 23));
+    }
+    if (most <= 448.0f * __builtin_fabsf(old)) return old;
+    float s = most / 448.0f;
+    if (s < 0x1p-126f) s = 0x1p-126f;
+    if (powers_only(a)) return power_above(s);
+    return a->scale_dtype == EXC_BF16 ? exc_from_bits((exc_to_bits(s) + 0xffffu) & 0xffff0000u) : s;
+}
+
+static float most_of(const float *x, int n) {
+    float m = 0;
+    for (int i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+/* the ideal result of a piece decides its scales; e4m3 waits for the end of the block */
+static void choose_scales(band *b, int64_t h0, int rows) {
+    const struct exc_project_args *a = b->j->a;
+    if (!b->coded) return;
+    if (a->dtype == EXC_F8_E4M3) {
+        if (h0 % EXC_BLOCK == 0) memset(b->most, 0, sizeof b->most);
+        largest_for()(b->ideal[0], rows, b->most);
+        b->kept[h0 / EXC_BLOCK] = next_scale(b, b->old_scale[0][0], most_of(b->most, b->lines));
+        return;
+    }
+    if (b->j->out) {
+        for (int h = 0; h < rows; h++) {
+            memset(b->most, 0, sizeof b->most);
+            largest_for()(b->ideal[h], 1, b->most);
+            for (int l = 0; l < b->lines; l += EXC_GROUP)
+                b->kept[kept_place(b, h0 + h, l)] = next_scale(b, b->old_scale[h][l], most_of(b->most + l, EXC_GROUP));
+        }
+        return;
+    }
+    memset(b->most, 0, sizeof b->most);
+    largest_for()(b->ideal[0], rows, b->most);
+    for (int l = 0; l < b->lines; l++) b->kept[kept_place(b, h0, l)] = next_scale(b, b->old_scale[0][l], b->most[l]);
+}
+
+static void store_scales(const band *b, int mend) {
+    const struct exc_project_args *a = b->j->a;
+    int64_t step = a->dtype == EXC_F8_E4M3 ? EXC_BLOCK : b->j->out ? 1 : EXC_GROUP;
+    int lines = a->dtype == EXC_F8_E4M3 ? 1 : b->lines, by = a->dtype == EXC_F4 && b->j->out ? EXC_GROUP : 1;
+    for (int64_t h = 0; h < b->j->along; h += step)
+        for (int l = 0; l < lines; l += by) {
+            int64_t at = scale_place(b, h, l);
+            float s = b->kept[kept_place(b, h, l)], old = exc_scale_at(b->scale, a->scale_dtype, at);
+            size_t unit = a->scale_dtype == EXC_F32 ? 4 : a->scale_dtype == EXC_BF16 ? 2 : 1;
+            uint32_t u = exc_to_bits(s), bits = a->scale_dtype == EXC_F32 ? u : a->scale_dtype == EXC_BF16 ? u >> 16 : u >> 23;
+            if (exc_to_bits(old) == u || (old != old && !mend)) memcpy(b->scale_to + (size_t)at * unit, b->scale + (size_t)at * unit, unit);
+            else memcpy(b->scale_to + (size_t)at * unit, &bits, unit); /* little-endian, as the files are */
+        }
+}
+
+/* ------------------------------------------------------------------------------------------------------------- sweeps */
+
+static double total(const double *x, int n) {
+    double s = 0;
+    for (int i = 0; i < n; i++) s += x[i];
+    return s;
+}
+
+static double acc_square(const band *b) {
+    double s = 0;
+    for (int64_t r = 0; r < b->j->a->rank; r++)
+        for (int l = 0; l < b->lines; l++) s += b->acc[r][l] * b->acc[r][l];
+    return s;
+}
+
+static void clear_acc(band *b) { memset(b->acc, 0, (size_t)b->j->a->rank * sizeof *b->acc); }
+
+#define EACH_PIECE(h0, rows)                                                                                      \
+    for (int64_t h0 = 0, rows = exc_least(PIECE, b->j->along); h0 < b->j->along;                                  \
+         h0 += PIECE, rows = exc_least(PIECE, b->j->along - h0))
+
+/* R W, and the length of lines */
+static void sweep_dots(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    clear_acc(b);
+    memset(b->length, 0, sizeof b->length);
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 0);
+        dots_for()(b->x[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
+        squares_for()(b->x[0], NULL, (int)rows, b->length);
+        for (int h = 0; a->nonfinite && h < rows; h++)
+            for (int l = 0; l < b->lines; l++) b->t->nonfinite += !(__builtin_fabsf(b->x[h][l]) < __builtin_inff());
+    }
+    b->t->before = acc_square(b);
+    b->t->size = total(b->length, b->lines);
+    for (int64_t r = 0; r < a->rank; r++)
+        for (int l = 0; l < BAND; l++) {
+            b->coef[r][l] = a->strength[b->matrix] * (float)b->acc[r][l];
+            if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
+        }
+}
+
+/* the ideal result of a piece that is loaded */
+static void make_ideal(band *b, int64_t h0, int rows) {
+    const struct exc_project_args *a = b->j->a;
+    shift_for()(b->x[0], rows, a->basis + h0, b->j->along, a->rank, b->coef[0], b->gain, b->j->row_gain ? b->j->row_gain + h0 : NULL, b->ideal[0]);
+}
+
+static float gain_of(double before, double after) { return after > 1e-10 * before ? (float)sqrt(before / after) : 1.0f; }
+
+static void sweep_lengths(band *b) {
+    memset(b->left, 0, sizeof b->left);
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 0);
+        make_ideal(b, h0, (int)rows);
+        squares_for()(b->ideal[0], NULL, (int)rows, b->left);
+    }
+    for (int l = 0; l < BAND; l++) b->gain[l] = gain_of(b->length[l], b->left[l]);
+}
+
+/* scales, the size of the edit, and where exact rounding is to lead */
+static void sweep_ideal(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    double moved[BAND] = {0};
+    clear_acc(b);
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 0);
+        make_ideal(b, h0, (int)rows);
+        squares_for()(b->ideal[0], b->x[0], (int)rows, moved);
+        if (!b->bare) dots_for()(b->ideal[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
+        choose_scales(b, h0, (int)rows);
+    }
+    b->t->moved = total(moved, b->lines);
+    if (!b->bare) memcpy(b->target, b->acc, (size_t)a->rank * sizeof *b->acc);
+}
+
+/* the piece rounded: ideal less R^T lambda */
+static void round_piece(band *b, int64_t h0, int rows, const lane *lambda) {
+    const struct exc_project_args *a = b->j->a;
+    const float *v = b->ideal[0];
+    draw d = {b->key, (uint32_t)(b->j->out ? h0 : b->at), (uint32_t)(b->j->out ? b->at : h0), !b->j->out};
+    make_ideal(b, h0, rows);
+    if (lambda) {
+        shift_for()(b->ideal[0], rows, a->basis + h0, b->j->along, a->rank, lambda[0], b->ones, NULL, b->value[0]);
+        v = b->value[0];
+    }
+    settle_for()(&b->j->grid, a->dtype, v, b->inverse[0], b->new_scale[0], a->dtype == EXC_F4 ? BAND : 0, rows,
+                 a->rounding == EXC_ROUND_SR ? &d : NULL, b->value[0], b->code[0]);
+}
+
+/* gap = R Q(lambda) - R W' by direction and line */
+static void trial(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    clear_acc(b);
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 1);
+        round_piece(b, h0, (int)rows, (const lane *)b->lambda);
+        dots_for()(b->value[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
+    }
+    for (int64_t r = 0; r < a->rank; r++)
+        for (int l = 0; l < BAND; l++) b->gap[r][l] = (float)(b->acc[r][l] - b->target[r][l]);
+    for (int l = 0; l < BAND; l++) {
+        double s = 0;
+        for (int64_t r = 0; r < a->rank; r++) s += (double)b->gap[r][l] * (double)b->gap[r][l];
+        if (!(s < b->best_gap[l])) continue;
+        b->best_gap[l] = s;
+        for (int64_t r = 0; r < a->rank; r++) b->best[r][l] = b->lambda[r][l];
+    }
+}
+
+/* The gap falls as lambda grows, in steps. One direction: between a lambda on either side of zero a secant, the older side counting half
+ * when it is used again (Illinois); until there is one, larger steps. Several: a secant each, as if they were alone. */
+static float step_of(float lambda, float gap, float past, float past_gap, int first) {
+    float slope = first || lambda == past ? 0.4f : (past_gap - gap) / (lambda - past);
+    slope = slope < 0.1f ? 0.1f : slope > 2.0f ? 2.0f : slope;
+    return lambda + gap / slope;
+}
+
+static void next_bracketed(band *b, int l, int first) {
+    float lambda = b->lambda[0][l], gap = b->gap[0][l];
+    int side = gap < 0; /* 0: lambda is too small */
+    float *const at[2] = {&b->low[0][l], &b->high[0][l]}, *const value[2] = {&b->low[1][l], &b->high[1][l]};
+    *at[side] = lambda;
+    *value[side] = gap;
+    if (!first && (b->past_gap[0][l] < 0) == side) *value[!side] *= 0.5f;
+    int both = b->low[1][l] > 0 && b->high[1][l] < 0;
+    float next = both ? b->low[0][l] + (b->high[0][l] - b->low[0][l]) * (b->low[1][l] / (b->low[1][l] - b->high[1][l]))
+                      : step_of(lambda, gap, b->past[0][l], b->past_gap[0][l], first);
+    b->past[0][l] = lambda;
+    b->past_gap[0][l] = gap;
+    b->lambda[0][l] = gap == 0 ? lambda : next;
+}
+
+static void solve(band *b) {
+    const int64_t rank = b->j->a->rank;
+    memset(b->lambda, 0, (size_t)rank * sizeof *b->lambda);
+    memset(b->best, 0, (size_t)rank * sizeof *b->best);
+    memset(b->low, 0, sizeof b->low);
+    memset(b->high, 0, sizeof b->high);
+    for (int l = 0; l < BAND; l++) b->best_gap[l] = __builtin_inf();
+    for (int i = 0; i < TRIALS; i++) {
+        trial(b);
+        for (int64_t r = 0; r < rank; r++)
+            for (int l = 0; l < BAND; l++) {
+                if (rank == 1) {
+                    next_bracketed(b, l, i == 0);
+                    continue;
+                }
+                float next = step_of(b->lambda[r][l], b->gap[r][l], b->past[r][l], b->past_gap[r][l], i == 0);
+                b->past[r][l] = b->lambda[r][l];
+                b->past_gap[r][l] = b->gap[r][l];
+                b->lambda[r][l] = next;
+            }
+    }
+}
+
+static void sweep_result(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    double error[BAND] = {0};
+    clear_acc(b);
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 1);
+        round_piece(b, h0, (int)rows, b->bare ? NULL : (const lane *)b->best);
+        dots_for()(b->value[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
+        squares_for()(b->value[0], b->ideal[0], (int)rows, error);
+        store_codes(b, h0, (int)rows);
+    }
+    if (b->coded) store_scales(b, 0);
+    b->t->error = total(error, b->lines);
+    b->t->after = acc_square(b);
+}
+
+/* ------------------------------------------------------------------------------------------------------------- the op */
+
+/* strength 0: bytes as they are, sums all the same */
+static void copy_band(const band *b) {
+    const struct exc_project_args *a = b->j->a;
+    const int64_t stride = row_bytes(a);
+    int64_t rows = b->j->out ? a->rows : b->lines, first = b->j->out ? 0 : b->at;
+    int64_t from = b->j->out ? b->at * stride / a->cols : 0, n = b->j->out ? (b->lines * stride + a->cols - 1) / a->cols : stride;
+    for (int64_t r = first; b->src != b->dst && r < first + rows; r++) memcpy(b->dst + r * stride + from, b->src + r * stride + from, (size_t)n);
+}
+
+/* what a factor does to scales: all of it, or the power of two in it */
+static float base_of(const struct exc_project_args *a, double factor) {
+    float f = (float)fabs(factor);
+    return powers_only(a) && f > 0 ? exc_from_bits(exc_to_bits(f) & 0x7f800000u) : f;
+}
+
+static void open_band(band *b, const job *j, size_t task) {
+    const struct exc_project_args *a = j->a;
+    b->j = j;
+    b->matrix = j->first + (int64_t)task / j->bands;
+    b->at = (int64_t)task % j->bands * BAND;
+    b->lines = (int)exc_least(BAND, j->whole - b->at);
+    b->src = exc_edit_src(a, b->matrix);
+    b->dst = exc_edit_dst(a, b->matrix);
+    b->coded = exc_is_coded(a->dtype);
+    b->scale = b->coded ? a->scale[b->matrix] : NULL;
+    b->scale_to = b->coded ? a->scale_to[b->matrix] : NULL;
+    b->key = exc_philox_key(a->seed, a->stream ? a->stream[b->matrix] : (uint64_t)b->matrix);
+    b->bare = a->rounding != EXC_ROUND_EXACT;
+    b->base = j->factor ? base_of(a, j->factor[b->matrix]) : 1.0f;
+    b->kept = (float *)(b + 1);
+    b->t = &j->sums[task];
+    for (int l = 0; l < BAND; l++) b->gain[l] = b->ones[l] = 1.0f;
+}
+
+static band *band_of(const job *j, int worker) { return (band *)((char *)j->q->scratch[worker] + CARVED); }
+
+/* scales as they were; where numbers become 0, one that is none becomes 1 */
+static void keep_scales(band *b, int mend) {
+    const int f4 = b->j->a->dtype == EXC_F4;
+    EACH_PIECE(h0, rows) {
+        load_scales(b, h0, (int)rows, 0);
+        for (int h = 0; h < rows; h++)
+            for (int l = 0; l < b->lines; l++) {
+                float s = b->old_scale[f4 ? h : 0][l];
+                b->kept[kept_place(b, h0 + h, l)] = mend && !(__builtin_fabsf(s) < __builtin_inff()) ? 1.0f : s;
+            }
+    }
+    store_scales(b, mend);
+}
+
+/* factor 0: +0 whatever was there */
+static void clear_band(band *b) {
+    EACH_PIECE(h0, rows) {
+        load_piece(b, h0, (int)rows, 0);
+        memset(b->code, 0, sizeof b->code);
+        memcpy(b->new_scale, b->old_scale, sizeof b->new_scale);
+        store_codes(b, h0, (int)rows);
+    }
+    keep_scales(b, 1);
+    b->t->after = 0;
+}
+
+static void run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    const struct exc_project_args *a = j->a;
+    band *b = band_of(j, worker);
+    open_band(b, j, task);
+    *b->t = (tally){0};
+    sweep_dots(b);
+    b->t->after = b->t->before;
+    if (j->factor ? j->factor[b->matrix] == 1 : a->strength[b->matrix] == 0.0f) {
+        copy_band(b);
+        if (b->coded && b->scale != b->scale_to) keep_scales(b, 0);
+        return;
+    }
+    if (j->factor && j->factor[b->matrix] == 0) {
+        clear_band(b);
+        return;
+    }
+    if (a->norm != EXC_NORM_NONE && !j->row_gain) sweep_lengths(b);
+    for (int l = 0; j->factor && l < BAND; l++) b->gain[l] = (float)j->factor[b->matrix];
+    sweep_ideal(b);
+    if (!b->bare) solve(b);
+    sweep_result(b);
+}
+
+/* lengths of rows that cross all bands: sums of a piece of rows over the bands, one after the other */
+static void row_lengths(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    band *b = band_of(j, worker);
+    int64_t h0 = (int64_t)task * PIECE;
+    int rows = (int)exc_least(PIECE, j->along - h0);
+    double before[PIECE] = {0}, after[PIECE] = {0};
+    for (int64_t i = 0; i < j->bands; i++) {
+        open_band(b, j, (size_t)i);
+        for (int64_t r = 0; r < j->a->rank; r++)
+            for (int l = 0; l < BAND; l++)
+                b->coef[r][l] = l < b->lines ? j->a->strength[j->first] * j->a->c[(j->first * j->a->rank + r) * j->whole + b->at + l] : 0;
+        load_scales(b, h0, rows, 0);
+        load_piece(b, h0, rows, 0);
+        shift_for()(b->x[0], rows, j->a->basis + h0, j->along, j->a->rank, b->coef[0], b->gain, NULL, b->ideal[0]);
+        for (int h = 0; h < rows; h++)
+            for (int l = 0; l < b->lines; l++) {
+                before[h] += (double)b->x[h][l] * (double)b->x[h][l];
+                after[h] += (double)b->ideal[h][l] * (double)b->ideal[h][l];
+            }
+    }
+    for (int h = 0; h < rows; h++) j->row_gain[h0 + h] = gain_of(before[h], after[h]);
+}
+
+static void dots_run(void *arg, size_t task, int worker) {
+    band *b = band_of(arg, worker);
+    open_band(b, arg, task);
+    *b->t = (tally){0};
+    sweep_dots(b);
+}
+
+static void collect(const job *j, int64_t matrices) {
+    const struct exc_project_args *a = j->a;
+    for (int64_t i = 0; i < matrices; i++) {
+        tally all = {0};
+        for (int64_t s = 0; s < j->bands; s++) {
+            const tally *t = &j->sums[i * j->bands + s];
+            all.before += t->before, all.after += t->after, all.moved += t->moved, all.error += t->error, all.size += t->size;
+            all.changed += t->changed, all.nonfinite += t->nonfinite;
+        }
+        int64_t m = j->first + i;
+        double *const sums[] = {a->before, a->after, a->moved, a->error, a->size};
+        const double values[] = {all.before, all.after, all.moved, all.error, all.size};
+        for (int k = 0; k < 5; k++)
+            if (sums[k]) sums[k][m] = values[k];
+        if (a->changed) a->changed[m] = all.changed;
+        if (a->nonfinite) a->nonfinite[m] = all.nonfinite;
+    }
+}
+
+int exc_requant_wanted(int dtype, int rounding) { return exc_is_coded(dtype) || (rounding != EXC_ROUND_RN && dtype != EXC_F32); }
+
+static int fits(const struct exc_project_args *a) {
+    if (a->rounding < EXC_ROUND_RN || a->rounding > EXC_ROUND_EXACT) return 0;
+    if (!exc_is_coded(a->dtype)) return a->dtype == EXC_BF16 || a->dtype == EXC_F16;
+    if (a->dtype == EXC_F4 && a->cols % EXC_GROUP) return 0;
+    return (!a->count || (a->src && a->scale && a->scale_to)) && exc_is_scale(a->dtype, a->scale_dtype);
+}
+
+/* matrix by matrix: R W of all bands, gains of rows, then the edit */
+static exc_status row_norms(job *j) {
+    const struct exc_project_args *a = j->a;
+    size_t sums = (size_t)j->bands * sizeof *j->sums, gains = (size_t)j->along * sizeof *j->row_gain;
+    if (!a->c || sums + gains > CARVED) return EXC_ERR_USAGE;
+    for (j->first = 0; j->first < a->count; j->first++) {
+        j->row_gain = NULL;
+        if (a->strength[j->first] != 0.0f) {
+            j->q->parallel(j->q, (size_t)j->bands, dots_run, j);
+            j->row_gain = (float *)(void *)((char *)j->sums + (sums + 63) / 64 * 64);
+            j->q->parallel(j->q, exc_task_count(j->along, PIECE), row_lengths, j);
+        }
+        j->q->parallel(j->q, (size_t)j->bands, run, j);
+        collect(j, 1);
+    }
+    return EXC_OK;
+}
+
+static exc_status run_all(exc_queue *q, const struct exc_project_args *a, const double *factor) {
+    int out = a->side == EXC_SIDE_OUT;
+    if (!fits(a)) return EXC_ERR_USAGE;
+    job j = {.a = a, .q = q, .grid = exc_grid_of(a->dtype), .out = out, .along = out ? a->rows : a->cols, .whole = out ? a->cols : a->rows,
+             .sums = q->scratch[0], .factor = factor};
+    j.bands = (j.whole + BAND - 1) / BAND;
+    size_t kept = (size_t)(j.along + BAND) * (BAND / EXC_GROUP) * sizeof(float);
+    if (CARVED + sizeof(band) + kept > q->scratch_bytes) return EXC_ERR_USAGE;
+    if (out && a->norm == EXC_NORM_ROW) return row_norms(&j);
+    int64_t at_once = j.bands ? (int64_t)(CARVED / sizeof(tally)) / j.bands : a->count;
+    if (at_once < 1 && a->count > 0) return EXC_ERR_USAGE;
+    for (j.first = 0; j.first < a->count; j.first += at_once) {
+        int64_t n = exc_least(at_once, a->count - j.first);
+        q->parallel(q, (size_t)(n * j.bands), run, &j);
+        collect(&j, n);
+    }
+    return EXC_OK;
+}
+
+exc_status exc_requant_project(exc_queue *q, const struct exc_project_args *a) { return run_all(q, a, NULL); }
+
+exc_status exc_requant_scale(exc_queue *q, const struct exc_scale_args *a) {
+    static const float no_basis = 0; /* of rank 0 */
+    struct exc_project_args p = {.src = a->src, .dst = a->dst, .dtype = a->dtype, .count = a->count, .rows = a->rows, .cols = a->cols,
+                                 .side = EXC_SIDE_OUT, .basis = &no_basis, .changed = a->changed, .nonfinite = a->nonfinite, .scale = a->scale,
+                                 .scale_to = a->scale_to, .scale_dtype = a->scale_dtype, .scale_power = a->scale_power};
+    if (a->rows < 0 || a->cols < 1 || a->n != a->rows * a->cols) return EXC_ERR_USAGE;
+    if (a->overflow) memset(a->overflow, 0, (size_t)a->count * sizeof *a->overflow); /* what is too large is the largest, or rescaled */
+    return run_all(q, &p, a->factor);
+}

@@ -8,6 +8,7 @@
 #define EXPERTS LAYER "mlp.experts."
 
 static const exc_name names[] = {
+    EXC_BLOCK_EXPERTS(EXPERTS),
     {EXC_ROLE_EXPERT_DOWN, EXPERTS "down_proj", {.stacked = true, .transposed = true}}, /* [E,I,H] */
     {EXC_ROLE_EXPERT_GATE, EXPERTS "gate_up_proj", {.stacked = true, .transposed = true, .parts = 2, .mixed = true}}, /* [E,H,2I] */
     {EXC_ROLE_EXPERT_UP, EXPERTS "gate_up_proj", {.stacked = true, .transposed = true, .parts = 2, .part = 1, .mixed = true}},

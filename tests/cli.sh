@@ -90,6 +90,48 @@ one run $excise run "$out/job.json"
 one report $excise report "$out/run" -o "$out/again.html"
 check "an empty text names the line" 3 "void.jsonl:2: text" bash -c "printf '{\"text\":\"x\"}\n{\"text\":\"\"}\n' >'$out/void.jsonl'; exec $excise generate $demo --prompts '$out/void.jsonl' -o '$out/v.jsonl'"
 check "a NUL in a text names the line" 3 "zero.jsonl:1: text" bash -c "printf '{\"text\":\"a\\\\u0000b\"}\n' >'$out/zero.jsonl'; exec $excise generate $demo --prompts '$out/zero.jsonl' -o '$out/v.jsonl'"
+# 2: the command line alone shows it to be wrong. 3: only the files show it.
+plan() { local want=$1 part=$2; shift 2; check "plan $*: $want" "$want" "$part" $excise plan $demo "$out/s.safetensors" "$out/d.safetensors" -o "$out/none.json" "$@"; }
+plan 2 'found "foo"' --roles foo
+plan 2 'found "router"' --roles router
+plan 2 'found ""' --roles attn_out,,expert_down
+plan 3 'found shared_down' --roles shared_down
+plan 2 'found "abc"' --layers abc
+plan 2 '1 twice' --layers 1,1
+plan 3 '0..3' --layers 99
+plan 2 'top:0' --select top:0
+plan 3 'at least one expert' --select q:1e-300
+plan 2 'strength' --strength strong
+plan 3 '(4)' --strength 1,2
+plan 2 'basis' --basis last
+plan 3 '0..4' --basis 99
+plan 2 'found "rows"' --norm rows
+forward() { local want=$1 part=$2; shift 2; check "forward $*: $want" "$want" "$part" $excise forward $demo --prompts "$out/t.txt" -o "$out/none" "$@"; }
+forward 2 '--plan FILE' --virtual
+forward 2 'no --system' --raw --system x
+forward 2 'no --template' --raw --template qwen3
+forward 2 'klingon' --template klingon
+forward 3 'marker' --template deepseek_v3
+forward 2 'found nothing' --emit ''
+forward 2 'from 1' --batch-tokens 0
+forward 2 'from 1' --limit 0
+forward 3 '512' --generate 100000
+forward 3 'expected a regular file' --prompts "$out"
+forward 2 'empty name' --prompts ''
+forward 1 'none.json' --plan "$out/absent/none.json"
+check "generate --max-new 0: 2" 2 "from 1" $excise generate $demo --prompts "$out/t.txt" --max-new 0 -o "$out/none"
+check "generate --temperature -1: 2" 2 "temperature" $excise generate $demo --prompts "$out/t.txt" --temperature -1 -o "$out/none"
+check "contrast --alpha 0: 2" 2 "above 0" $excise contrast "$out/s.safetensors" --alpha 0 -o "$out/none.csv"
+check "contrast to a name without a meaning: 2" 2 ".csv or .jsonl" $excise contrast "$out/s.safetensors" -o "$out/none.txt"
+check "directions --rank 2 --method mean: 2" 2 "one vector" $excise directions "$out/s.safetensors" --rank 2 -o "$out/none"
+check "evaluate --markers without replies: 2" 2 "--target" $excise evaluate $demo --neutral "$out/t.txt" --markers $demo/markers.txt
+check "evaluate --virtual without a plan: 2" 2 "--plan" $excise evaluate $demo --neutral "$out/t.txt" --virtual
+check "apply onto its source: 2" 2 "apart from the source" $excise apply $demo "$out/p.json" -o $demo --force
+check "merge with directions: 3" 3 "mid_sum" $excise merge "$out/s.safetensors" "$out/d.safetensors" -o "$out/none"
+check "an empty model name: 2" 2 "empty word" $excise inspect ""
+printf '{"model":"%s","target":"t.txt","baseline":"b.txt","out":"other","plan":{"roles":"foo"}}' "$PWD/$demo" >"$out/foo.json"
+check "what would be 2 for the verb is 3 in a job file" 3 "foo.json: plan: roles" $excise run "$out/foo.json"
+check "none of these wrote anything" 0 "" bash -c "! ls '$out' | grep none | grep -v none.json"
 check "evaluate" 0 "perplexity" $excise evaluate "$out/new" --against $demo --neutral $demo/prompts/neutral.txt
 check "evaluate through a plan" 0 "perplexity" $excise evaluate $demo --plan "$out/p.json" --neutral $demo/prompts/neutral.txt --virtual
 printf '{"excise_plan":1,"edits":[]}' >"$out/none.json"

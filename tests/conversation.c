@@ -123,7 +123,7 @@ static void bad_prompt_files(void **state) {
         {"e.txt", "\n \r\n\t\n", {"e.txt", "at least one prompt"}},
         {"e.txt", "fine\nbad \xff byte\n", {"e.txt:2", "\\xff"}},
         {"e.txt", "\xff\xfeh", {"e.txt:1", "UTF-8"}},
-        {"e.jsonl", "{\"text\":\"a\"}\n{\"text\":}\n", {"e.jsonl:2", "JSON"}},
+        {"e.jsonl", "{\"text\":\"a\"}\n{\"text\":}\n", {"e.jsonl:2:9: expected", "JSON"}},
         {"e.jsonl", "{\"text\":\"a\",\"text\":\"b\"}\n", {"e.jsonl:1", "duplicate"}},
         {"e.jsonl", "{\"text\":\"\\ud800\"}\n", {"e.jsonl:1", ""}},
         {"e.jsonl", "{\"text\":5}\n", {"e.jsonl:1", "text"}},

@@ -250,12 +250,15 @@ static void test_sampling(void **state)
     exc_model *m = open_model(ctx, test_data("models/qwen3_moe"), EXC_COMPUTE_BF16);
     exc_prompts p = golden_prompts("qwen3_moe");
     exc_reply *a = sample(ctx, m, &p, 1.0f, 0.9f, 11, 0), *b = sample(ctx, m, &p, 1.0f, 0.9f, 11, 1), *c = sample(ctx, m, &p, 1.0f, 0.9f, 12, 0),
+              *open = sample(ctx, m, &p, 1.0f, 0, 11, 0), *whole = sample(ctx, m, &p, 1.0f, 1, 11, 0),
               *greedy = sample(ctx, m, &p, 0, 0, 1, 2), *cold = sample(ctx, m, &p, 1e-6f, 1, 3, 0), *narrow = sample(ctx, m, &p, 1, 1e-9f, 4, 0);
     assert_int_equal(equal_tokens(a, b, 6), 6); /* the seed decides, not the batching */
     assert_true(equal_tokens(a, c, 6) < 6);
+    assert_int_equal(equal_tokens(open, whole, 6), 6); /* top_p 0 is off, not the smallest set */
+    assert_true(equal_tokens(open, greedy, 6) < 6);
     assert_int_equal(equal_tokens(greedy, cold, 6), 6); /* temperature to 0 and top-p to 0 both end at the largest logit */
     assert_int_equal(equal_tokens(greedy, narrow, 6), 6);
-    exc_reply *all[] = {a, b, c, greedy, cold, narrow};
+    exc_reply *all[] = {a, b, c, open, whole, greedy, cold, narrow};
     for (size_t i = 0; i < EXC_COUNT(all); i++) exc_replies_free(all[i], 6);
     free_prompts(&p);
     exc_model_free(m);

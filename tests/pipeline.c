@@ -225,11 +225,11 @@ static void lists(void **state) {
 
 static void refusals(void **state) {
     static const struct { exc_plan_options o; exc_status st; const char *say; } rows[] = {
-        {{.roles = "attn_out,router"}, EXC_ERR_INPUT, "router"},
+        {{.roles = "attn_out,router"}, EXC_ERR_USAGE, "router"},
         {{.roles = "shared_down"}, EXC_ERR_INPUT, "shared_down"},
-        {{.roles = "attn_out,attn_out"}, EXC_ERR_INPUT, "each once"},
+        {{.roles = "attn_out,attn_out"}, EXC_ERR_USAGE, "each once"},
         {{.layers = "2-9"}, EXC_ERR_INPUT, "0..3"},
-        {{.layers = "x"}, EXC_ERR_INPUT, "x"},
+        {{.layers = "x"}, EXC_ERR_USAGE, "x"},
         {{.select = "best:3"}, EXC_ERR_USAGE, "best:3"},
         {{.select = "top:0"}, EXC_ERR_USAGE, "top:0"},
         {{.select = "top:1.5"}, EXC_ERR_USAGE, "top:1.5"},
@@ -237,10 +237,14 @@ static void refusals(void **state) {
         {{.select = "q:1e-300"}, EXC_ERR_INPUT, "at least one expert"},
         {{.strength = "1,1"}, EXC_ERR_INPUT, "(4)"},
         {{.strength = "strong"}, EXC_ERR_USAGE, "strong"},
+        {{.layers = "3-1"}, EXC_ERR_USAGE, "3-1"},
+        {{.layers = "1,1"}, EXC_ERR_USAGE, "twice"},
+        {{.roles = ""}, EXC_ERR_USAGE, "expert_down"},
+        {{.roles = "expert_down,,attn_out"}, EXC_ERR_USAGE, "expert_down"},
         {{.strength = "0"}, EXC_ERR_INPUT, "change something"},
         {{.basis = "5"}, EXC_ERR_INPUT, "0..4"},
         {{.basis = "last"}, EXC_ERR_USAGE, "last"},
-        {{.norm = "rows"}, EXC_ERR_INPUT, "rows"},
+        {{.norm = "rows"}, EXC_ERR_USAGE, "rows"},
     };
     exc_plan *p = NULL;
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {

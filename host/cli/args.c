@@ -1,6 +1,10 @@
 /* args.c - options from tables. Long names only, plus -o, -q, -v, -h: values follow as the next word or after
  * '='. Numbers are parsed whole or refused; an unknown option gets the nearest known one. Everything wrong is
- * one line and exit code 2. */
+ * one line and exit code 2.
+ *
+ * 2 or 3? What the command line alone shows to be wrong is 2: an unknown word, a value no model could make
+ * right, options that contradict each other, an output that exists. What only a file can show is 3: a layer this
+ * model has not, a rank beyond these samples, a damaged file. 1 is what may go better next time. */
 #include <errno.h>
 #include <limits.h>
 #include <stdbool.h>
@@ -108,13 +112,16 @@ static int store(cli *c, const cli_option *o, const char *value) {
         *(int *)o->to = 1;
         return 0;
     case CLI_TEXT:
+        if (!*value && (!strcmp(o->arg, "FILE") || !strcmp(o->arg, "DIR")))
+            return cli_usage(c, "%s: expected %s, found an empty name", o->name, o->arg);
         *(const char **)o->to = value;
         return 0;
-    case CLI_INT: {
-        long v = strtol(value, &end, 10);
-        if (errno || end == value || *end || v < 0 || v > INT_MAX)
-            return cli_usage(c, "%s: expected a whole number from 0 to %d, found %s", o->name, INT_MAX,
-                             value);
+    case CLI_INT:
+    case CLI_COUNT: {
+        long v = strtol(value, &end, 10), least = o->kind == CLI_COUNT;
+        if (errno || end == value || *end || v < least || v > INT_MAX)
+            return cli_usage(c, "%s: expected a whole number from %ld to %d, found %s", o->name, least,
+                             INT_MAX, value);
         *(int *)o->to = (int)v;
         return 0;
     }
@@ -163,6 +170,7 @@ int cli_begin(cli *c, const cli_option *options, int least, int most) {
     for (int i = 0; i < c->argc; i++) {
         char *word = c->argv[i];
         if (only_words || word[0] != '-' || !word[1]) {
+            if (!*word) return cli_usage(c, "usage: excise %s %s; found an empty word", c->verb->name, c->verb->usage), 1;
             c->rest[c->n_rest++] = word;
             continue;
         }
@@ -227,6 +235,8 @@ int cli_done(cli *c, exc_status st) {
     cli_progress_end(c);
     if (st == EXC_OK) return 0;
     const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
+    size_t n = strlen(c->verb->name);
+    if (!strncmp(why, c->verb->name, n) && !strncmp(why + n, ": ", 2)) why += n + 2; /* said already */
     /* what all ranks refuse alike is said once */
     bool once = st == EXC_ERR_USAGE || st == EXC_ERR_INPUT || st == EXC_CANCELLED;
     if (!c->rank || !once) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));

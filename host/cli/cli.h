@@ -8,11 +8,12 @@
 
 #include "excise.h"
 
-typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_U64, CLI_REAL, CLI_FLOAT, CLI_TEXT } cli_kind;
+/* CLI_INT is 0 or more, CLI_COUNT 1 or more (0 is how excise.h says "the default") */
+typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_COUNT, CLI_U64, CLI_REAL, CLI_FLOAT, CLI_TEXT } cli_kind;
 typedef struct cli_option {
     const char *name;  /* "--rank" or "-o"; NULL: a heading of the help, with the text in `help` */
     cli_kind kind;
-    void *to;          /* int, int, uint64_t, double, float, const char * */
+    void *to;          /* int, int, int, uint64_t, double, float, const char * */
     const char *arg;   /* "N", "FILE"; NULL for flags */
     const char *help;  /* one line; "Default: X" last */
 } cli_option;

@@ -25,14 +25,18 @@ int verb_evaluate(cli *c) {
          "one phrase a line; a reply is marked when it contains one"},
         {"--answers", CLI_TEXT, &eo.answers, "FILE", "JSON lines {\"request\",\"answer\"}"},
         {"--system", CLI_TEXT, &eo.system, "TEXT", "system message in front of every prompt"},
-        {"--max-new", CLI_INT, &eo.max_new, "N", "tokens of a reply at most. Default: 48"},
-        {"--examples", CLI_INT, &eo.examples, "N", "example replies to show. Default: 4"},
+        {"--max-new", CLI_COUNT, &eo.max_new, "N", "tokens of a reply at most. Default: 48"},
+        {"--examples", CLI_COUNT, &eo.examples, "N", "example replies to show. Default: 4"},
         {"--seed", CLI_U64, &eo.seed, "N", "of the resampled intervals. Default: 0"},
         CLI_LENS(m),
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!eo.target && !eo.baseline && !eo.neutral)
         return cli_usage(c, "expected at least one of --target, --baseline, --neutral");
+    if ((eo.markers || eo.answers) && !eo.target && !eo.baseline)
+        return cli_usage(c, "%s judges replies: expected --target or --baseline beside it",
+                         eo.markers ? "--markers" : "--answers");
+    if (cli_check_lens(c, &m)) return c->code;
     if (!against && m.plan_path) against = c->rest[0];
     ref.compute = m.compute;
     char *json = NULL;
@@ -59,6 +63,7 @@ int verb_report(cli *c) {
         CLI_HEAD("input and output"), {"-o", CLI_TEXT, &out, "FILE", "page to write (HTML)"}, CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
+    if (cli_output(c, out)) return c->code;
     char *json = NULL;
     exc_status st = exc_report(c->ctx, c->rest[0], out, c->force, &json);
     return cli_result(c, st, json, cli_show);

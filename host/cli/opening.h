@@ -23,7 +23,11 @@ typedef struct cli_model {
         {"--raw", CLI_FLAG, &(p).raw, NULL, "text as it is, no chat template"},                                        \
         {"--system", CLI_TEXT, &(p).system, "TEXT", "system message in front of every text prompt"},                   \
         {"--template", CLI_TEXT, &(p).chat, "NAME", "a built-in chat template instead of the model's own"},            \
-        {"--limit", CLI_INT, &(p).limit, "N", "use the first N prompts. Default: all"}
+        {"--limit", CLI_COUNT, &(p).limit, "N", "use the first N prompts. Default: all"}
+
+/* options that contradict each other or would do nothing: 0, or c->code and one line */
+int cli_check_prompts(cli *c, const exc_prompt_options *po);
+int cli_check_lens(cli *c, const cli_model *m);
 
 /* opens the model (and the plan); a wrong --compute sets c->code and returns EXC_ERR_USAGE */
 exc_status cli_model_open(cli *c, cli_model *m, const char *dir);

@@ -16,6 +16,8 @@ int verb_inspect(cli *c) {
 /* "logits,hidden,routing" in any order */
 static int parse_emit(cli *c, const char *list, exc_forward_options *opt) {
     opt->emit_logits = opt->emit_hidden = opt->emit_routing = 0;
+    if (!*list && !opt->generate)
+        return cli_usage(c, "--emit: expected a list of logits, hidden, routing, found nothing");
     for (const char *p = list; *p;) {
         size_t n = strcspn(p, ",");
         if (n == 6 && !strncmp(p, "logits", n))
@@ -44,11 +46,12 @@ int verb_forward(cli *c) {
         {"--generate", CLI_INT, &fo.generate, "N", "also N greedy tokens a prompt. Default: 0"},
         CLI_PROMPTS(po),
         CLI_LENS(m),
-        {"--batch-tokens", CLI_INT, &fo.batch_tokens, "N", "tokens a step. Default: chosen"},
+        {"--batch-tokens", CLI_COUNT, &fo.batch_tokens, "N", "tokens a step. Default: chosen"},
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!file || !out) return cli_usage(c, "expected --prompts FILE and -o FILE");
-    if (parse_emit(c, emit, &fo)) return c->code;
+    if (parse_emit(c, emit, &fo) || cli_check_prompts(c, &po) || cli_check_lens(c, &m)) return c->code;
+    if (cli_output(c, out)) return c->code;
     fo.force = c->force;
     char *json = NULL;
     exc_prompts *prompts = NULL;
@@ -71,11 +74,11 @@ int verb_generate(cli *c) {
         {"--prompts", CLI_TEXT, &file, "FILE", ".txt, one prompt a line, or .jsonl"},
         {"-o", CLI_TEXT, &out, "FILE", "JSON lines to write"},
         CLI_HEAD("sampling"),
-        {"--max-new", CLI_INT, &go.max_new, "N", "new tokens at most. Default: 64"},
+        {"--max-new", CLI_COUNT, &go.max_new, "N", "new tokens at most. Default: 64"},
         {"--temperature", CLI_FLOAT, &go.temperature, "X", "0 is greedy. Default: 0"},
         {"--top-p", CLI_FLOAT, &go.top_p, "X", "smallest set of this probability. Default: 1"},
         {"--seed", CLI_U64, &go.seed, "N", "token i of prompt p depends on (seed, p, i) only. Default: 0"},
-        {"--batch", CLI_INT, &go.batch, "N", "sequences at once. Default: chosen"},
+        {"--batch", CLI_COUNT, &go.batch, "N", "sequences at once. Default: chosen"},
         CLI_PROMPTS(po),
         CLI_LENS(m),
         CLI_END};
@@ -83,6 +86,7 @@ int verb_generate(cli *c) {
     if (!file || !out) return cli_usage(c, "expected --prompts FILE and -o FILE");
     if (go.temperature < 0 || go.top_p < 0 || go.top_p > 1)
         return cli_usage(c, "expected --temperature >= 0 and --top-p from 0 to 1");
+    if (cli_check_prompts(c, &po) || cli_check_lens(c, &m) || cli_output(c, out)) return c->code;
     go.force = c->force;
     char *json = NULL;
     exc_prompts *prompts = NULL;
@@ -106,6 +110,7 @@ int verb_tokenize(cli *c) {
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!file || !out) return cli_usage(c, "expected --prompts FILE and -o FILE");
+    if (cli_output(c, out)) return c->code;
     char *json = NULL;
     exc_status st = exc_tokenize(c->ctx, c->rest[0], file, out, chat, c->force, &json);
     return cli_result(c, st, json, cli_show);

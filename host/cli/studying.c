@@ -15,6 +15,18 @@ int cli_compute(cli *c, const char *text, exc_compute *out) {
     return 0;
 }
 
+int cli_check_prompts(cli *c, const exc_prompt_options *po) {
+    if (po->raw && po->system) return cli_usage(c, "--raw uses no chat template: expected no --system beside it");
+    if (po->raw && po->chat) return cli_usage(c, "--raw uses no chat template: expected no --template beside it");
+    return 0;
+}
+
+int cli_check_lens(cli *c, const cli_model *m) {
+    exc_compute any;
+    if (m->is_virtual && !m->plan_path) return cli_usage(c, "--virtual: expected --plan FILE beside it");
+    return cli_compute(c, m->compute, &any) ? 0 : c->code;
+}
+
 exc_status cli_model_open(cli *c, cli_model *m, const char *dir) {
     exc_model_options mo = EXC_MODEL_OPTIONS;
     if (!cli_compute(c, m->compute, &mo.compute)) return EXC_ERR_USAGE;
@@ -46,13 +58,14 @@ int verb_capture(cli *c) {
         {"--decode", CLI_INT, &co.decode, "N", "feed N greedy tokens back and observe them too. Default: 0"},
         {"--no-out", CLI_FLAG, &co.no_out, NULL,
          "leave output sums out; they follow from the intermediate sums"},
-        {"--batch-tokens", CLI_INT, &co.batch_tokens, "N", "tokens a step. Default: chosen"},
+        {"--batch-tokens", CLI_COUNT, &co.batch_tokens, "N", "tokens a step. Default: chosen"},
         CLI_PROMPTS(po),
         CLI_LENS(m),
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!target || !baseline || !out)
         return cli_usage(c, "expected --target FILE, --baseline FILE and -o FILE");
+    if (cli_check_prompts(c, &po) || cli_check_lens(c, &m)) return c->code;
     if (cli_output(c, out)) return c->code;
     exc_prompts *t = NULL, *b = NULL;
     exc_stats *stats = NULL;
@@ -95,6 +108,7 @@ int verb_merge(cli *c) {
 
 int verb_contrast(cli *c) {
     exc_contrast_options co = EXC_CONTRAST_OPTIONS;
+    co.alpha = 0.5;
     const char *dirs_path = NULL, *out = NULL;
     const cli_option options[] = {
         CLI_HEAD("input and output"),
@@ -103,11 +117,14 @@ int verb_contrast(cli *c) {
          "adds the projection of each expert's output difference"},
         CLI_HEAD("statistics"),
         {"--alpha", CLI_REAL, &co.alpha, "X", "smoothing of the log-ratio. Default: 0.5"},
-        {"--resamples", CLI_INT, &co.resamples, "N", "bootstrap draws of whole prompts. Default: 1000"},
+        {"--resamples", CLI_COUNT, &co.resamples, "N", "bootstrap draws of whole prompts. Default: 1000"},
         {"--seed", CLI_U64, &co.seed, "N", "of the draws. Default: 0"},
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");
+    if (!(co.alpha > 0)) return cli_usage(c, "--alpha: expected a number above 0, found %g", co.alpha);
+    if (co.resamples == 1) return cli_usage(c, "--resamples: expected at least 2, found 1");
+    if (cli_output(c, out)) return c->code;
     exc_stats *stats = NULL;
     exc_dirs *dirs = NULL;
     char *json = NULL;
@@ -129,7 +146,7 @@ int verb_directions(cli *c) {
         CLI_HEAD("method"),
         {"--method", CLI_TEXT, &method, "NAME",
          "mean, projected, svd (uncentred) or whitened. Default: mean"},
-        {"--rank", CLI_INT, &opt.rank, "K", "vectors a layer. Default: 1"},
+        {"--rank", CLI_COUNT, &opt.rank, "K", "vectors a layer. Default: 1"},
         {"--per-expert", CLI_FLAG, &opt.per_expert, NULL, "also a basis for every expert, from output sums"},
         CLI_END};
     if (cli_begin(c, options, 1, 1)) return c->code;

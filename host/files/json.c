@@ -12,8 +12,9 @@
 
 #define DEFAULT_LIMIT ((size_t)64 << 20)
 
+/* one_line: `what` has the line's number already */
 static exc_status parse(exc_ctx *ctx, const char *what, const char *text, size_t n, size_t flags,
-                        json_t **root) {
+                        bool one_line, json_t **root) {
     json_error_t e;
     *root = json_loadb(text, n, JSON_REJECT_DUPLICATES | flags, &e);
     if (*root) return EXC_OK;
@@ -21,16 +22,19 @@ static exc_status parse(exc_ctx *ctx, const char *what, const char *text, size_t
         return exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory for its JSON", what);
     if (e.line < 1)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: expected JSON, found %s", what, n ? e.text : "nothing");
+    if (one_line)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s:%d: expected JSON: %s", what, e.column,
+                        exc_show(e.text, strlen(e.text)));
     return exc_fail(ctx, EXC_ERR_INPUT, "%s:%d:%d: expected JSON: %s", what, e.line, e.column,
                     exc_show(e.text, strlen(e.text)));
 }
 
 exc_status exc_json_parse(exc_ctx *ctx, const char *what, const char *text, size_t n, json_t **root) {
-    return parse(ctx, what, text, n, 0, root);
+    return parse(ctx, what, text, n, 0, false, root);
 }
 
 exc_status exc_json_parse_text(exc_ctx *ctx, const char *what, const char *text, size_t n, json_t **root) {
-    return parse(ctx, what, text, n, JSON_ALLOW_NUL, root);
+    return parse(ctx, what, text, n, JSON_ALLOW_NUL, true, root);
 }
 
 exc_status exc_json_load(exc_ctx *ctx, const char *path, size_t limit, json_t **root) {

@@ -180,7 +180,7 @@ static exc_status draw(run *r, int64_t sequences) {
                                                                       .rows = sequences,
                                                                       .vocab = s->vocab,
                                                                       .temperature = r->d->temperature,
-                                                                      .top_p = r->d->top_p,
+                                                                      .top_p = r->d->top_p > 0 ? r->d->top_p : 1,
                                                                       .random01 = r->random,
                                                                       .token = r->token});
     return st ? exc_fail(r->ctx, st, "generate: op sample refused its arguments") : EXC_OK;

@@ -376,7 +376,7 @@ typedef exc_status (*exc_piece_fn)(exc_ctx *ctx, void *user, const exc_piece *pi
 
 typedef struct exc_decode {
     int64_t max_new;
-    float temperature, top_p;
+    float temperature, top_p;   /* 0: greedy; top_p 0: off */
     uint64_t seed;              /* token i of prompt p draws exc_random_unit(seed, p, i) whatever the batching */
     bool ignore_eos;            /* forward --generate: always max_new tokens */
     bool observe;               /* sums also for the tokens fed back */

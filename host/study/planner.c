@@ -51,9 +51,10 @@ static bool has_role(const planner *k, exc_role role, int64_t layer) {
 
 static exc_status read_layers(planner *k) {
     k->some_layers = k->opt->layers != NULL;
-    if (k->some_layers)
-        EXC_TRY(exc_numbers_text(k->ctx, "plan", "layers", k->opt->layers, &k->layers, &k->n_layers));
-    else {
+    if (k->some_layers) { /* what is no list of layers at all is the caller's mistake, not the model's */
+        exc_status st = exc_numbers_text(k->ctx, "plan", "layers", k->opt->layers, &k->layers, &k->n_layers);
+        if (st != EXC_OK) return st == EXC_ERR_INPUT ? EXC_ERR_USAGE : st;
+    } else {
         k->n_layers = k->s->layers;
         k->layers = exc_alloc(k->ctx, (size_t)k->n_layers, sizeof *k->layers, "layers");
         if (!k->layers) return EXC_ERR_MEMORY;
@@ -196,6 +197,9 @@ static exc_status put_common(planner *k, json_t *edit) {
             return usage(k, "basis", "a row number from 0, or a fraction between two", k->opt->basis);
         json_object_set_new(edit, "basis", number(row));
     }
+    if (k->opt->norm && strcmp(k->opt->norm, "none") && strcmp(k->opt->norm, "column") &&
+        strcmp(k->opt->norm, "row"))
+        return usage(k, "norm", "none, column or row", k->opt->norm);
     if (k->opt->norm && strcmp(k->opt->norm, "none"))
         json_object_set_new(edit, "norm", json_string(k->opt->norm));
     json_array_append(k->edits, edit);
@@ -277,24 +281,23 @@ static exc_status one_role(planner *k, exc_role role, bool asked) {
 }
 
 static exc_status asked_roles(planner *k) {
-    char *copy = exc_strdup(k->ctx, k->opt->roles), *save = NULL;
     bool seen[EXC_ROLES] = {false};
-    if (!copy) return EXC_ERR_MEMORY;
-    exc_status st = EXC_OK;
-    for (char *name = strtok_r(copy, ", ", &save); name && st == EXC_OK; name = strtok_r(NULL, ", ", &save)) {
+    for (const char *p = k->opt->roles, *next; p; p = next) {
+        char name[24];
         exc_role role;
+        p += strspn(p, " ");
+        size_t n = strcspn(p, ",");
+        next = p[n] ? p + n + 1 : NULL;
+        snprintf(name, sizeof name, "%.*s", n < sizeof name ? (int)n : 0, p);
         if (!exc_role_find(name, &role) || !exc_role_writes(role) || seen[role])
-            st = exc_fail(k->ctx, EXC_ERR_INPUT,
-                          "plan: roles: expected roles that write the residual stream, each once "
-                          "(expert_down, shared_down, dense_down, "
-                          "attn_out, embed), found %s",
-                          exc_show(name, strlen(name)));
-        else
-            st = one_role(k, role, true);
-        if (st == EXC_OK) seen[role] = true;
+            return exc_fail(k->ctx, EXC_ERR_USAGE,
+                            "plan: roles: expected roles that write the residual stream, each once "
+                            "(expert_down, shared_down, dense_down, attn_out, embed), found \"%s\"",
+                            exc_show(p, n));
+        EXC_TRY(one_role(k, role, true));
+        seen[role] = true;
     }
-    exc_release(copy);
-    return st;
+    return EXC_OK;
 }
 
 static exc_status all_roles(planner *k) {

@@ -387,6 +387,16 @@ static const step_def step_list[] = {
     {"report", report_inputs, report_perform, {"report.json", "report.html"}},
 };
 
+/* what would be wrong usage of the verb is a wrong value in the job file here */
+static exc_status perform(work *w, const step_def *def, json_t **made) {
+    char text[sizeof w->ctx->error];
+    exc_status st = def->perform(w, made);
+    if (st != EXC_ERR_USAGE) return st;
+    memcpy(text, w->ctx->error, sizeof text);
+    exc_clear(w->ctx);
+    return exc_fail(w->ctx, EXC_ERR_INPUT, "%s: %s", w->job->path, text);
+}
+
 static exc_status take(work *w, const step_def *def) {
     json_t *in = json_object(), *made = NULL;
     const json_t *known = NULL;
@@ -396,7 +406,7 @@ static exc_status take(work *w, const step_def *def) {
     if (st == EXC_OK) st = exc_ledger_begin(w->ledger, def->name, in, def->outputs, &known);
     bool skipped = st == EXC_OK && known;
     if (st == EXC_OK && !known) {
-        st = def->perform(w, &made);
+        st = perform(w, def, &made);
         if (st == EXC_OK) st = exc_ledger_done(w->ledger, def->name, made, exc_seconds() - started);
     }
     if (st == EXC_OK)

@@ -295,6 +295,87 @@ static void contrast_draws_alike(void **state) {
     }
 }
 
+/* ---------------------------------------------------------------------------------------------------------------- subspace */
+
+/* sine of the largest angle from a row of `got` to the span of the rows of `want` that are not zero */
+static double apart(const float *got, const float *want, int64_t rank, int64_t d) {
+    double most = 0;
+    for (int64_t r = 0; r < rank; r++) {
+        double *rest = malloc((size_t)d * sizeof *rest), out = 0;
+        for (int64_t k = 0; k < d; k++) rest[k] = (double)got[r * d + k];
+        for (int pass = 0; pass < 2; pass++)
+            for (int64_t m = 0; m < rank; m++) {
+                double c = 0;
+                for (int64_t k = 0; k < d; k++) c += rest[k] * (double)want[m * d + k];
+                for (int64_t k = 0; k < d; k++) rest[k] -= c * (double)want[m * d + k];
+            }
+        for (int64_t k = 0; k < d; k++) out += rest[k] * rest[k];
+        most = fmax(most, sqrt(out));
+        free(rest);
+    }
+    return most;
+}
+
+/* the CPU's subspaces meet an exact oracle in algebra.c to 1e-6; so two answers are 2e-6 apart at most */
+static void subspace_meets_the_cpu(void **state) {
+    static const int64_t shapes[][3] = {{20, 31, 3}, {150, 33, 4}, {170, 110, 3}, {130, 127, 8}, {300, 101, 9}, {1, 5, 2}, {7, 40, 7}, {3, 2, 2}, {0, 9, 1}};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++) {
+        int64_t n = shapes[s][0], d = shapes[s][1], rank = shapes[s][2], L = 2, step = d + (int64_t)s % 3;
+        if (twin_small() && s != 0 && s != 5) continue;
+        size_t size = (size_t)(L * n * step), basis = (size_t)(L * rank * d), bytes = exc_subspace_bytes(L, n, d, rank, 2);
+        float *x = calloc(size + 1, 4), *dirs = units(rank, d, 77), *b[2], singular[2][32] = {{0}};
+        double energy[2][2], residual[2][2];
+        for (int64_t i = 0; i < L * n; i++)
+            for (int64_t k = 0; k < d; k++) {
+                x[i * step + k] = 0.3f * test_normal(9, (uint64_t)(i * d + k));
+                for (int64_t r = 0; r < rank; r++) x[i * step + k] += (float)(3 + rank - r) * test_normal(100 + (uint64_t)r, (uint64_t)i) * dirs[r * d + k];
+            }
+        for (int i = 0; i < 2; i++) b[i] = calloc(basis, 4);
+        void *work = malloc(bytes);
+        struct exc_subspace_args a = {.x = x, .layers = L, .layer_stride = n * step, .samples = n, .row_stride = step, .width = d, .rank = rank, .seed = 1,
+                                      .basis = b[0], .singular = singular[0], .energy = energy[0], .residual = residual[0], .work = work, .work_bytes = bytes}, g = a;
+        assert_int_equal(exc_cpu_subspace(&twin.cpu->queue, &a), EXC_OK);
+        g.x = twin_up(x, size * 4), g.basis = twin_up(b[1], basis * 4), g.singular = twin_up(singular[1], (size_t)(L * rank) * 4);
+        g.energy = twin_up(energy[1], 16), g.residual = twin_up(residual[1], 16);
+        TWIN_RUN(subspace, &g);
+        twin_down(b[1], g.basis, basis * 4), twin_down(singular[1], g.singular, (size_t)(L * rank) * 4);
+        twin_down(energy[1], g.energy, 16), twin_down(residual[1], g.residual, 16);
+        for (int64_t l = 0; l < L; l++) {
+            float *mine = b[1] + l * rank * d, *theirs = b[0] + l * rank * d;
+            if (!(apart(mine, theirs, rank, d) <= 2e-6 && apart(theirs, mine, rank, d) <= 2e-6)) fail_msg("shape %d layer %d: %g apart", (int)s, (int)l, apart(mine, theirs, rank, d));
+            if (!(residual[1][l] <= 1e-6) || fabs(energy[1][l] - energy[0][l]) > 1e-6) fail_msg("shape %d: residual %g energy %.9g not %.9g", (int)s, residual[1][l], energy[1][l], energy[0][l]);
+            for (int64_t r = 0; r < rank; r++) {
+                double most = 1e-6 * (double)singular[0][l * rank];
+                if (fabs((double)singular[0][l * rank + r] - (double)singular[1][l * rank + r]) > most)
+                    fail_msg("shape %d: singular %g, not %g", (int)s, (double)singular[1][l * rank + r], (double)singular[0][l * rank + r]);
+            }
+        }
+        twin_done();
+        free(x), free(dirs), free(b[0]), free(b[1]), free(work);
+    }
+}
+
+/* all samples zero; NaN among them: nothing hangs, and it shows */
+static void subspace_of_nothing(void **state) {
+    enum { N = 40, D = 24 };
+    float *x = calloc(N * D, 4), basis[D], singular[1];
+    double energy, residual;
+    for (int nan = 0; nan < 2; nan++) {
+        if (nan) x[77] = NAN;
+        struct exc_subspace_args a = {.layers = 1, .layer_stride = N * D, .samples = N, .row_stride = D, .width = D, .rank = 1};
+        a.x = twin_up(x, N * D * 4), a.basis = twin_up(basis, sizeof basis), a.singular = twin_up(singular, 4);
+        a.energy = twin_up(&energy, 8), a.residual = twin_up(&residual, 8);
+        TWIN_RUN(subspace, &a);
+        twin_down(basis, a.basis, sizeof basis), twin_down(singular, a.singular, 4);
+        twin_down(&energy, a.energy, 8), twin_down(&residual, a.residual, 8);
+        if (nan) assert_true(isnan(energy));
+        for (int k = 0; k < D && !nan; k++) assert_true(basis[k] == 0);
+        if (!nan) assert_true(singular[0] == 0 && energy == 0 && residual == 0);
+        twin_done();
+    }
+    free(x);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(project_any_shape),
@@ -304,6 +385,8 @@ int main(void) {
         cmocka_unit_test(gram_both_ways),
         cmocka_unit_test(matvec_rows),
         cmocka_unit_test(contrast_draws_alike),
+        cmocka_unit_test(subspace_meets_the_cpu),
+        cmocka_unit_test(subspace_of_nothing),
     };
     return cmocka_run_group_tests_name("orthogonal", tests, twin_open, twin_close);
 }

@@ -29,7 +29,7 @@ struct Space {
     double *residual;  /* [1] */
     int *done;         /* [1] */
     int64_t m, width, samples;
-    int64_t small() const { return m > DIRECT ? m : DIRECT; }
+    __host__ __device__ int64_t small() const { return m > DIRECT ? m : DIRECT; }
 };
 
 /* ------------------------------------------------------------------------------------------------------- products */

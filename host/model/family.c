@@ -97,3 +97,20 @@ bool exc_role_by_layer(exc_role role) {
 bool exc_role_writes(exc_role role) { return role <= EXC_ROLE_ATTN_OUT || role == EXC_ROLE_EMBED; }
 
 bool exc_role_is_vector(exc_role role) { return role >= EXC_ROLE_ROUTER_BIAS && role <= EXC_ROLE_NORM_FINAL; }
+
+exc_role exc_role_bias(const exc_family *f, exc_role role) {
+    switch (role) {
+    case EXC_ROLE_EXPERT_DOWN:
+        return EXC_ROLE_EXPERT_DOWN_BIAS;
+    case EXC_ROLE_EXPERT_GATE:
+        return EXC_ROLE_EXPERT_GATE_BIAS;
+    case EXC_ROLE_EXPERT_UP:
+        return EXC_ROLE_EXPERT_UP_BIAS;
+    case EXC_ROLE_ATTN_OUT:
+        return EXC_ROLE_ATTN_OUT_BIAS;
+    case EXC_ROLE_ROUTER:
+        return f->router_bias_in_logits ? EXC_ROLE_ROUTER_BIAS : EXC_ROLES;
+    default:
+        return EXC_ROLES;
+    }
+}

@@ -196,6 +196,7 @@ bool exc_role_by_layer(exc_role role);  /* one a layer (or one an expert), not o
 bool exc_role_by_expert(exc_role role);
 bool exc_role_writes(exc_role role);    /* writes the residual stream: output side editable */
 bool exc_role_is_vector(exc_role role);  /* norms and biases */
+exc_role exc_role_bias(const exc_family *f, exc_role role); /* of the bias added to what it gives out; EXC_ROLES: none to edit with it */
 
 /* One matrix or vector, by role: a tensor or a part of one. Element (o,i) lies o*out_step + i*in_step elements behind `begin`. */
 typedef struct exc_weight {

@@ -212,16 +212,27 @@ static exc_status append(compiler *k, exc_edit_step step, exc_edit_step **out) {
     return EXC_OK;
 }
 
-static exc_status add_step(compiler *k, const exc_edit *e, int64_t layer, double amount) {
+static exc_status add_step(compiler *k, const exc_edit *e, exc_role role, int64_t layer, double amount) {
     exc_edit_step *s;
-    EXC_TRY(append(k, (exc_edit_step){.role = e->role, .layer = layer, .edit = k->index, .norm = e->norm, .next = -1}, &s));
+    EXC_TRY(append(k, (exc_edit_step){.role = role, .layer = layer, .edit = k->index, .norm = e->norm, .next = -1}, &s));
     s->scales = e->op == EXC_EDIT_SCALE || e->op == EXC_EDIT_MASK || e->op == EXC_EDIT_ROUTER_SCALE;
     /* a row of the embedding is what a token writes: its stream side is the columns of the stored matrix */
     s->side = e->op == EXC_EDIT_PROJECT && e->role != EXC_ROLE_EMBED ? EXC_SIDE_OUT : EXC_SIDE_IN;
     if (!s->scales) EXC_TRY(make_basis(k, e, s));
     if (!s->scales && !s->rank) amount = 0;
     if (e->op == EXC_EDIT_MASK) amount = 0;
+    s->follows = role != e->role;
+    /* a bias is one column; its rows are single numbers, whose length is nothing to give back */
+    if (s->follows && s->norm == EXC_NORM_ROW) s->norm = EXC_NORM_NONE;
     return fill_amount(k, e, s, amount);
+}
+
+/* an edit of what a weight gives out takes its bias along: W x + b is edited as a whole */
+static exc_status add_steps(compiler *k, const exc_edit *e, int64_t layer, double amount) {
+    bool input = e->op == EXC_EDIT_PROJECT_INPUT || e->op == EXC_EDIT_ROUTER_PROJECT;
+    exc_role bias = exc_role_bias(k->c->a->family, e->role);
+    EXC_TRY(add_step(k, e, e->role, layer, amount));
+    return input || bias == EXC_ROLES || !has_role(k, bias, layer) ? EXC_OK : add_step(k, e, bias, layer, amount);
 }
 
 /* a router bias goes into the family's tensor, or is collected for the sidecar where there is none */
@@ -246,7 +257,7 @@ static exc_status add_bias(compiler *k, const exc_edit *e, int64_t layer) {
 
 static exc_status one_layer(compiler *k, const exc_edit *e, int64_t layer, int64_t i) {
     if (e->op == EXC_EDIT_ROUTER_BIAS) return add_bias(k, e, layer);
-    return add_step(k, e, layer, e->by_layer ? e->strength[i] : e->strength[0]);
+    return add_steps(k, e, layer, e->by_layer ? e->strength[i] : e->strength[0]);
 }
 
 static exc_status check_layer(compiler *k, const exc_edit *e, int64_t layer) {

@@ -344,7 +344,7 @@ static json_t *role_facts(const exc_edited *e, size_t first, size_t n) {
     return o;
 }
 
-/* (layer, expert) pairs with an edited weight; e->w comes by role, so a pair may come up to three times */
+/* (layer, expert) pairs with an edited weight; e->w comes by role, so a pair may come several times */
 static int64_t experts_edited(const exc_edited *e) {
     const exc_shape *s = &e->a->shape;
     uint8_t *seen = exc_zalloc(e->ctx, (size_t)(s->layers * s->experts), 1, "edited experts");

@@ -13,6 +13,7 @@ typedef struct exc_edit_step {
     bool scales;           /* amount is a factor, else the strength of a projection */
     bool adds;             /* amount is added to a vector, one number an element; nothing else here matters then */
     bool rows;             /* the matrices are the rows of one weight */
+    bool follows;          /* the bias of the weight that the step before edits */
     int side;              /* EXC_SIDE_OUT, EXC_SIDE_IN */
     exc_norm_restore norm;
     float *basis;          /* [rank,H] orthonormal, no zero rows */

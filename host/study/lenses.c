@@ -2,7 +2,7 @@
  * are projected while they are computed, weights untouched).
  *
  * Virtual takes what linearity allows on the output side: y - s R^T (R y) of a writer's output y = W x is (W - s R^T R W) x, and a
- * scale is a scale. Edits of one writer compose when they share a basis: (1 - s1 P)(1 - s2 P) = 1 - (s1 + s2 - s1 s2) P. All other
+ * scale is a scale; a bias is part of the output. Edits of one writer compose when they share a basis: (1 - s1 P)(1 - s2 P) = 1 - (s1 + s2 - s1 s2) P. All other
  * edits (inputs, routers, restored lengths, two bases in one place) are refused here by name: baked does them. */
 #include <string.h>
 
@@ -104,6 +104,7 @@ static exc_status compose(exc_ctx *ctx, const lens *l, const exc_edit_step *s, w
 
 static exc_status virtual_step(exc_ctx *ctx, const lens *l, const exc_edit_step *s) {
     int kind = -1;
+    if (s->follows) return EXC_OK; /* outputs have their bias in them */
     for (int i = 0; i < WRITERS; i++)
         if (writer_roles[i] == s->role) kind = i;
     if (kind < 0) return refuse(ctx, l->c, s, "a weight that does not write the stream of a layer");

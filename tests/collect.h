@@ -17,7 +17,7 @@ typedef struct result {
 
 static inline int64_t length_of(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
 
-static inline void splice(void *to, const void *from, int64_t planes, const exc_piece *x, int64_t n, int64_t width)
+static inline void put_rows(void *to, const void *from, int64_t planes, const exc_piece *x, int64_t n, int64_t width)
 {
     for (int64_t i = 0; i < planes; i++)
         memcpy((float *)to + (i * n + x->first) * width, (const float *)from + (i * x->step_rows + x->row) * width,
@@ -28,9 +28,9 @@ static inline exc_status collect(exc_ctx *ctx, void *user, const exc_piece *x)
 {
     result *r = user;
     int64_t n = length_of(r->p, x->prompt);
-    splice(r->hidden[x->prompt], x->step->hidden, r->s->layers + 1, x, n, r->s->hidden);
-    splice(r->ids[x->prompt], x->step->router_ids, r->s->moe_layers, x, n, r->s->top_k);
-    splice(r->weights[x->prompt], x->step->router_weights, r->s->moe_layers, x, n, r->s->top_k);
+    put_rows(r->hidden[x->prompt], x->step->hidden, r->s->layers + 1, x, n, r->s->hidden);
+    put_rows(r->ids[x->prompt], x->step->router_ids, r->s->moe_layers, x, n, r->s->top_k);
+    put_rows(r->weights[x->prompt], x->step->router_weights, r->s->moe_layers, x, n, r->s->top_k);
     return exc_session_logits(x->session, x->row, x->rows, r->logits[x->prompt] + x->first * r->s->vocab);
 }
 

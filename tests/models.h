@@ -21,13 +21,13 @@ static inline void mxfp4_values(const uint8_t *blocks, const uint8_t *scales, in
             }
 }
 
-/* one tensor of the bf16 form; false: scales, which go with their blocks */
-static inline int oss_tensor(const exc_checkpoint *c, const exc_tensor *x, tiny_tensor *y)
+/* one tensor of that form; false: scales, which go with their blocks */
+static inline int oss_tensor(const exc_checkpoint *c, const exc_tensor *x, const char *dtype, tiny_tensor *y)
 {
     size_t n = strlen(x->name);
     const char *tail = n > 7 ? x->name + n - 7 : "";
     if (!strcmp(tail, "_scales")) return 0;
-    *y = (tiny_tensor){.rank = x->rank, .dtype = "BF16"};
+    *y = (tiny_tensor){.rank = x->rank, .dtype = dtype};
     if (strcmp(tail, "_blocks") != 0) {
         const uint8_t *from = exc_checkpoint_data(c, x);
         snprintf(y->name, sizeof y->name, "%s", x->name);
@@ -55,15 +55,14 @@ static inline int oss_tensor(const exc_checkpoint *c, const exc_tensor *x, tiny_
     return 1;
 }
 
-static inline const char *make_oss_bf16(void)
+/* a new folder with gpt_oss, all of it as BF16 or F32 */
+static inline char *make_oss(const char *dtype)
 {
-    static char *dir;
-    if (dir) return dir;
     exc_ctx *ctx = test_ctx(1);
     exc_checkpoint *c;
     size_t n;
-    tiny t = {.dtype = "BF16"};
-    dir = test_tmpdir();
+    tiny t = {.dtype = dtype};
+    char *dir = test_tmpdir();
     char *text = test_read(test_data("models/gpt_oss/config.json"), &n);
     json_t *config = json_loads(text, 0, NULL);
     assert_int_equal(json_object_del(config, "quantization_config"), 0);
@@ -72,7 +71,7 @@ static inline const char *make_oss_bf16(void)
     test_write(test_path(dir, "config.json"), text, strlen(text));
     assert_int_equal(exc_checkpoint_open(ctx, test_data("models/gpt_oss"), &c), EXC_OK);
     t.items = calloc(c->n_tensors, sizeof *t.items);
-    for (size_t i = 0; i < c->n_tensors; i++) t.count += oss_tensor(c, c->by_name[i], &t.items[t.count]);
+    for (size_t i = 0; i < c->n_tensors; i++) t.count += oss_tensor(c, c->by_name[i], dtype, &t.items[t.count]);
     tiny_file(&t, test_path(dir, "model.safetensors"), 0, t.count);
     tiny_free(&t);
     free(text);
@@ -85,8 +84,9 @@ static inline const char *make_oss_bf16(void)
 /* folder of a golden checkpoint, and the stored one whose goldens it has */
 static inline const char *golden_dir(const char *model)
 {
+    static char *made;
     char path[128];
-    if (!strcmp(model, "gpt_oss_bf16")) return make_oss_bf16();
+    if (!strcmp(model, "gpt_oss_bf16")) return made ? made : (made = make_oss("BF16"));
     snprintf(path, sizeof path, "models/%s", model);
     return test_data(path);
 }

@@ -423,7 +423,7 @@ static void row_dots_run(void *arg, size_t task, int worker) {
 }
 
 EXC_INLINE void subtract_body(float *row, const float *c, float k, int64_t n) {
-    for (int64_t i = 0; i < n; i++) row[i] += k * c[i];
+    for (int64_t i = 0; i < n; i++) row[i] = __builtin_fmaf(k, c[i], row[i]); /* as the update of strips */
 }
 EXC_DISPATCH(subtract, (float *row, const float *c, float k, int64_t n), (row, c, k, n))
 

@@ -53,7 +53,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) rescaled(Job j, in
         auto edited = [&](int i) {
             float d = 0;
             for (int r = 0; r < j.rank; r++)
-                d = d + strength * __ldg(j.basis + (size_t)r * j.rows + h) * c[(size_t)r * I + i]; /* as project.c: not fused */
+                d = fmaf(strength * __ldg(j.basis + (size_t)r * j.rows + h), c[(size_t)r * I + i], d);
             return weight(i) - d;
         };
         const double before = lane_square(I, lane, mask, weight), after = lane_square(I, lane, mask, edited);

@@ -240,6 +240,41 @@ static void plain_edits_agree(void **state) {
             }
 }
 
+/* row norms of EXC_SIDE_OUT go another way through the matrix: the numbers are those of the plain edit, times one factor a row */
+static void row_norms_scale_the_plain_edit(void **state) {
+    (void)state;
+    enum { H = 130, I = 77 };
+    float *w = get(H * I * 4), *plain = get(H * I * 4), *scaled = get(H * I * 4);
+    fill(w, EXC_F32, H * I, 12);
+    for (int level = 0; level < level_count(); level++)
+        for (int64_t rank = 1; rank <= 9; rank++) {
+            float *basis = orthonormal(rank, H, 9);
+            setenv("EXCISE_ISA", levels[level], 1);
+            struct exc_project_args a = {.src = (const void *[]){w}, .dst = (void *[]){plain}, .dtype = EXC_F32, .count = 1, .rows = H,
+                                         .cols = I, .basis = basis, .rank = rank, .strength = (float[]){0.7f}};
+            assert_int_equal(exc_cpu_project(&ctx_of(2)->queue, &a), EXC_OK);
+            a.dst = (void *[]){scaled}, a.norm = EXC_NORM_ROW;
+            assert_int_equal(exc_cpu_project(&ctx_of(2)->queue, &a), EXC_OK);
+            for (int h = 0; h < H; h++) {
+                double before = 0, after = 0;
+                int same = 0;
+                for (int i = 0; i < I; i++) {
+                    before += (double)w[h * I + i] * (double)w[h * I + i];
+                    after += (double)plain[h * I + i] * (double)plain[h * I + i];
+                }
+                float g = (float)sqrt(before / after), near[3] = {g, nextafterf(g, 0), nextafterf(g, 9)};
+                for (int k = 0; k < 3 && !same; k++) {
+                    same = 1;
+                    for (int i = 0; i < I; i++) same = same && scaled[h * I + i] == plain[h * I + i] * near[k];
+                }
+                if (!same) fail_msg("%s, rank %d, row %d: other numbers than those of the plain edit", levels[level], (int)rank, h);
+            }
+            free(basis);
+        }
+    unsetenv("EXCISE_ISA");
+    free(w), free(plain), free(scaled);
+}
+
 static void project_edges(void **state) {
     (void)state;
     enum { H = 70, I = 40 };
@@ -502,7 +537,7 @@ static void stream_checks_and_edits(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(project_everywhere),     cmocka_unit_test(project_edges),
-        cmocka_unit_test(plain_edits_agree),
+        cmocka_unit_test(plain_edits_agree),      cmocka_unit_test(row_norms_scale_the_plain_edit),
         cmocka_unit_test(gram_is_exact),          cmocka_unit_test(subspace_meets_jacobi),
         cmocka_unit_test(planted_shift_is_found), cmocka_unit_test(contrast_counts_prompts),
         cmocka_unit_test(stream_checks_and_edits),

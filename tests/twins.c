@@ -103,7 +103,7 @@ static void rope_rows(void **state) {
             int32_t position[64];
             int64_t row[64];
             for (int64_t i = 0; i < R / 2; i++) freq[i] = (float)pow(1e4, -2.0 * (double)i / (double)R);
-            for (int t = 0; t < 64; t++) position[t] = t % 5 == 4 ? 131071 + t : t, row[t] = (t * 5 + 1) % cache;
+            for (int t = 0; t < 64; t++) position[t] = t % 5 == 4 ? 131071 + t : t, row[t] = (t + 2) % cache;
             char *want[3], *got[3];
             for (int i = 0; i < 3; i++) want[i] = calloc(bytes[i] + 1, 1), got[i] = calloc(bytes[i] + 1, 1);
             struct exc_rope_args a = {.q = x, .q_stride = width, .k = x + Q * D, .k_stride = width, .v = x + (Q + KV) * D, .v_stride = width,

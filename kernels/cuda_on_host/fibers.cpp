@@ -288,11 +288,11 @@ struct Runner {
     void fiber_loop(Fiber *f) {
 #ifdef HC_ASAN
         const void *b;
-        size_t n;
-        __sanitizer_finish_switch_fiber(nullptr, &b, &n);
+        size_t bytes;
+        __sanitizer_finish_switch_fiber(nullptr, &b, &bytes);
         if (!main.lo) {
             main.lo = (char *)b;
-            main.n = n;
+            main.n = bytes;
         }
 #endif
         for (;;) {
@@ -378,7 +378,7 @@ struct Runner {
         blk.dsmem_bytes = L.smem;
         blk.dsmem = nullptr;
         if (L.smem) {
-            blk.dsmem = aligned_alloc(128, L.smem);
+            if (posix_memalign(&blk.dsmem, 128, L.smem)) fail("no memory");
             memset(blk.dsmem, 0xff, L.smem);
         }
         th.resize(n);

@@ -167,6 +167,20 @@ void hc::protect(bool open) {
         if (a.second.map)
             mprotect((void *)(a.first & ~(uintptr_t)4095), a.second.map, open ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
+/* opens the allocation of p alone, for a copy */
+struct Opened {
+    void *at = nullptr;
+    size_t n = 0;
+    explicit Opened(const void *p) {
+        auto *a = cfg().guard && !open_depth ? find(p) : nullptr;
+        if (!a || !a->second.map) return;
+        at = (void *)(a->first & ~(uintptr_t)4095), n = a->second.map;
+        mprotect(at, n, PROT_READ | PROT_WRITE);
+    }
+    ~Opened() {
+        if (at) mprotect(at, n, PROT_NONE);
+    }
+};
 static void check_range(const char *what, const void *p, size_t n, bool device) {
     auto *a = find(p);
     if (device && !a) fail("%s: %p is not device memory", what, p);
@@ -206,9 +220,9 @@ static cudaError_t copy(void *d, const void *s, size_t n, cudaMemcpyKind k, cuda
         }
     }
     submit(S(st), [=] {
-        hc::protect(true);
+        LOCK;
+        Opened to(d), from(s);
         memmove(d, s, n);
-        hc::protect(false);
     });
     return cudaSuccess;
 }
@@ -306,9 +320,9 @@ API cudaMemsetAsync(void *d, int v, size_t n, cudaStream_t st) {
         check_range("cudaMemset", d, n, true);
     }
     submit(S(st), [=] {
-        hc::protect(true);
+        LOCK;
+        Opened to(d);
         memset(d, v, n);
-        hc::protect(false);
     });
     return cudaSuccess;
 }

@@ -325,7 +325,7 @@ static void store_scales(const band *b, int mend) {
             float s = b->kept[kept_place(b, h, l)], old = exc_scale_at(b->scale, a->scale_dtype, at);
             size_t unit = a->scale_dtype == EXC_F32 ? 4 : a->scale_dtype == EXC_BF16 ? 2 : 1;
             uint32_t u = exc_to_bits(s), bits = a->scale_dtype == EXC_F32 ? u : a->scale_dtype == EXC_BF16 ? u >> 16 : u >> 23;
-            if (exc_to_bits(old) == u || (old != old && !mend)) memcpy(b->scale_to + (size_t)at * unit, b->scale + (size_t)at * unit, unit);
+            if (exc_to_bits(old) == u || (old != old && !mend)) memmove(b->scale_to + (size_t)at * unit, b->scale + (size_t)at * unit, unit);
             else memcpy(b->scale_to + (size_t)at * unit, &bits, unit); /* little-endian, as the files are */
         }
 }

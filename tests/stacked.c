@@ -264,7 +264,7 @@ static void test_orientations(void **state)
             exc_effect want, effect;
             void *to = dense;
             const void *from = dense;
-            assert_int_equal(exc_compiled_apply(ctx, c, &as, 1, &from, &to, &want), EXC_OK);
+            assert_int_equal(exc_compiled_apply(ctx, c, &as, 1, &from, &to, NULL, &want), EXC_OK);
             v.out_step = lie == 0 ? 1 : lie == 1 ? 2 * v.in : 2;
             v.in_step = lie == 0 ? v.out : lie == 1 ? 1 : 2 * v.out;
             const uint16_t *old = exc_atlas_data(a, exc_atlas_find(a, roles[k], 0, v.expert));
@@ -272,7 +272,7 @@ static void test_orientations(void **state)
             v.end = v.begin + (uint64_t)((v.out - 1) * v.out_step + (v.in - 1) * v.in_step + 1) * 2;
             to = lying;
             from = lying;
-            assert_int_equal(exc_compiled_apply(ctx, c, &as, 1, &from, &to, &effect), EXC_OK);
+            assert_int_equal(exc_compiled_apply(ctx, c, &as, 1, &from, &to, NULL, &effect), EXC_OK);
             int64_t off = 0;
             for (int64_t i = 0; i < n; i++) {
                 got[i] = lying[i / v.in * v.out_step + i % v.in * v.in_step];

@@ -56,19 +56,22 @@ static void apply_text(const json_t *facts) {
 
 int verb_apply(cli *c) {
     exc_apply_options ao = EXC_APPLY_OPTIONS;
-    const char *out = NULL, *round = "rn";
+    const char *out = NULL;
     const cli_option options[] = {
         CLI_HEAD("input and output"),
         {"-o", CLI_TEXT, &out, "DIR", "checkpoint to write"},
         {"--dry-run", CLI_FLAG, &ao.dry_run, NULL, "compute and report everything, write nothing"},
-        {"--round", CLI_TEXT, &round, "RULE", "rn: to nearest even. Default: rn"},
+        {"--round", CLI_TEXT, &ao.round, "RULE",
+         "rn: to nearest even; sr: up or down by chance; exact: near values that together leave nothing of the direction, for fp8 "
+         "and fp4. Default: the plan's \"rounding\", else rn"},
         {"--sidecar", CLI_FLAG, &ao.sidecar, NULL,
          "router biases the family cannot store go to excise/sidecar.safetensors"},
         {"--allow-nonfinite", CLI_FLAG, &ao.allow_nonfinite, NULL, "edit tensors that hold NaN or infinity"},
         CLI_END};
     if (cli_begin(c, options, 2, 2)) return c->code;
     if (!out && !ao.dry_run) return cli_usage(c, "expected -o DIR or --dry-run");
-    if (strcmp(round, "rn")) return cli_usage(c, "--round: expected rn, found %s", round);
+    if (ao.round && strcmp(ao.round, "rn") && strcmp(ao.round, "sr") && strcmp(ao.round, "exact"))
+        return cli_usage(c, "--round: expected rn, sr or exact, found %s", ao.round);
     ao.force = c->force;
     exc_plan *plan = NULL;
     char *json = NULL;

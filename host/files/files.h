@@ -94,6 +94,8 @@ exc_status exc_publish_tensors(exc_publish *p, const exc_range *ranges, size_t n
 /* where "excise/NAME" is to be written before the commit; release with exc_release */
 exc_status exc_publish_path(exc_publish *p, const char *name, char **path);
 exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n); /* e.g. "excise/plan.json" */
+/* n bytes at `at` of file number `file`, after exc_publish_tensors: what is known only when all ranges are filled */
+exc_status exc_publish_patch(exc_publish *p, int file, uint64_t at, const void *bytes, size_t n);
 exc_status exc_publish_commit(exc_publish *p); /* frees p, also on failure */
 void exc_publish_abort(exc_publish *p);
 

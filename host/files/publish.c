@@ -335,6 +335,23 @@ exc_status exc_publish_path(exc_publish *p, const char *name, char **path) {
     return st;
 }
 
+/* the commit syncs the file again */
+exc_status exc_publish_patch(exc_publish *p, int file, uint64_t at, const void *bytes, size_t n) {
+    const char *path = p->from->files[file]->path, *slash = strrchr(path, '/');
+    char *to = NULL;
+    EXC_TRY(exc_path_join(p->ctx, p->partial, slash ? slash + 1 : path, &to));
+    int fd = open(to, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+    exc_status st = fd < 0 ? exc_fail_errno(p->ctx, "%s", to) : EXC_OK;
+    for (size_t done = 0; done < n && !st;) {
+        ssize_t put = pwrite(fd, (const uint8_t *)bytes + done, n - done, (off_t)(at + done));
+        if (put < 0 && errno != EINTR) st = exc_fail_errno(p->ctx, "%s: writing %zu bytes at %llu", to, n, (unsigned long long)at);
+        if (put > 0) done += (size_t)put;
+    }
+    if (fd >= 0 && close(fd) && !st) st = exc_fail_errno(p->ctx, "%s: close", to);
+    exc_release(to);
+    return st;
+}
+
 exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n) {
     char *path = NULL;
     exc_status st = exc_publish_path(p, name, &path);

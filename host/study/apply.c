@@ -4,6 +4,7 @@
  * work for all threads while the writer thread keeps the disk busy; hashes of old and new bytes are taken in the same batch.
  * Beside the model go excise/plan.json, directions.safetensors, report.json, and sidecar.safetensors for router biases that
  * no tensor of the family can take. Nothing of it exists under its name before the one rename at the end. */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,6 +66,13 @@ static exc_status fill(exc_ctx *ctx, void *user, const exc_range *ranges, size_t
     return st;
 }
 
+/* scales of weights that this rank edited; the file may be another's, who is done with it */
+static exc_status write_scales(void *user, const exc_edited *e, const exc_edited_range *r, const void *bytes) {
+    work *k = user;
+    if (exc_publish_rank(k->ctx, e->w[r->at[0]]->tensor->shard) != exc_ranks_me(k->ctx)) return EXC_OK;
+    return exc_publish_patch(k->p, r->file, r->begin, bytes, (size_t)(r->end - r->begin));
+}
+
 /* what each rank did to the weights in its files, to all: the report is one */
 static exc_status share_effects(work *k) {
     size_t ranks = (size_t)exc_ranks_count(k->ctx), n = k->e.n, one = sizeof *k->e.effect + sizeof *k->e.hash;
@@ -95,6 +103,8 @@ static exc_status write_shards(work *k) {
     }
     exc_status st = exc_publish_tensors(k->p, r, k->e.n_ranges, fill, k);
     exc_release(r);
+    if (st == EXC_OK) st = exc_edited_each_stretch(&k->e, write_scales, k);
+    st = exc_ranks_agree(k->ctx, "scales of edited weights", st);
     return st == EXC_OK ? share_effects(k) : st;
 }
 
@@ -109,7 +119,7 @@ static json_t *facts(const work *k, double seconds) {
     json_object_set_new(o, "dry_run", json_boolean(k->opt.dry_run));
     json_object_set_new(o, "fingerprint", json_string(k->a->fingerprint));
     json_object_set_new(o, "edits", json_integer(k->plan->n_edits));
-    json_object_set_new(o, "rounding", json_string("rn"));
+    json_object_set_new(o, "rounding", json_string(exc_rounding_name(k->c->rounding)));
     json_object_set_new(o, "bytes", json_integer((json_int_t)all));
     exc_edited_facts(&k->e, o);
     if (k->c->sidecar) json_object_set_new(o, "sidecar", json_string("excise/sidecar.safetensors"));
@@ -130,6 +140,8 @@ static exc_status add_plan(work *k) {
     }
     json_object_set_new(model, "fingerprint", json_string(k->a->fingerprint));
     if (k->plan->dirs) json_object_set_new(source, "directions", json_string("directions.safetensors"));
+    if (k->c->rounding != EXC_ROUND_RN || k->plan->has_rounding)
+        json_object_set_new(source, "rounding", json_string(exc_rounding_name(k->c->rounding)));
     exc_status st = exc_plan_text(k->ctx, source, &b);
     if (st == EXC_OK) st = exc_publish_add(k->p, "excise/plan.json", b.data, b.len);
     exc_buf_free(&b);
@@ -188,6 +200,8 @@ static exc_status add_report(work *k, json_t *o) {
 static exc_status prepare(work *k) {
     EXC_TRY(exc_atlas_open(k->ctx, k->dir, &k->a));
     EXC_TRY(exc_plan_compile(k->ctx, k->a, k->plan, &k->c));
+    if (k->opt.round && !exc_rounding_find(k->opt.round, &k->c->rounding))
+        return exc_fail(k->ctx, EXC_ERR_USAGE, "apply: round: expected rn, sr or exact, found %s", exc_show(k->opt.round, strlen(k->opt.round)));
     if (k->c->sidecar && !k->opt.sidecar)
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: router_bias: %s", k->c->name, k->a->family->router_bias);
     EXC_TRY(exc_edited_open(k->ctx, k->c, true, &k->e));
@@ -212,6 +226,19 @@ static exc_status write_out(work *k, double begun, json_t **o) {
     return EXC_OK;
 }
 
+/* nearest rounding of coarse formats returns most elements to where they were */
+static void warn_of_rounding(const work *k) {
+    double before = 0, after = 0;
+    for (size_t i = 0; i < k->e.n && k->c->rounding == EXC_ROUND_RN; i++) {
+        if (!exc_weight_coded(k->e.w[i])) continue;
+        before += k->e.effect[i].before;
+        after += k->e.effect[i].after;
+    }
+    if (before > 0 && after > 1e-4 * before)
+        exc_warn(k->ctx, "%s: %.1f %% of what was projected is left in the quantised weights; round \"exact\" puts back least", k->c->name,
+                 100 * sqrt(after / before));
+}
+
 static exc_status perform(work *k, char **json) {
     double begun = exc_seconds();
     json_t *o = NULL;
@@ -222,6 +249,7 @@ static exc_status perform(work *k, char **json) {
     } else if (st == EXC_OK) {
         st = write_out(k, begun, &o);
     }
+    if (st == EXC_OK) warn_of_rounding(k);
     if (st == EXC_OK && json && !(*json = exc_json_text(k->ctx, o))) st = EXC_ERR_MEMORY;
     json_decref(o);
     return st;

@@ -321,6 +321,7 @@ exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p,
     if (!c) return EXC_ERR_MEMORY;
     c->a = a;
     c->name = p->path ? p->path : "plan";
+    c->rounding = p->rounding;
     compiler k = {.ctx = ctx, .c = c, .p = p, .s = &a->shape};
     exc_status st = compile_all(&k);
     if (st == EXC_OK) *out = c;
@@ -333,24 +334,34 @@ exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p,
 /* one call of an op: `n` matrices, and what it reports of each */
 typedef struct call {
     exc_ctx *ctx;
+    const exc_compiled *c;
     const exc_edit_step *s;
     const exc_weight *const *w;
     size_t count, n;   /* weights, matrices */
     const void **from; /* [n] */
     void **to;
+    void *const *scale; /* [count] or NULL: of quantised weights */
     double *amount, *before, *after;
     float *strength;
     int64_t *changed, *nonfinite, *overflow;
+    uint64_t *stream;
+    double *moved, *error, *size;
 } call;
 
 /* arrays for n matrices in one slab */
 static exc_status carve(call *k, size_t n, void **slab) {
-    uint8_t *p = *slab = exc_zalloc(k->ctx, n ? n : 1, 9 * 8, "matrices of an edit");
+    uint8_t *p = *slab = exc_zalloc(k->ctx, n ? n : 1, 13 * 8, "matrices of an edit");
     if (!p) return EXC_ERR_MEMORY;
     void **const part[] = {(void **)&k->from,   (void **)&k->to,      (void **)&k->amount,    (void **)&k->before, (void **)&k->after,
-                           (void **)&k->strength, (void **)&k->changed, (void **)&k->nonfinite, (void **)&k->overflow};
+                           (void **)&k->strength, (void **)&k->changed, (void **)&k->nonfinite, (void **)&k->overflow,
+                           (void **)&k->stream,   (void **)&k->moved,   (void **)&k->error,     (void **)&k->size};
     for (size_t i = 0; i < EXC_COUNT(part); i++) *part[i] = p + i * n * 8;
     return EXC_OK;
+}
+
+/* random bits depend on which weight it is, never on what is edited beside it */
+static uint64_t stream_of(const exc_weight *w) {
+    return (uint64_t)w->role << 48 | (uint64_t)(w->layer + 1) << 24 | (uint64_t)(w->expert + 1);
 }
 
 /* matrices of the step: the weights themselves, or their rows */
@@ -366,6 +377,7 @@ static void list_matrices(call *k, const void *const *src, void *const *dst) {
             k->to[k->n] = (uint8_t *)dst[i] + (size_t)r * stride;
             k->amount[k->n] = s->rows ? s->amount[r] : s->amount[s->n_amount > 1 ? w->expert : 0];
             k->strength[k->n] = (float)k->amount[k->n];
+            k->stream[k->n] = stream_of(w);
         }
     }
 }
@@ -379,21 +391,37 @@ static void turn(struct exc_project_args *a) {
     if (a->norm != EXC_NORM_NONE) a->norm = EXC_NORM_COLUMN;
 }
 
+/* scales that are powers of two stay such: one that the checkpoint calls so, whatever the dtype */
+static int powers_only(const call *k) { return k->c->a->shape.scale_power; }
+
 static exc_status run_op(call *k) {
     const exc_edit_step *s = k->s;
     const exc_weight *w = k->w[0];
     int64_t n = (int64_t)k->n;
     int dtype = w->dtype;
+    if (s->rows && exc_weight_coded(w))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: edits[%lld]: expected a router of numbers to scale row by row, found %s of %s", k->c->name,
+                        (long long)s->edit, w->tensor->name, exc_dtype_name((exc_dtype)dtype));
     if (s->scales)
         return k->ctx->ops->scale(&k->ctx->queue,
                                   &(struct exc_scale_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n,
                                                            .n = s->rows ? w->in : w->out * w->in, .factor = k->amount,
-                                                           .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow});
+                                                           .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow,
+                                                           .rows = w->out, .cols = w->in, .scale = (const void *const *)k->scale,
+                                                           .scale_to = k->scale, .scale_dtype = w->scale_dtype, .scale_power = powers_only(k)});
     struct exc_project_args a = {.src = k->from, .dst = k->to, .dtype = dtype, .count = n, .rows = w->out, .cols = w->in,
                                  .side = s->side, .basis = s->basis, .rank = s->rank, .strength = k->strength, .norm = (int)s->norm,
-                                 .before = k->before, .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite};
+                                 .before = k->before, .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite,
+                                 .rounding = (int)k->c->rounding, .seed = (uint64_t)s->edit, .stream = k->stream,
+                                 .scale = (const void *const *)k->scale, .scale_to = k->scale, .scale_dtype = w->scale_dtype,
+                                 .scale_power = powers_only(k), .moved = k->moved, .error = k->error, .size = k->size};
     if (exc_weight_transposed(w)) turn(&a);
-    return k->ctx->ops->project(&k->ctx->queue, &a);
+    /* lengths of rows across columns: these need R W of all of them */
+    bool wide = a.norm == EXC_NORM_ROW && a.side == EXC_SIDE_OUT && (exc_weight_coded(w) || k->c->rounding != EXC_ROUND_RN);
+    if (wide && !(a.c = exc_alloc(k->ctx, (size_t)(n * a.rank * a.cols), sizeof *a.c, "projections"))) return EXC_ERR_MEMORY;
+    exc_status st = k->ctx->ops->project(&k->ctx->queue, &a);
+    exc_release(a.c);
+    return st;
 }
 
 /* NaN and infinity are counted where a step first meets them: earlier steps may have left this weight alone, and later ones
@@ -414,6 +442,9 @@ static void add_effects(const call *k, exc_effect *effects) {
             }
             e->before += k->before[i];
             e->after += k->after[i];
+            e->moved += k->moved[i];
+            e->error += k->error[i];
+            if (e->size == 0) e->size = k->size[i];
             if (isfinite(k->before[i]) && !isfinite(k->after[i])) e->overflow++;
         }
     }
@@ -477,8 +508,8 @@ static bool fits_ops(const exc_compiled *c, const exc_weight *w) {
 }
 
 static exc_status apply_as_they_lie(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count,
-                                    const void *const *src, void *const *dst, exc_effect *effects) {
-    call k = {.ctx = ctx, .w = w, .count = count};
+                                    const void *const *src, void *const *dst, void *const *scale, exc_effect *effects) {
+    call k = {.ctx = ctx, .c = c, .w = w, .count = count, .scale = exc_weight_coded(w[0]) ? scale : NULL};
     void *slab = NULL;
     memset(effects, 0, count * sizeof *effects);
     exc_status st = carve(&k, matrices(c, w[0], count), &slab);
@@ -501,18 +532,20 @@ static exc_status apply_as_they_lie(exc_ctx *ctx, const exc_compiled *c, const e
 
 /* copies elements between where a weight lies and a dense [out,in] */
 static exc_status copy_view(exc_ctx *ctx, const exc_weight *w, const void *lying, void *dense, bool back) {
-    struct exc_view_args a = {.src = lying, .src_row = w->out_step, .src_column = w->in_step, .dst = dense, .dst_row = w->in,
-                              .dst_column = 1, .rows = w->out, .columns = w->in, .unit = exc_dtype_bits((exc_dtype)w->dtype) / 8};
+    int64_t pack = w->dtype == EXC_F4 ? 2 : 1; /* rows of fp4 are whole bytes of two */
+    struct exc_view_args a = {.src = lying, .src_row = w->out_step / pack, .src_column = w->in_step, .dst = dense, .dst_row = w->in / pack,
+                              .dst_column = 1, .rows = w->out, .columns = w->in / pack, .unit = exc_dtype_bits((exc_dtype)w->dtype) * (size_t)pack / 8};
     if (back) {
-        a.src = dense, a.src_row = w->in, a.src_column = 1;
-        a.dst = (void *)(uintptr_t)lying, a.dst_row = w->out_step, a.dst_column = w->in_step;
+        a.src = dense, a.src_row = w->in / pack, a.src_column = 1;
+        a.dst = (void *)(uintptr_t)lying, a.dst_row = w->out_step / pack, a.dst_column = w->in_step;
     }
     exc_status st = ctx->ops->view(&ctx->queue, &a);
     return st == EXC_OK ? st : exc_fail(ctx, st, "%s: op view refused its arguments", w->tensor->name);
 }
 
 /* weights in between others: taken out, edited as dense ones, put back */
-static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_weight *w, const void *src, void *dst, exc_effect *effect) {
+static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_weight *w, const void *src, void *dst, void *const *scale,
+                                exc_effect *effect) {
     exc_weight own = *w;
     const exc_weight *shown = &own;
     own.out_step = own.in;
@@ -523,16 +556,16 @@ static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_w
     if (!copy) return EXC_ERR_MEMORY;
     const void *from = copy;
     exc_status st = copy_view(ctx, w, src, copy, false);
-    if (st == EXC_OK) st = apply_as_they_lie(ctx, c, &shown, 1, &from, &copy, effect);
+    if (st == EXC_OK) st = apply_as_they_lie(ctx, c, &shown, 1, &from, &copy, scale, effect);
     if (st == EXC_OK) st = copy_view(ctx, w, dst, copy, true);
     exc_release(copy);
     return st;
 }
 
 exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
-                              void *const *dst, exc_effect *effects) {
+                              void *const *dst, void *const *scale, exc_effect *effects) {
     if (!count) return EXC_OK;
-    if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, effects);
-    for (size_t i = 0; i < count; i++) EXC_TRY(apply_to_copy(ctx, c, w[i], src[i], dst[i], &effects[i]));
+    if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, scale, effects);
+    for (size_t i = 0; i < count; i++) EXC_TRY(apply_to_copy(ctx, c, w[i], src[i], dst[i], scale ? scale + i : NULL, &effects[i]));
     return EXC_OK;
 }

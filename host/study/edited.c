@@ -68,7 +68,7 @@ static exc_status prepare(exc_edited *e, bool hashes) {
     if (!e->effect || !e->order || !e->range || (hashes && !e->hash)) return EXC_ERR_MEMORY;
     EXC_TRY(sort_by_file(e));
     list_ranges(e);
-    return EXC_OK;
+    return exc_edited_scales(e);
 }
 
 exc_status exc_edited_open(exc_ctx *ctx, const exc_compiled *c, bool hashes, exc_edited *e) {
@@ -84,6 +84,7 @@ void exc_edited_close(exc_edited *e) {
     exc_release(e->range);
     exc_release(e->effect);
     exc_release(e->hash);
+    exc_edited_scales_close(e);
     *e = (exc_edited){0};
 }
 
@@ -117,8 +118,25 @@ static void hash_batch(exc_edited *e, const size_t *at, size_t n, const void *co
     if (e->hash) e->ctx->queue.parallel(&e->ctx->queue, n, hash_one, &h);
 }
 
+/* the same for codes and scales; where codes are mixed with others only the weight is named */
+static exc_status code_not_finite(exc_edited *e, const exc_weight *w) {
+    int64_t bad = 0, index = -1;
+    char name[256], place[96] = "";
+    void *scale = exc_alloc(e->ctx, exc_weight_scale_bytes(w), 1, "scales");
+    if (!scale) return EXC_ERR_MEMORY;
+    exc_scale_gather(w, e->a->files->files[w->scale->shard]->map + w->scale_begin, scale);
+    struct exc_widen_args a = {.src = exc_atlas_data(e->a, w), .dtype = w->dtype, .scale = scale, .scale_dtype = w->scale_dtype, .rows = w->out,
+                               .cols = w->in, .nonfinite = &bad, .index = &index};
+    if (exc_weight_dense(w) && e->ctx->ops->widen(&e->ctx->queue, &a) == EXC_OK && index >= 0)
+        snprintf(place, sizeof place, " at [%lld,%lld] (%lld in this tensor)", (long long)(index / w->in), (long long)(index % w->in), (long long)bad);
+    exc_release(scale);
+    return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity%s", e->a->files->files[w->tensor->shard]->path,
+                    exc_weight_label(w, name, sizeof name), place);
+}
+
 /* names the first NaN or infinity of a weight; `room` is as large as it */
 static exc_status not_finite(exc_edited *e, const exc_weight *w, void *room) {
+    if (exc_weight_coded(w)) return code_not_finite(e, w);
     int64_t bad = 0, index = -1, unit = (int64_t)exc_dtype_bits((exc_dtype)w->dtype) / 8, n = (int64_t)bytes_of(w) / unit;
     char name[256];
     memcpy(room, exc_atlas_data(e->a, w), bytes_of(w));
@@ -148,13 +166,13 @@ typedef struct sorted {
     item *order;
     const exc_weight **w;
     const void **src;
-    void **dst;
+    void **dst, **scale; /* scale NULL: nothing is quantised */
     exc_effect *effect;
 } sorted;
 
 /* one op call takes both: same dtype, lying the same way */
 static bool alike(const exc_weight *v, const exc_weight *w) {
-    return v->dtype == w->dtype && v->out_step == w->out_step && v->in_step == w->in_step;
+    return v->dtype == w->dtype && v->scale_dtype == w->scale_dtype && v->out_step == w->out_step && v->in_step == w->in_step;
 }
 
 static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
@@ -162,7 +180,7 @@ static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
         for (m = 1; i + m < n && s->w[i + m]->role == s->w[i]->role && s->w[i + m]->layer == s->w[i]->layer &&
                     alike(s->w[i + m], s->w[i]);)
             m++;
-        EXC_TRY(exc_compiled_apply(e->ctx, e->c, s->w + i, m, s->src + i, s->dst + i, s->effect + i));
+        EXC_TRY(exc_compiled_apply(e->ctx, e->c, s->w + i, m, s->src + i, s->dst + i, s->scale ? s->scale + i : NULL, s->effect + i));
     }
     for (size_t i = 0; i < n; i++) e->effect[s->order[i].at] = s->effect[i];
     for (size_t i = 0; i < n; i++) EXC_TRY(check_effect(e, s->order[i].at, s->dst[i]));
@@ -172,8 +190,9 @@ static exc_status run_batch(exc_edited *e, const sorted *s, size_t n) {
 static exc_status weights_batch(exc_edited *e, const size_t *at, size_t n, const void *const *src, void *const *dst) {
     exc_ctx *ctx = e->ctx;
     sorted s = {exc_alloc(ctx, n, sizeof *s.order, "batch"), exc_alloc(ctx, n, sizeof *s.w, "batch"), exc_alloc(ctx, n, sizeof *s.src, "batch"),
-                exc_alloc(ctx, n, sizeof *s.dst, "batch"), exc_alloc(ctx, n, sizeof *s.effect, "batch")};
-    exc_status st = s.order && s.w && s.src && s.dst && s.effect ? EXC_OK : EXC_ERR_MEMORY;
+                exc_alloc(ctx, n, sizeof *s.dst, "batch"), e->scale ? exc_alloc(ctx, n, sizeof *s.scale, "batch") : NULL,
+                exc_alloc(ctx, n, sizeof *s.effect, "batch")};
+    exc_status st = s.order && s.w && s.src && s.dst && (s.scale || !e->scale) && s.effect ? EXC_OK : EXC_ERR_MEMORY;
     if (st == EXC_OK) {
         hash_batch(e, at, n, src, 0);
         for (size_t i = 0; i < n; i++) s.order[i] = (item){at[i], i};
@@ -182,6 +201,9 @@ static exc_status weights_batch(exc_edited *e, const size_t *at, size_t n, const
             s.w[i] = e->w[s.order[i].at];
             s.src[i] = src[s.order[i].i];
             s.dst[i] = dst[s.order[i].i];
+            if (!s.scale) continue;
+            s.scale[i] = e->scale[s.order[i].at];
+            if (s.scale[i]) exc_edited_old_scale(e, s.order[i].at);
         }
         st = run_batch(e, &s, n);
     }
@@ -190,6 +212,7 @@ static exc_status weights_batch(exc_edited *e, const size_t *at, size_t n, const
     exc_release(s.w);
     exc_release(s.src);
     exc_release(s.dst);
+    exc_release(s.scale);
     exc_release(s.effect);
     return st;
 }
@@ -255,7 +278,8 @@ static void place(const exc_edited *e, walk *k, size_t first, size_t n) {
         const exc_edited_range *r = k->r[i] = &e->range[first + i];
         k->dst[i] = k->room + used;
         k->src[i] = e->a->files->files[r->file]->map + r->begin;
-        if ((uintptr_t)k->src[i] % (exc_dtype_bits((exc_dtype)e->w[r->at[0]]->dtype) / 8)) {
+        size_t unit = exc_dtype_bits((exc_dtype)e->w[r->at[0]]->dtype) / 8;
+        if (unit > 1 && (uintptr_t)k->src[i] % unit) {
             memcpy(k->dst[i], k->src[i], span_of(r));
             k->src[i] = k->dst[i];
         }
@@ -303,6 +327,13 @@ exc_status exc_edited_walk(exc_edited *e, const char *step, exc_edited_fn visit,
 
 /* ---------------------------------------------------------------------------------------------------------- facts */
 
+/* what an edit was meant to move and what storing it moved besides, as shares of the weight's length */
+static void set_cost(json_t *o, double moved, double error, double size) {
+    if (!(size > 0)) return;
+    json_object_set_new(o, "edit_size", json_real(sqrt(moved / size)));
+    json_object_set_new(o, "requantisation_error", json_real(sqrt(error / size)));
+}
+
 static json_t *residual(double before, double after) { return before > 0 && isfinite(after) ? json_real(sqrt(after / before)) : json_null(); }
 
 static json_t *tensor_facts(const exc_edited *e, size_t i) {
@@ -314,6 +345,7 @@ static json_t *tensor_facts(const exc_edited *e, size_t i) {
     if (w->layer >= 0) json_object_set_new(o, "layer", json_integer(w->layer));
     if (w->expert >= 0) json_object_set_new(o, "expert", json_integer(w->expert));
     json_object_set_new(o, "residual", residual(f->before, f->after));
+    set_cost(o, f->moved, f->error, f->size);
     json_object_set_new(o, "changed", json_integer(f->changed));
     json_object_set_new(o, "elements", json_integer(w->out * w->in));
     if (f->nonfinite) json_object_set_new(o, "nonfinite", json_integer(f->nonfinite));
@@ -326,11 +358,14 @@ static json_t *tensor_facts(const exc_edited *e, size_t i) {
 /* one role in one layer: weights first..first+n-1 */
 static json_t *role_facts(const exc_edited *e, size_t first, size_t n) {
     const exc_weight *w = e->w[first];
-    double before = 0, after = 0;
+    double before = 0, after = 0, moved = 0, error = 0, size = 0;
     int64_t changed = 0, elements = 0;
     for (size_t i = first; i < first + n; i++) {
         before += e->effect[i].before;
         after += e->effect[i].after;
+        moved += e->effect[i].moved;
+        error += e->effect[i].error;
+        size += e->effect[i].size;
         changed += e->effect[i].changed;
         elements += e->w[i]->out * e->w[i]->in;
     }
@@ -340,6 +375,8 @@ static json_t *role_facts(const exc_edited *e, size_t first, size_t n) {
     json_object_set_new(o, "edited", json_integer((json_int_t)n));
     json_object_set_new(o, "present", json_integer(exc_role_by_expert(w->role) ? e->a->shape.experts : 1));
     json_object_set_new(o, "residual", residual(before, after));
+    set_cost(o, moved, error, size);
+    json_object_set_new(o, "dtype", json_string(exc_dtype_name((exc_dtype)w->dtype)));
     json_object_set_new(o, "changed", json_real(elements ? (double)changed / (double)elements : 0));
     return o;
 }
@@ -380,7 +417,7 @@ static int64_t tensors_edited(const exc_edited *e) {
 
 void exc_edited_facts(const exc_edited *e, json_t *o) {
     json_t *roles = json_array(), *tensors = json_array();
-    double before = 0, after = 0;
+    double before = 0, after = 0, moved = 0, error = 0, size = 0;
     for (size_t i = 0, n; i < e->n; i += n) {
         for (n = 1; i + n < e->n && e->w[i + n]->role == e->w[i]->role && e->w[i + n]->layer == e->w[i]->layer;) n++;
         json_array_append_new(roles, role_facts(e, i, n));
@@ -388,6 +425,9 @@ void exc_edited_facts(const exc_edited *e, json_t *o) {
     for (size_t i = 0; i < e->n; i++) {
         before += e->effect[i].before;
         after += e->effect[i].after;
+        moved += e->effect[i].moved;
+        error += e->effect[i].error;
+        size += e->effect[i].size;
         json_array_append_new(tensors, tensor_facts(e, i));
     }
     json_object_set_new(o, "tensors_edited", json_integer(tensors_edited(e)));
@@ -396,6 +436,7 @@ void exc_edited_facts(const exc_edited *e, json_t *o) {
     json_object_set_new(o, "experts_present", json_integer(e->a->shape.moe_layers * e->a->shape.experts));
     json_object_set_new(o, "bytes_edited", json_integer((json_int_t)e->bytes));
     json_object_set_new(o, "residual", residual(before, after));
+    set_cost(o, moved, error, size);
     json_object_set_new(o, "roles", roles);
     json_object_set_new(o, "tensors", tensors);
 }

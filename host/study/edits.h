@@ -26,6 +26,7 @@ typedef struct exc_edit_step {
 struct exc_compiled {
     const exc_atlas *a;
     const char *name;      /* of the plan, for messages */
+    exc_rounding rounding; /* the plan's, or what apply was asked for */
     exc_edit_step *steps;
     int64_t n_steps, cap;
     int64_t *head;         /* [EXC_ROLES, L+1] first step of a role and layer (L: weights without one), -1: none */
@@ -40,6 +41,8 @@ int64_t exc_step_changes(const exc_edit_step *s, const exc_weight *w);
 /* plan.c */
 exc_status exc_plan_parse(exc_ctx *ctx, const char *what, const json_t *source, exc_plan **out); /* keeps a reference */
 exc_status exc_plan_text(exc_ctx *ctx, const json_t *source, exc_buf *b);
+const char *exc_rounding_name(exc_rounding r); /* as plans spell it */
+bool exc_rounding_find(const char *name, exc_rounding *out);
 exc_status exc_dirs_copy(exc_ctx *ctx, const exc_dirs *from, exc_dirs **out);
 /* "0,4-40" or a JSON list of numbers and ranges -> numbers, each once, in the order given */
 exc_status exc_numbers(exc_ctx *ctx, const char *what, const char *key, const json_t *v, int64_t **out, int64_t *n);
@@ -66,6 +69,11 @@ typedef struct exc_edited {
     exc_effect *effect;    /* [n] */
     char (*hash)[2][33];   /* [n] XXH3-128 of old and new bytes; NULL: not wanted */
     uint64_t bytes;
+    /* quantised ones (scales.c): their new scales, and where these lie; all NULL and 0 when there are none */
+    uint8_t **scale, *scale_slab; /* [n], NULL entries: not quantised */
+    size_t *scaled;
+    exc_edited_range *stretch; /* [n_stretches] */
+    size_t n_stretches;
 } exc_edited;
 exc_status exc_edited_open(exc_ctx *ctx, const exc_compiled *c, bool hashes, exc_edited *e);
 void exc_edited_close(exc_edited *e);
@@ -74,6 +82,11 @@ exc_status exc_edited_batch(exc_edited *e, const exc_edited_range *const *r, siz
 /* walks all ranges from the map through a buffer, batch by batch; visit (may be NULL) sees the new bytes */
 typedef exc_status (*exc_edited_fn)(void *user, const exc_edited *e, const exc_edited_range *r, const void *dst);
 exc_status exc_edited_walk(exc_edited *e, const char *step, exc_edited_fn visit, void *user);
+/* scales.c. Stretches of scales come when all codes of their weights are done: apply writes them, verify compares them. */
+exc_status exc_edited_scales(exc_edited *e);
+void exc_edited_old_scale(exc_edited *e, size_t at);
+void exc_edited_scales_close(exc_edited *e);
+exc_status exc_edited_each_stretch(const exc_edited *e, exc_edited_fn visit, void *user);
 /* {"tensors_edited",..,"roles":[..],"tensors":[..]} added to o */
 void exc_edited_facts(const exc_edited *e, json_t *o);
 

@@ -40,8 +40,8 @@ static exc_status bake(exc_ctx *ctx, void *user, const exc_atlas *a, const exc_w
     const lens *l = user;
     const void *src = data;
     exc_effect effect;
-    (void)a, (void)scale;
-    EXC_TRY(exc_compiled_apply(ctx, l->c, &w, 1, &src, &data, &effect));
+    (void)a;
+    EXC_TRY(exc_compiled_apply(ctx, l->c, &w, 1, &src, &data, scale ? &scale : NULL, &effect));
     if (!effect.overflow) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_NUMERIC, "%s: %s: expected an edit that stays in the range of %s, found infinity", l->c->name, w->tensor->name,
                     exc_dtype_name((exc_dtype)w->dtype));

@@ -330,8 +330,29 @@ static exc_status read_model(exc_ctx *ctx, const char *what, const json_t *model
     return EXC_OK;
 }
 
+static const char *const rounding_names[] = {"rn", "sr", "exact"};
+
+const char *exc_rounding_name(exc_rounding r) { return rounding_names[r]; }
+
+bool exc_rounding_find(const char *name, exc_rounding *out) {
+    for (int i = 0; i < 3; i++)
+        if (!strcmp(name, rounding_names[i])) {
+            *out = (exc_rounding)i;
+            return true;
+        }
+    return false;
+}
+
+static exc_status read_rounding(exc_ctx *ctx, const char *what, const json_t *o, exc_plan *p) {
+    const char *name;
+    EXC_TRY(exc_json_string_or(ctx, o, what, "rounding", NULL, &name));
+    p->has_rounding = name != NULL;
+    if (!name || exc_rounding_find(name, &p->rounding)) return EXC_OK;
+    return wrong(ctx, what, "rounding", "\"rn\", \"sr\" or \"exact\"", json_object_get(o, "rounding"));
+}
+
 static exc_status read_plan(exc_ctx *ctx, const char *what, exc_plan *p) {
-    static const char *const keys[] = {"excise_plan", "model", "directions", "edits", NULL};
+    static const char *const keys[] = {"excise_plan", "model", "directions", "rounding", "edits", NULL};
     const json_t *o = p->source, *edits;
     const char *directions;
     int64_t format;
@@ -342,6 +363,7 @@ static exc_status read_plan(exc_ctx *ctx, const char *what, exc_plan *p) {
     EXC_TRY(read_model(ctx, what, present(o, "model"), p));
     EXC_TRY(exc_json_string_or(ctx, o, what, "directions", NULL, &directions));
     if (directions && !(p->directions = exc_strdup(ctx, directions))) return EXC_ERR_MEMORY;
+    EXC_TRY(read_rounding(ctx, what, o, p));
     edits = json_object_get(o, "edits");
     if (!json_is_array(edits)) return wrong(ctx, what, "edits", "a list of edits", edits);
     if (!json_array_size(edits))

@@ -67,6 +67,7 @@ struct exc_plan {
     char fingerprint[33];        /* "" in a hand-written plan */
     char *directions;            /* path as the plan has it, or NULL */
     exc_dirs *dirs;              /* owned; NULL if no edit needs one */
+    exc_rounding rounding; bool has_rounding;
     json_t *source;              /* the JSON it came from: saved back unchanged */
     char *path;                  /* file it was read from, for messages; NULL when made in memory */
 };
@@ -91,12 +92,14 @@ bool exc_compiled_touches(const exc_compiled *c, const exc_weight *w);
 /* router biases that the family cannot store, f32 [M,E]: they need a sidecar; NULL when the plan has none */
 const float *exc_compiled_sidecar(const exc_compiled *c);
 /* What the edits of a weight did. before, after: |R W|^2 of old and new, summed over its projections (0: none); changed: elements
- * whose bits changed, summed over its edits; nonfinite: NaN and infinities it came with; overflow: new infinities. */
-typedef struct exc_effect { double before, after; int64_t changed, nonfinite, overflow; } exc_effect;
+ * whose bits changed, summed over its edits; nonfinite: NaN and infinities it came with; overflow: new infinities. For quantised
+ * weights and other rounding than to nearest: moved, error, size: squared lengths of the edit before rounding, of what
+ * rounding did, of the weight (0: not taken). */
+typedef struct exc_effect { double before, after, moved, error, size; int64_t changed, nonfinite, overflow; } exc_effect;
 /* Applies every edit to `count` weights of one role and layer; src and dst [count] pointers to [out,in] in the stored dtype,
- * aligned for it; dst[i] may be src[i]. Every edit is rounded once, whatever is edited beside it: baked and written agree. */
+ * aligned for it; dst[i] may be src[i]; scale [count] arrays without gaps of quantised ones, edited in place, or NULL. Every edit is rounded once, whatever is edited beside it: baked and written agree. */
 exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count,
-                              const void *const *src, void *const *dst, exc_effect *effects);
+                              const void *const *src, void *const *dst, void *const *scale, exc_effect *effects);
 void exc_compiled_free(exc_compiled *c);
 
 /* Names that the report (sections.c) reads from the results of the verbs; what is missing is left out of the page.

@@ -33,6 +33,7 @@ typedef struct work {
     span *same;          /* pieces that must be equal */
     size_t n_same;
     _Atomic size_t first_bad; /* the first of them that is not */
+    exc_rounding rounding;
     uint64_t compared;
     int64_t side_files;
 } work;
@@ -85,15 +86,22 @@ static void add_span(work *k, int file, uint64_t begin, uint64_t end, bool count
     }
 }
 
-/* what lies between edited ranges, gaps of the file included, in pieces */
+/* what lies between edited ranges and their scales, gaps of the file included, in pieces */
 static void list_spans(work *k, bool count_only) {
-    size_t i = 0;
+    size_t i = 0, j = 0;
+    const exc_edited *e = &k->e;
     k->n_same = 0;
     for (int f = 0; f < k->a->files->n_files; f++) {
         uint64_t at = k->a->files->files[f]->header_bytes;
-        for (; i < k->e.n_ranges && k->e.range[i].file == f; i++) {
-            add_span(k, f, at, k->e.range[i].begin, count_only);
-            at = k->e.range[i].end;
+        for (;;) {
+            const exc_edited_range *r = i < e->n_ranges && e->range[i].file == f ? &e->range[i] : NULL;
+            const exc_edited_range *s = j < e->n_stretches && e->stretch[j].file == f ? &e->stretch[j] : NULL;
+            if (!r && !s) break;
+            bool scales = s && (!r || s->begin < r->begin);
+            if (scales) r = s, j++;
+            else i++;
+            add_span(k, f, at, r->begin, count_only);
+            at = r->end;
         }
         add_span(k, f, at, k->a->files->files[f]->size, count_only);
     }
@@ -138,16 +146,26 @@ static exc_status compare_edited(void *user, const exc_edited *e, const exc_edit
     const exc_weight *w = e->w[r->at[0]];
     const exc_tensors *f = k->files[r->file];
     const uint8_t *old = k->a->files->files[r->file]->map + r->begin, *got = f->map + r->begin;
-    size_t n = (size_t)(r->end - r->begin), unit = exc_dtype_bits((exc_dtype)w->dtype) / 8;
+    size_t n = (size_t)(r->end - r->begin), bits = exc_dtype_bits((exc_dtype)w->dtype);
     char name[256];
     k->compared += n;
     if (!memcmp(got, dst, n)) return EXC_OK;
     exc_weight_label(w, name, sizeof name);
     if (!memcmp(got, old, n))
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected the edited tensor, found it unedited", f->path, name);
-    int64_t i = (int64_t)(first_difference(got, dst, n) / unit), row = w->out_step > w->in_step ? w->out_step : w->in_step;
+    int64_t i = (int64_t)(first_difference(got, dst, n) * 8 / bits), row = w->out_step > w->in_step ? w->out_step : w->in_step;
     return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected what the plan gives, found a difference at [%lld,%lld]", f->path, name,
                     (long long)(i / row), (long long)(i % row));
+}
+
+static exc_status compare_scales(void *user, const exc_edited *e, const exc_edited_range *r, const void *want) {
+    work *k = user;
+    const exc_tensors *f = k->files[r->file];
+    size_t n = (size_t)(r->end - r->begin);
+    k->compared += n;
+    if (!memcmp(f->map + r->begin, want, n)) return EXC_OK;
+    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected the scales that the plan gives, found a difference at byte %zu of them", f->path,
+                    e->w[r->at[0]]->scale->name, first_difference(f->map + r->begin, want, n));
 }
 
 /* -------------------------------------------------------------------------------------------------------- side files */
@@ -256,6 +274,7 @@ static exc_status check_sidecar(work *k) {
 static exc_status prepare(work *k, const exc_plan *plan) {
     EXC_TRY(exc_atlas_open(k->ctx, k->dir, &k->a));
     EXC_TRY(exc_plan_compile(k->ctx, k->a, plan, &k->c));
+    k->c->rounding = k->rounding;
     EXC_TRY(exc_edited_open(k->ctx, k->c, false, &k->e));
     k->e.allow_nonfinite = true; /* here the question is only whether the bytes are those of the plan */
     k->files = exc_zalloc(k->ctx, (size_t)k->a->files->n_files, sizeof(exc_tensors *), "files to compare");
@@ -269,6 +288,7 @@ static exc_status perform(work *k, const exc_plan *plan, char **json) {
     EXC_TRY(compare_tree(k, k->dir, k->out, 0));
     EXC_TRY(compare_rest(k));
     EXC_TRY(exc_edited_walk(&k->e, "verify", compare_edited, k));
+    EXC_TRY(exc_edited_each_stretch(&k->e, compare_scales, k));
     EXC_TRY(check_sidecar(k));
     if (!json) return EXC_OK;
     json_t *o = json_object();
@@ -295,10 +315,12 @@ exc_status exc_verify(exc_ctx *ctx, const char *model_dir, const char *out_dir, 
     exc_clear(ctx);
     if (json) *json = NULL;
     if (!model_dir || !out_dir) return exc_fail(ctx, EXC_ERR_USAGE, "verify: expected a model folder and the folder made from it");
-    if (!plan) {
+    /* the plan in OUT, or what a plan that leaves it open does not say: how it was rounded */
+    if (!plan || !plan->has_rounding) {
         st = exc_path_join(ctx, out_dir, "excise/plan.json", &path);
-        if (st == EXC_OK) st = exc_plan_load(ctx, path, &own);
+        if (st == EXC_OK && (!plan || !access(path, R_OK))) st = exc_plan_load(ctx, path, &own);
     }
+    k.rounding = own ? own->rounding : plan ? plan->rounding : EXC_ROUND_RN;
     if (st == EXC_OK) st = perform(&k, plan ? plan : own, json);
     for (int i = 0; k.files && i < k.a->files->n_files; i++) exc_tensors_close(k.files[i]);
     exc_release(k.files);

@@ -257,6 +257,7 @@ extern "C" exc_status exc_cuda_project(exc_queue *q, const struct exc_project_ar
     if (a->norm < EXC_NORM_NONE || a->norm > EXC_NORM_ROW) return EXC_ERR_USAGE;
     if (a->side != EXC_SIDE_OUT && a->side != EXC_SIDE_IN) return EXC_ERR_USAGE;
     if (a->rows > MOST || a->cols > MOST) return EXC_ERR_USAGE;
+    if (a->rounding != EXC_ROUND_RN && a->dtype != EXC_F32) return EXC_ERR_USAGE;
     Call c = {a, q, {}, {}};
     EXC_PASS(exc_enqueued(q, "project", look_at(q->device, &c.d)));
     Job &j = c.j;

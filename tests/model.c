@@ -89,6 +89,16 @@ static void test_odd_shapes(void **state)
     t.renorm = 0;
     check_against_f64(t);
     t = tiny_default();
+    t.window = 5; /* on every layer, shorter than most prompts */
+    check_against_f64(t);
+    t.kind = TINY_OSS;
+    check_against_f64(t);
+    t.window = 1;
+    t.inner = 40; /* as wide as hidden: nothing but the name tells gate from down */
+    t.top_k = 1;
+    t.dtype = "F32";
+    check_against_f64(t);
+    t = tiny_default();
     t.kind = TINY_GLM;
     t.dim = 20; /* 10 rotate */
     t.experts = 12;

@@ -1,5 +1,5 @@
-/* tiny.h - random checkpoints of qwen3_moe, glm4_moe, olmoe and deepseek_v3, of any shape, made by the tests themselves, and the model computed a second time in
- * plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
+/* tiny.h - random checkpoints of qwen3_moe, glm4_moe, olmoe, deepseek_v3 and gpt_oss, of any shape, made by the tests themselves,
+ * and the model computed a second time in plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
  * the refusals are tested. Weights are counter-based, so a spec names its checkpoint. */
 #ifndef EXC_TEST_TINY_H
 #define EXC_TEST_TINY_H
@@ -22,9 +22,11 @@ typedef struct tiny_tensor {
 
 typedef struct tiny {
     int layers, hidden, heads, kv, dim, vocab, experts, top_k, inner, dense, context;
-    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE, TINY_LATENT } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
+    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE, TINY_LATENT, TINY_OSS } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
                                                       groups, shared expert, layer 0 dense; olmoe: norm over all heads;
-                                                      latent: deepseek_v3, feed-forward as glm */
+                                                      latent: deepseek_v3, feed-forward as glm; oss: gpt_oss, biases,
+                                                      sinks, clamped experts stacked as [in,out], no yarn */
+    int window;          /* tokens that a layer sees, 0: all; oss: on even layers */
     int q_rank, rank, plain, turned, value; /* latent: 0 or rank of queries; of keys; channels of a head */
     int yarn, halves;    /* latent: yarn of factor 4 from 64 positions; pairs (i, i + turned/2), not (2i, 2i+1) */
     int groups, kept;    /* glm: of the experts */
@@ -50,6 +52,7 @@ static inline int tiny_is_moe(const tiny *t, int layer)
 {
     char key[16];
     if (t->kind == TINY_GLM || t->kind == TINY_LATENT) return layer > 0;
+    if (t->kind == TINY_OSS) return 1;
     if ((layer + 1) % t->sparse_step) return 0;
     if (!t->only) return 1;
     snprintf(key, sizeof key, "%d", layer); /* the lists of the tests hold single digits */
@@ -111,10 +114,39 @@ static inline void tiny_make_softmax(tiny *t, int l)
     tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
     tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
     tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
+    for (int i = 0; i < 3 && (t->kind == TINY_GLM || t->kind == TINY_OSS); i++)
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
+    if (t->kind == TINY_OSS) {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.bias", l), t->hidden, 0, 0.5, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.sinks", l), t->heads, 0, 2, 0);
+        return;
+    }
     tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, 1);
     tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, 1);
-    for (int i = 0; i < 3 && t->kind == TINY_GLM; i++)
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
+}
+
+/* the last tensor is one of [experts, rows, cols] */
+static inline void tiny_stacked(tiny *t, int64_t rows, int64_t cols)
+{
+    tiny_tensor *x = &t->items[t->count - 1];
+    x->rank = 3;
+    x->shape[0] = t->experts;
+    x->shape[1] = rows;
+    x->shape[2] = cols;
+}
+
+static inline void tiny_make_oss(tiny *t, int l)
+{
+    char n[128];
+    int E = t->experts, I = t->inner, H = t->hidden;
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.weight", l), E, H, 2 / sqrt(H), 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.bias", l), E, 0, 1, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj", l), E * H, 2 * I, 4 / sqrt(H), 0); /* many beyond 7 */
+    tiny_stacked(t, H, 2 * I);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj_bias", l), E, 2 * I, 1, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj", l), E * I, H, 0.3 / sqrt(I), 0);
+    tiny_stacked(t, I, H);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj_bias", l), E, H, 0.5, 0);
 }
 
 static inline void tiny_make(tiny *t)
@@ -132,6 +164,10 @@ static inline void tiny_make(tiny *t)
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
             tiny_add(t, TINY_NAME("model.layers.%d.mlp.down_proj.weight", l), t->hidden, t->dense, 1 / sqrt(t->dense), 0);
+            continue;
+        }
+        if (t->kind == TINY_OSS) {
+            tiny_make_oss(t, l);
             continue;
         }
         tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
@@ -202,7 +238,7 @@ static inline void tiny_file(const tiny *t, const char *path, int from, int to)
 static inline void tiny_config(const tiny *t, const char *dir)
 {
     exc_buf b = {0};
-    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3"};
+    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3", "gpt_oss"};
     exc_buf_puts(&b, "{");
     if (tiny_sigmoid(t))
         exc_buf_printf(&b, "\"n_routed_experts\":%d,\"n_shared_experts\":2,\"first_k_dense_replace\":1,\"n_group\":%d,\"topk_group\":%d,"
@@ -217,6 +253,8 @@ static inline void tiny_config(const tiny *t, const char *dir)
             exc_buf_puts(&b, "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"beta_fast\":8,"
                              "\"beta_slow\":1,\"mscale\":0.5,\"mscale_all_dim\":1},");
     }
+    if (t->kind == TINY_OSS) exc_buf_puts(&b, "\"rope_scaling\":{\"rope_type\":\"default\"},");
+    if (t->window) exc_buf_printf(&b, "\"use_sliding_window\":true,\"sliding_window\":%d,", t->window);
     exc_buf_printf(&b, "%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"%s\",\"hidden_size\":%d,"
                        "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
                        "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
@@ -224,7 +262,7 @@ static inline void tiny_config(const tiny *t, const char *dir)
                        "\"norm_topk_prob\":%s,\"decoder_sparse_step\":%d,\"mlp_only_layers\":%s,\"tie_word_embeddings\":%s,"
                        "\"eos_token_id\":2}",
                    t->extra ? t->extra : "", type[t->kind], t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
-                   t->kind == TINY_OLMOE ? t->inner : t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
+                   t->kind == TINY_OLMOE || t->kind == TINY_OSS ? t->inner : t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
                    t->tied ? "true" : "false");
     test_write(test_path(dir, "config.json"), b.data, b.len);
     exc_buf_free(&b);
@@ -369,25 +407,27 @@ static inline void tiny_rotate(double *x, int64_t dim, int64_t position)
     }
 }
 
-/* o [T, heads*V]: causal softmax attention of q [T, heads*D] on k [T, kv*D], v [T, kv*V] */
+/* o [T, heads*V]: causal softmax attention of q [T, heads*D] on the last `window` (0: all) of k [T, kv*D], v [T, kv*V]; sinks
+ * [heads] or NULL: scores without a value */
 static inline void tiny_softmax(const double *q, const double *k, const double *v, int64_t T, int64_t heads, int64_t kv, int64_t D, int64_t V,
-                                double scale, double *o)
+                                double scale, int64_t window, const double *sinks, double *o)
 {
     double *p = malloc((size_t)T * 8);
     memset(o, 0, (size_t)(T * heads * V) * 8);
     for (int64_t r = 0; r < T; r++)
         for (int64_t i = 0; i < heads; i++) {
             const double *qi = q + (r * heads + i) * D;
-            int64_t g = i / (heads / kv);
-            double best = -INFINITY, total = 0;
-            for (int64_t j = 0; j <= r; j++) {
+            int64_t g = i / (heads / kv), first = window && r >= window ? r - window + 1 : 0;
+            double best = sinks ? sinks[i] : -INFINITY, total = 0;
+            for (int64_t j = first; j <= r; j++) {
                 p[j] = 0;
                 for (int64_t c = 0; c < D; c++) p[j] += qi[c] * k[(j * kv + g) * D + c];
                 p[j] *= scale;
                 best = fmax(best, p[j]);
             }
-            for (int64_t j = 0; j <= r; j++) total += p[j] = exp(p[j] - best);
-            for (int64_t j = 0; j <= r; j++)
+            for (int64_t j = first; j <= r; j++) total += p[j] = exp(p[j] - best);
+            if (sinks) total += exp(sinks[i] - best);
+            for (int64_t j = first; j <= r; j++)
                 for (int64_t c = 0; c < V; c++) o[(r * heads + i) * V + c] += p[j] / total * v[(j * kv + g) * V + c];
         }
     free(p);
@@ -399,11 +439,11 @@ static inline void tiny_grouped(const tiny *t, int l, const double *x, int64_t T
     char n[128];
     int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, turned = t->kind == TINY_GLM ? D / 2 : D;
     double *q = malloc((size_t)(T * Q) * 8), *k = malloc((size_t)(T * KV) * 8), *v = malloc((size_t)(T * KV) * 8);
-    bool whole = t->kind == TINY_OLMOE;
+    bool whole = t->kind == TINY_OLMOE, oss = t->kind == TINY_OSS, each = !whole && !oss;
     tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
     tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
     tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
-    if (t->kind == TINY_GLM) {
+    if (t->kind == TINY_GLM || oss) {
         tiny_biased(q, TINY_W("model.layers.%d.self_attn.q_proj.bias", l), T, Q);
         tiny_biased(k, TINY_W("model.layers.%d.self_attn.k_proj.bias", l), T, KV);
         tiny_biased(v, TINY_W("model.layers.%d.self_attn.v_proj.bias", l), T, KV);
@@ -412,15 +452,16 @@ static inline void tiny_grouped(const tiny *t, int l, const double *x, int64_t T
         if (whole) tiny_norm(q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
         if (whole) tiny_norm(k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
         for (int64_t i = 0; i < t->heads; i++) {
-            if (!whole) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
+            if (each) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
             tiny_rotate(q + r * Q + i * D, turned, r);
         }
         for (int64_t i = 0; i < t->kv; i++) {
-            if (!whole) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
+            if (each) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
             tiny_rotate(k + r * KV + i * D, turned, r);
         }
     }
-    tiny_softmax(q, k, v, T, t->heads, t->kv, D, D, 1 / sqrt((double)D), o);
+    const double *sinks = oss ? TINY_W("model.layers.%d.self_attn.sinks", l) : NULL;
+    tiny_softmax(q, k, v, T, t->heads, t->kv, D, D, 1 / sqrt((double)D), oss && l % 2 ? 0 : t->window, sinks, o);
     free(q);
     free(k);
     free(v);
@@ -472,13 +513,33 @@ static inline void tiny_latent(const tiny *t, int l, const double *x, int64_t T,
         }
     }
     if (t->yarn) scale *= pow(0.1 * log(4) + 1, 2);
-    tiny_softmax(q, k, v, T, heads, heads, D, V, scale, o);
+    tiny_softmax(q, k, v, T, heads, heads, D, V, scale, 0, NULL, o);
     free(q);
     free(k);
     free(v);
     free(kv);
     free(both);
     free(a);
+}
+
+/* add [H] += weight * expert e of gpt_oss on x [H] */
+static inline void tiny_oss_expert(const tiny *t, int l, int64_t e, const double *x, double weight, double *add)
+{
+    char n[128];
+    int64_t H = t->hidden, I = t->inner;
+    const double *gu = TINY_W("model.layers.%d.mlp.experts.gate_up_proj", l) + e * H * 2 * I,
+                 *gub = TINY_W("model.layers.%d.mlp.experts.gate_up_proj_bias", l) + e * 2 * I,
+                 *d = TINY_W("model.layers.%d.mlp.experts.down_proj", l) + e * I * H,
+                 *db = TINY_W("model.layers.%d.mlp.experts.down_proj_bias", l) + e * H;
+    for (int64_t h = 0; h < H; h++) add[h] += weight * db[h];
+    for (int64_t i = 0; i < I; i++) {
+        double g = gub[2 * i], u = gub[2 * i + 1];
+        for (int64_t h = 0; h < H; h++) g += x[h] * gu[h * 2 * I + 2 * i], u += x[h] * gu[h * 2 * I + 2 * i + 1];
+        g = fmin(g, 7);
+        u = fmax(fmin(u, 7), -7);
+        double a = (u + 1) * g / (1 + exp(-1.702 * g));
+        for (int64_t h = 0; h < H; h++) add[h] += weight * a * d[i * H + h];
+    }
 }
 
 /* hidden [L+1,T,H], logits [T,V], ids [L,T,K] (-1 in dense layers), margin: the smallest gap at a K boundary */
@@ -498,6 +559,7 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
         if (t->kind == TINY_LATENT) tiny_latent(t, l, x, T, o);
         else tiny_grouped(t, l, x, T, o);
         tiny_matmul(o, TINY_W("model.layers.%d.self_attn.o_proj.weight", l), T, Q, H, y);
+        if (t->kind == TINY_OSS) tiny_biased(y, TINY_W("model.layers.%d.self_attn.o_proj.bias", l), T, H);
         for (int64_t i = 0; i < T * H; i++) h[i] += y[i];
         for (int64_t r = 0; r < T; r++) {
             tiny_norm(h + r * H, TINY_W("model.layers.%d.post_attention_layernorm.weight", l), H, x + r * H);
@@ -509,7 +571,9 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
                 continue;
             }
             double *z = malloc((size_t)E * 8), top = -INFINITY, all = 0, sum = 0;
-            tiny_matmul(x + r * H, TINY_W("model.layers.%d.mlp.gate.weight", l), 1, H, E, z);
+            bool oss = t->kind == TINY_OSS;
+            tiny_matmul(x + r * H, oss ? TINY_W("model.layers.%d.mlp.router.weight", l) : TINY_W("model.layers.%d.mlp.gate.weight", l), 1, H, E, z);
+            if (oss) tiny_biased(z, TINY_W("model.layers.%d.mlp.router.bias", l), 1, E);
             for (int64_t e = 0; e < E; e++) top = fmax(top, z[e]);
             for (int64_t e = 0; e < E; e++) all += exp(z[e] - top);
             double weight[64], last = 0;
@@ -536,6 +600,10 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
             }
             for (int64_t j = 0; j < K; j++) {
                 int e = chosen[j];
+                if (oss) {
+                    tiny_oss_expert(t, l, e, x + r * H, weight[j] / sum, h + r * H);
+                    continue;
+                }
                 tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e),
                          TINY_W("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e),
                          TINY_W("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), H, t->inner, weight[j] / (t->renorm && !tiny_sigmoid(t) ? sum : 1),

@@ -156,7 +156,8 @@ static void attend_row(bench *b, const char *name, const char *shape, int64_t se
     for (int64_t s = 0; s <= sequences; s++) begin[s] = s * queries;
     for (int64_t s = 0; s < sequences; s++) base[s] = s * length, len[s] = length;
     struct exc_attend_args a = {.q = q, .cache_k = k, .key_stride = KV * D, .cache_v = v, .value_stride = KV * D, .q_begin = begin, .cache_begin = base, .length = len, .sequences = sequences,
-        .q_heads = Q, .kv_heads = KV, .head_dim = D, .value_dim = D, .scale = 0.0883883f, .out = out, .act = EXC_BF16};
+        .q_heads = Q, .kv_heads = KV, .head_dim = D, .value_dim = D, .scale = 0.0883883f, .out = out, .act = EXC_BF16,
+        .tokens = sequences * queries, .longest = length};
     run_attend(b, &a);
     double visible = (double)length - ((double)queries - 1) / 2;
     row r = {.name = name, .shape = shape, .against = against, .error = attend_error(&a, q, k, v), .limit = 0x1p-6,
@@ -327,9 +328,9 @@ static experts *experts_open(bench *b, int64_t tokens)
     x->permute = (struct exc_permute_args){x->ids, tokens, TOP, EXPERTS, x->offset, x->row_of, x->pair_of};
     run_permute(b, x);
     x->glu = (struct exc_glu_args){.x = x->x, .act = EXC_BF16, .gate = x->gate, .up = x->up, .offset = x->offset, .pair_of = x->pair_of,
-        .tokens = tokens, .top_k = TOP, .experts = EXPERTS, .hidden = HIDDEN, .inner = INNER, .mid = x->mid};
+        .tokens = tokens, .top_k = TOP, .experts = EXPERTS, .hidden = HIDDEN, .inner = INNER, .mid = x->mid, .w_dtype = EXC_BF16};
     x->down_args = (struct exc_down_args){.mid = x->mid, .act = EXC_BF16, .down = x->down, .offset = x->offset, .pair_of = x->pair_of,
-        .tokens = tokens, .top_k = TOP, .experts = EXPERTS, .hidden = HIDDEN, .inner = INNER, .y = x->y};
+        .tokens = tokens, .top_k = TOP, .experts = EXPERTS, .hidden = HIDDEN, .inner = INNER, .y = x->y, .w_dtype = EXC_BF16};
     x->combine = (struct exc_combine_args){.y = x->y, .row_of = x->row_of, .ids = x->ids, .weights = x->weights, .tokens = tokens,
         .top_k = TOP, .hidden = HIDDEN, .h = x->h};
     run_glu(b, x);

@@ -144,7 +144,7 @@ static void decode_rows(bench *b, const char *name, const char *arithmetic, int6
     for (int64_t s = 0; s < sequences; s++) base[s] = s * length, len[s] = length;
     struct exc_attend_args a = {.q = q, .cache_k = cache, .key_stride = W, .cache_v = cache, .value_stride = W, .q_begin = begin,
         .cache_begin = base, .length = len, .sequences = sequences, .q_heads = heads, .kv_heads = 1, .head_dim = W, .value_dim = C,
-        .scale = 0.0721688f, .out = out, .act = EXC_BF16};
+        .scale = 0.0721688f, .out = out, .act = EXC_BF16, .tokens = sequences, .longest = length};
     run_attend(b, &a);
     char shape[64];
     snprintf(shape, sizeof shape, "%d queries of %d heads, %d keys each", (int)sequences, (int)heads, (int)length);

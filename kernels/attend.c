@@ -313,6 +313,9 @@ exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
     if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads) return EXC_ERR_USAGE;
     if (a->head_dim < 1 || a->value_dim < 1) return EXC_ERR_USAGE;
     if ((a->act != EXC_F32 && a->act != EXC_BF16) || a->window < 0) return EXC_ERR_USAGE;
+    if (a->sequences && a->tokens != a->q_begin[a->sequences]) return EXC_ERR_USAGE;
+    for (int64_t s = 0; s < a->sequences; s++)
+        if (a->length[s] > a->longest) return EXC_ERR_USAGE;
     job j = {.a = a, .with = exc_heads_for(), .q = q, .group = a->q_heads / a->kv_heads};
     room r;
     j.width = (a->head_dim + LANES - 1) / LANES * LANES;

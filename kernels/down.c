@@ -124,7 +124,7 @@ static void add_fixed(void *arg, size_t e, int worker) {
 
 exc_status exc_cpu_down(exc_queue *q, const struct exc_down_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
-    if (!a->down || (a->sqnorm_sum && !a->slot)) return EXC_ERR_USAGE;
+    if (!a->down || a->down->dtype != a->w_dtype || (a->sqnorm_sum && !a->slot)) return EXC_ERR_USAGE;
     job j = {.a = a, .tile = exc_tile_for(a->act, a->down->dtype), .q = q};
     if (!j.tile) return EXC_ERR_USAGE;
     j.panel_bytes = exc_packed_bytes(EXC_PANEL, a->inner, a->down->dtype);

@@ -107,7 +107,7 @@ static void run(void *arg, size_t task, int worker) {
 
 exc_status exc_cpu_glu(exc_queue *q, const struct exc_glu_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
-    if (!a->gate || !a->up || a->gate->dtype != a->up->dtype || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
+    if (!a->gate || !a->up || a->gate->dtype != a->w_dtype || a->up->dtype != a->w_dtype || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
     if (a->activation.kind != EXC_GLU_SILU && a->activation.kind != EXC_GLU_CLAMPED) return EXC_ERR_USAGE;
     job j = {.a = a, .tile = exc_tile_for(a->act, a->gate->dtype), .q = q};
     if (!j.tile) return EXC_ERR_USAGE;

@@ -258,7 +258,8 @@ static void attend_case(int act, int64_t heads, int64_t C, int64_t R)
         void *out = blank(T * heads * C, act);
         assert_int_equal(exc_cpu_attend(queue_of(threads), &(struct exc_attend_args){.q = q, .cache_k = cache, .key_stride = W,
             .cache_v = cache, .value_stride = W, .q_begin = begin, .cache_begin = base, .length = length, .sequences = S,
-            .q_heads = heads, .kv_heads = 1, .head_dim = W, .value_dim = C, .scale = scale, .out = out, .act = act}), EXC_OK);
+            .q_heads = heads, .kv_heads = 1, .head_dim = W, .value_dim = C, .scale = scale, .out = out, .act = act,
+            .tokens = begin[S], .longest = rows}), EXC_OK);
         guarded(out, T * heads * C, act);
         if (!first) {
             first = out;

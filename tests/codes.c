@@ -340,9 +340,9 @@ static void one_mlp(int kind, int act) {
     void *a = as_act(x, T * H, act), *mid = get(T * K * I * 4);
     double mid_sum[E * I] = {0}, square[E] = {0};
     struct exc_glu_args first = {.x = a, .act = act, .gate = gate, .up = up, .offset = offset, .pair_of = pair_of, .tokens = T, .top_k = K,
-                                 .experts = E, .hidden = H, .inner = I, .mid = mid, .slot = slot, .mid_sum = mid_sum};
+                                 .experts = E, .hidden = H, .inner = I, .mid = mid, .slot = slot, .mid_sum = mid_sum, .w_dtype = gate->dtype};
     struct exc_down_args second = {.mid = mid, .act = act, .down = down, .offset = offset, .pair_of = pair_of, .tokens = T, .top_k = K,
-                                   .experts = E, .hidden = H, .inner = I, .y = y, .slot = slot, .sqnorm_sum = square};
+                                   .experts = E, .hidden = H, .inner = I, .y = y, .slot = slot, .sqnorm_sum = square, .w_dtype = down->dtype};
     assert_int_equal(exc_cpu_glu(queue_of(2), &first), EXC_OK);
     assert_int_equal(exc_cpu_down(queue_of(2), &second), EXC_OK);
     double want_square[E] = {0};

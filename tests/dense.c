@@ -446,10 +446,10 @@ static void experts_against_f64(const experts_case *c) {
                                      .gate_bias = x.gate_bias, .up_bias = x.up_bias, .activation = x.activation,
                                      .offset = x.offset, .pair_of = x.pair_of, .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H,
                                      .inner = I, .mid = mid[to], .slot = capture ? x.slot : NULL,
-                                     .mid_sum = capture ? sum[to] : NULL};
+                                     .mid_sum = capture ? sum[to] : NULL, .w_dtype = x.gate->dtype};
             struct exc_down_args d = {.mid = mid[to], .act = c->act, .down = x.down, .bias = x.down_bias, .offset = x.offset,
                                       .pair_of = x.pair_of, .tokens = c->tokens, .top_k = c->top_k, .experts = E, .hidden = H, .inner = I,
-                                      .y = y[to], .slot = capture ? x.slot : NULL, .sqnorm_sum = capture ? square[to] : NULL};
+                                      .y = y[to], .slot = capture ? x.slot : NULL, .sqnorm_sum = capture ? square[to] : NULL, .w_dtype = x.down->dtype};
             assert_int_equal(exc_cpu_glu(queue_of(threads), &g), EXC_OK);
             assert_int_equal(exc_cpu_down(queue_of(threads), &d), EXC_OK);
             if (!capture) {
@@ -487,10 +487,11 @@ static void run_part(const experts *x, int threads, int64_t first, int64_t count
     struct exc_permute_args a = {x->ids + first * c->top_k, count, c->top_k, E, offset, row_of, pair_of};
     struct exc_glu_args g = {.x = (uint8_t *)x->x + (size_t)(first * H) * size_of(c->act), .act = c->act, .gate = x->gate,
                              .up = x->up, .offset = offset, .pair_of = pair_of, .tokens = count, .top_k = c->top_k,
-                             .experts = E, .hidden = H, .inner = I, .mid = mid, .slot = x->slot + first, .mid_sum = sum};
+                             .experts = E, .hidden = H, .inner = I, .mid = mid, .slot = x->slot + first, .mid_sum = sum,
+                             .w_dtype = x->gate->dtype};
     struct exc_down_args d = {.mid = mid, .act = c->act, .down = x->down, .offset = offset, .pair_of = pair_of,
                               .tokens = count, .top_k = c->top_k, .experts = E, .hidden = H, .inner = I, .y = y,
-                              .slot = x->slot + first, .sqnorm_sum = square};
+                              .slot = x->slot + first, .sqnorm_sum = square, .w_dtype = x->down->dtype};
     assert_int_equal(exc_cpu_permute(&q, &a), EXC_OK);
     assert_int_equal(exc_cpu_glu(&q, &g), EXC_OK);
     assert_int_equal(exc_cpu_down(&q, &d), EXC_OK);
@@ -568,7 +569,7 @@ static void dense_is_one_expert(void) {
     size_t bytes = (size_t)(x.rows * c.inner) * 2;
     uint8_t *a = get(bytes), *b = get(bytes);
     struct exc_glu_args g = {.x = x.x, .act = c.act, .gate = x.gate, .up = x.up, .offset = x.offset, .pair_of = x.pair_of,
-                             .tokens = 45, .top_k = 1, .experts = 1, .hidden = 64, .inner = 48, .mid = a};
+                             .tokens = 45, .top_k = 1, .experts = 1, .hidden = 64, .inner = 48, .mid = a, .w_dtype = x.gate->dtype};
     assert_int_equal(exc_cpu_glu(queue_of(2), &g), EXC_OK);
     g.pair_of = NULL;
     g.mid = b;

@@ -104,7 +104,7 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
             .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
             .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv,
             .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .window = p->window[layer], .sinks = w->sinks,
-            .out = b->o, .act = act);
+            .out = b->o, .act = act, .tokens = rows, .longest = s->longest);
     if (w->gate_at)
         EXC_RUN(s, gate, .x = b->o, .x_dtype = act, .g = b->qkv + w->gate_at, .g_stride = w->width, .tokens = rows,
                 .heads = p->heads, .dim = p->head_dim, .y = b->o, .act = act);

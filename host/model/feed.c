@@ -97,11 +97,11 @@ exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, c
             .gate_bias = y->gate_bias ? y->gate_bias + first * p->inner : NULL,
             .up_bias = y->up_bias ? y->up_bias + first * p->inner : NULL, .activation = p->activation, .offset = offset,
             .pair_of = pair_of, .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .mid = s->mid,
-            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum);
+            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum, .w_dtype = y->gate->dtype);
     EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down,
             .bias = y->down_bias ? y->down_bias + first * p->hidden : NULL, .offset = offset, .pair_of = pair_of,
             .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .y = out,
-            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum);
+            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum, .w_dtype = y->down->dtype);
     return EXC_OK;
 }
 
@@ -141,7 +141,7 @@ static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, cons
     exc_sums sums = sums_of(s, t, p->moe_row[layer]);
     EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up,
         .activation = p->activation, .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
-        .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum);
+        .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum, .w_dtype = y->shared_gate.dtype);
     const exc_virtual *v = &y->shared_lens;
     if (!y->shared_router.data) return exc_write_stream(s, s->mid, I, &y->shared_down, NULL, v, rows);
     static const exc_gate sigmoid = {.size = sizeof sigmoid, .score = 1};
@@ -162,7 +162,8 @@ static exc_status dense(exc_session *s, const exc_layer *y, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     int64_t offset[2] = {0, rows};
     EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .activation = p->activation,
-        .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid);
+        .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid,
+        .w_dtype = y->gate->dtype);
     return exc_write_stream(s, s->mid, p->dense_inner, y->down, NULL, &y->mlp_lens, rows);
 }
 

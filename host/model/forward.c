@@ -156,6 +156,7 @@ static exc_status place(exc_session *s, const exc_step *t, int64_t *rows) {
     if (n > s->step_tokens || t->sequences > s->slots)
         return exc_fail(s->ctx, EXC_ERR_USAGE, "session: expected at most %lld rows in a step, found %lld",
                         (long long)s->step_tokens, (long long)n);
+    s->longest = 0;
     for (int64_t i = 0; i < t->sequences; i++) {
         int64_t slot = t->slot[i], count = begin[i + 1] - begin[i];
         if (slot < 0 || slot >= s->used_slots || count < 1 || s->length[slot] + count > s->capacity[slot])
@@ -168,6 +169,7 @@ static exc_status place(exc_session *s, const exc_step *t, int64_t *rows) {
         s->length[slot] += count;
         s->seq_base[i] = s->base[slot];
         s->seq_length[i] = s->length[slot];
+        if (s->length[slot] > s->longest) s->longest = s->length[slot];
     }
     return EXC_OK;
 }

@@ -187,7 +187,8 @@ static exc_status absorbed(exc_session *s, const stretch *k) {
     EXC_RUN(s, attend, .q = b->wide, .cache_k = k->cache, .key_stride = W, .cache_v = k->cache,
             .value_stride = W, .q_begin = k->t->begin + k->from, .cache_begin = s->seq_base + k->from,
             .length = s->seq_length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = 1,
-            .head_dim = W, .value_dim = C, .scale = scale_of(p), .out = b->sums, .act = act);
+            .head_dim = W, .value_dim = C, .scale = scale_of(p), .out = b->sums, .act = act,
+            .tokens = k->t->begin[k->to], .longest = s->longest);
     EXC_RUN(s, bundle, .x = at(s, b->sums, k->row * n * C), .x_stride = n * C, .x_step = C, .act = act,
             .w = k->w->value, .heads = n, .y = at(s, b->out, k->row * n * V), .y_stride = n * V, .y_step = V,
             .rows = k->rows);
@@ -209,7 +210,8 @@ static exc_status expanded(exc_session *s, const stretch *k) {
     EXC_RUN(s, attend, .q = b->queries, .cache_k = b->keys, .key_stride = n * D, .cache_v = b->values,
             .value_stride = n * V, .q_begin = k->t->begin + k->from, .cache_begin = k->t->begin + k->from,
             .length = s->seq_length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = n,
-            .head_dim = D, .value_dim = V, .scale = scale_of(p), .out = b->out, .act = act);
+            .head_dim = D, .value_dim = V, .scale = scale_of(p), .out = b->out, .act = act,
+            .tokens = k->t->begin[k->to], .longest = s->longest);
     return EXC_OK;
 }
 

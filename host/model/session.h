@@ -60,6 +60,7 @@ struct exc_session {
     int32_t *position;              /* [T] */
     int64_t *cache_row;             /* [T] */
     int64_t *seq_base, *seq_length; /* [slots] of the sequences in the step */
+    int64_t longest;                /* of seq_length */
     int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
     int32_t *own_row;               /* [T] 0,1,2,..: and its row */
     float *ones;                    /* [T] and its weight */

@@ -28,13 +28,15 @@ typedef struct job {
     int64_t width, wide;   /* head_dim and value_dim up to a multiple of 16 */
     int64_t *first;        /* [sequences+1] query blocks before each sequence */
     size_t units, per_task, size;
+    int pairs;             /* scores by products of bf16 pairs: queries and keys are kept as words of two channels */
     int64_t spans;         /* most spans of a unit when spread, else 0 */
     float *partial;        /* [units][spans][rows][wide + 2] */
 } job;
 
 /* a worker's block of scratch */
 typedef struct room {
-    float *q, *keys, *values, *scores, *out, *total; /* [ROWS,width] [width,64] [64,wide] [ROWS,64] [ROWS,wide] twice */
+    void *q, *keys;                       /* [ROWS,width], [width,64]: f32, or words of two channels */
+    float *values, *scores, *out, *total; /* [64,wide] [ROWS,64] [ROWS,wide] twice */
     float m[ROWS], sum[ROWS], total_m[ROWS], total_sum[ROWS];
 } room;
 
@@ -135,17 +137,26 @@ static void apply(const job *j, const unit *u, room *r, int64_t row, int n, cons
     }
 }
 
+static void score(const job *j, room *r, int64_t row, int n, int vectors, float *scores) {
+    int64_t D = j->a->head_dim, W = j->width;
+    if (j->pairs)
+        j->with->dot((const uint32_t *)r->q + row * W / 2, W / 2, n, r->keys, D / 2, scores, EXC_KEYS, vectors);
+    else
+        j->with->multiply((const float *)r->q + row * W, W, n, r->keys, EXC_KEYS, D, scores, EXC_KEYS, vectors, 0);
+}
+
 static void block(const job *j, const unit *u, room *r, const stretch *k) {
     const struct exc_attend_args *a = j->a;
     int64_t D = a->head_dim, V = a->value_dim;
-    j->with->turn(cached(j, a->cache_k, u, k->from, a->key_stride, D), a->key_stride, a->act, k->n, D, r->keys);
+    const void *keys = cached(j, a->cache_k, u, k->from, a->key_stride, D);
+    if (j->pairs) j->with->turn_pairs(keys, a->key_stride, k->n, D, r->keys);
+    else j->with->turn(keys, a->key_stride, a->act, k->n, D, r->keys);
     j->with->widen(cached(j, a->cache_v, u, k->from, a->value_stride, V), a->value_stride, a->act, k->n, V, j->wide, r->values);
     for (int64_t row = 0; row < u->rows; row += 4) {
         int n = (int)exc_least(4, u->rows - row), last = seen(j, u, row + n - 1, k);
         if (before(j, u, row, k) >= last) continue;
         float *scores = r->scores + row * EXC_KEYS;
-        j->with->multiply(r->q + row * j->width, j->width, n, r->keys, EXC_KEYS, D, scores, EXC_KEYS,
-                          (last + LANES - 1) / LANES, 0);
+        score(j, r, row, n, (last + LANES - 1) / LANES, scores);
         for (int i = 0; i < n; i++) {
             int first = before(j, u, row + i, k), own = seen(j, u, row + i, k) - first;
             float factor = 1.0f;
@@ -197,9 +208,12 @@ static void finish_all(const job *j, const unit *u, const float *total, const fl
 }
 
 static void load_queries(const job *j, const unit *u, room *r) {
-    for (int64_t row = 0; row < u->rows; row++)
-        j->with->widen((const uint8_t *)j->a->q + query_at(j, u, row, j->a->head_dim), 0, j->a->act, 1, j->a->head_dim, j->width,
-                       r->q + row * j->width);
+    int64_t D = j->a->head_dim;
+    for (int64_t row = 0; row < u->rows; row++) {
+        const uint8_t *q = (const uint8_t *)j->a->q + query_at(j, u, row, D);
+        if (j->pairs) memcpy((uint16_t *)r->q + row * j->width, q, (size_t)D * sizeof(uint16_t));
+        else j->with->widen(q, 0, j->a->act, 1, D, j->width, (float *)r->q + row * j->width);
+    }
 }
 
 static void whole(const job *j, const unit *u, room *r) {
@@ -321,6 +335,7 @@ exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
     j.width = (a->head_dim + LANES - 1) / LANES * LANES;
     j.wide = (a->value_dim + LANES - 1) / LANES * LANES;
     j.size = a->act == EXC_F32 ? 4 : 2;
+    j.pairs = j.with->dot && a->act == EXC_BF16 && a->head_dim % 2 == 0;
     if (carve(&j, q->scratch[0], &r) > PRIVATE_BYTES) return EXC_ERR_USAGE;
     j.parts = (j.group + ROWS - 1) / ROWS;
     j.part = (j.group + j.parts - 1) / j.parts;

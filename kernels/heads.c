@@ -1,5 +1,5 @@
 /* heads.c - see heads.h. The products are written with intrinsics: a tile of 4 rows x 64 columns keeps its 16 sums in
- * registers on AVX-512, 4 x 16 on AVX2. An element is one chain of multiply-adds whatever the tile's height, so the bits
+ * registers on AVX-512, 4 x 16 on AVX2. Scores of bf16 operands are exact products either way; by pairs they cost half. An element is one chain of multiply-adds whatever the tile's height, so the bits
  * of a row depend on that row alone. */
 #include "heads.h"
 
@@ -74,13 +74,14 @@ EXC_VARIANTS(scale, (float *x, int64_t n, float by), (x, n, by))
 EXC_VARIANTS(round, (const float *x, int64_t n, float by, void *out, int act), (x, n, by, out, act))
 
 static const exc_heads generic = {multiply_generic, turn_generic, widen_generic, soften_generic, scale_generic,
-                                  round_generic};
+                                  round_generic,    NULL,         NULL};
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq")))
+#define DOT __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
 
 /* 16 columns of up to 4 rows */
 AVX2 EXC_INLINE void tile_avx2(const float *a, int64_t a_stride, int rows, const float *b, int64_t b_stride, int64_t k,
@@ -183,7 +184,19 @@ AVX512 EXC_INLINE void transpose(__m512i *r) {
     }
 }
 
-/* 16 keys at a time, 16 words of each: a word is one f32 or a pair of bf16 */
+/* 16 words of each of 16 keys, transposed: a word is one f32 or a pair of bf16 */
+AVX512 EXC_INLINE int take_words(const void *keys, int64_t stride, int first, int n, int64_t d, int64_t dim, int64_t per,
+                                 __m512i *word) {
+    int64_t left = (dim - d) / per;
+    __mmask16 mask = (__mmask16)(left >= LANES ? 0xffff : (1 << left) - 1);
+    for (int j = 0; j < LANES; j++) {
+        const uint8_t *row = (const uint8_t *)keys + ((first + j) * stride + d) * (4 / per);
+        word[j] = first + j < n ? _mm512_maskz_loadu_epi32(mask, row) : _mm512_setzero_si512();
+    }
+    transpose(word);
+    return left < LANES ? (int)left : LANES;
+}
+
 AVX512 static void turn_wide(const void *keys, int64_t stride, int act, int n, int64_t dim, float *out) {
     int64_t per = act == EXC_F32 ? 1 : 2;
     const __m512i high = _mm512_set1_epi32((int)0xffff0000);
@@ -193,16 +206,10 @@ AVX512 static void turn_wide(const void *keys, int64_t stride, int act, int n, i
     }
     for (int first = 0; first < n; first += LANES)
         for (int64_t d = 0; d < dim; d += LANES * per) {
-            int64_t left = (dim - d) / per;
-            __mmask16 mask = (__mmask16)(left >= LANES ? 0xffff : (1 << left) - 1);
             __m512i word[16];
-            for (int j = 0; j < LANES; j++) {
-                const uint8_t *row = (const uint8_t *)keys + ((first + j) * stride + d) * (4 / per);
-                word[j] = first + j < n ? _mm512_maskz_loadu_epi32(mask, row) : _mm512_setzero_si512();
-            }
-            transpose(word);
+            int words = take_words(keys, stride, first, n, d, dim, per, word);
             float *to = out + d * EXC_KEYS + first;
-            for (int w = 0; w < LANES && w < left; w++, to += per * EXC_KEYS) {
+            for (int w = 0; w < words; w++, to += per * EXC_KEYS) {
                 if (act == EXC_F32) {
                     _mm512_storeu_si512(to, word[w]);
                 } else {
@@ -213,13 +220,67 @@ AVX512 static void turn_wide(const void *keys, int64_t stride, int act, int n, i
         }
 }
 
-static const exc_heads avx2 = {multiply_avx2, turn_avx2, widen_avx2, soften_avx2, scale_avx2, round_avx2};
-static const exc_heads avx512 = {multiply_avx512, turn_wide, widen_avx512, soften_avx512, scale_avx512, round_avx512};
+AVX512 static void turn_pairs(const void *keys, int64_t stride, int n, int64_t dim, uint32_t *out) {
+    for (int first = 0; first < n; first += LANES)
+        for (int64_t d = 0; d < dim; d += 2 * LANES) {
+            __m512i word[16];
+            int words = take_words(keys, stride, first, n, d, dim, 2, word);
+            for (int w = 0; w < words; w++) _mm512_storeu_si512(out + (d / 2 + w) * EXC_KEYS + first, word[w]);
+        }
+}
+
+DOT EXC_INLINE void dot_tile(const uint32_t *a, int64_t a_stride, int rows, const uint32_t *b, int64_t pairs, float *c,
+                             int64_t c_stride, int vectors) {
+    __m512 sum[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < pairs; d++, b += EXC_KEYS) {
+        __m512bh x[4];
+        for (int v = 0; v < vectors; v++) x[v] = (__m512bh)_mm512_loadu_si512(b + v * LANES);
+        for (int r = 0; r < rows; r++) {
+            __m512bh y = (__m512bh)_mm512_set1_epi32((int)a[r * a_stride + d]);
+            for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], y, x[v]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(c + r * c_stride + v * LANES, sum[r][v]);
+}
+
+#define DOT_ROWS(R)                                                                                                \
+    DOT static void dot_##R(const uint32_t *a, int64_t a_stride, const uint32_t *b, int64_t pairs, float *c,       \
+                            int64_t c_stride, int vectors) {                                                       \
+        switch (vectors) {                                                                                         \
+        case 1: dot_tile(a, a_stride, R, b, pairs, c, c_stride, 1); break;                                         \
+        case 2: dot_tile(a, a_stride, R, b, pairs, c, c_stride, 2); break;                                         \
+        case 3: dot_tile(a, a_stride, R, b, pairs, c, c_stride, 3); break;                                         \
+        default: dot_tile(a, a_stride, R, b, pairs, c, c_stride, 4);                                               \
+        }                                                                                                          \
+    }
+DOT_ROWS(1)
+DOT_ROWS(2)
+DOT_ROWS(3)
+DOT_ROWS(4)
+
+static void dot(const uint32_t *a, int64_t a_stride, int rows, const uint32_t *b, int64_t pairs, float *c, int64_t c_stride,
+                int vectors) {
+    switch (rows) {
+    case 1: dot_1(a, a_stride, b, pairs, c, c_stride, vectors); break;
+    case 2: dot_2(a, a_stride, b, pairs, c, c_stride, vectors); break;
+    case 3: dot_3(a, a_stride, b, pairs, c, c_stride, vectors); break;
+    default: dot_4(a, a_stride, b, pairs, c, c_stride, vectors);
+    }
+}
+
+static const exc_heads avx2 = {multiply_avx2, turn_avx2, widen_avx2, soften_avx2, scale_avx2, round_avx2, NULL, NULL};
+static const exc_heads avx512 = {multiply_avx512, turn_wide, widen_avx512, soften_avx512, scale_avx512, round_avx512, NULL, NULL};
+static const exc_heads pairs = {multiply_avx512, turn_wide,    widen_avx512, soften_avx512,
+                                scale_avx512,    round_avx512, turn_pairs,   dot};
 #endif
 
 const exc_heads *exc_heads_for(void) {
 #if defined(__x86_64__)
     enum exc_isa level = exc_isa_level();
+    if (level >= EXC_ISA_AVX512BF16) return &pairs;
     if (level >= EXC_ISA_AVX512) return &avx512;
     if (level >= EXC_ISA_AVX2) return &avx2;
 #endif

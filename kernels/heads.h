@@ -21,6 +21,11 @@ typedef struct exc_heads {
     void (*soften)(float *s, int n, float scale, float *m, float *sum, float *factor);
     void (*scale)(float *x, int64_t n, float by);
     void (*round)(const float *x, int64_t n, float by, void *out, int act); /* out = act(x * by) */
+    /* Scores of bf16 queries and keys by products of pairs, where the machine has them, else NULL. dim is even: a word is channels
+     * 2i and 2i+1. Keys turn to words [dim/2][EXC_KEYS]; c[h][16*vectors] = a[h] b, one chain over ascending pairs an element. */
+    void (*turn_pairs)(const void *keys, int64_t stride, int n, int64_t dim, uint32_t *out);
+    void (*dot)(const uint32_t *a, int64_t a_stride, int rows, const uint32_t *b, int64_t pairs, float *c, int64_t c_stride,
+                int vectors);
 } exc_heads;
 
 const exc_heads *exc_heads_for(void);

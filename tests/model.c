@@ -204,6 +204,7 @@ static void test_batching(void **state)
 {
     same_batching("qwen3_moe");
     same_batching("moonlight"); /* never expanded then */
+    same_batching("gpt_oss");   /* windows that begin within blocks */
 }
 
 /* without the reproducible mode batching may move bits, but only roundings */

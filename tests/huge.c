@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "helpers.h"
@@ -138,8 +139,13 @@ static void check(const size *s, const char *config, int64_t per, int64_t parame
     char *dir = test_tmpdir(), *text = NULL;
     int64_t tensors = make(dir, s, config, per);
     double before = exc_seconds();
+    clock_t begun = clock();
     if (exc_inspect(ctx, dir, &text)) fail_msg("%s", exc_ctx_error(ctx));
-    print_message("  %lld tensors: inspect took %.3f s\n", (long long)tensors, exc_seconds() - before);
+    double busy = (double)(clock() - begun) / CLOCKS_PER_SEC; /* of processors, which other work on the machine does not change */
+    print_message("  %lld tensors: inspect took %.3f s, %.3f s of processors\n", (long long)tensors, exc_seconds() - before, busy);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    assert_true(busy < 1);
+#endif
     json_t *o = json_loads(text, 0, NULL);
     assert_int_equal(json_integer_value(json_object_get(o, "parameters")), parameters);
     assert_int_equal(json_integer_value(json_object_get(o, "tensors")), tensors);

@@ -8,31 +8,26 @@
 
 #include "model.h"
 
-/* writers of the residual stream lose a direction on their output side, readers on their input side */
-static const char *edits_of(exc_role role) {
-    switch (role) {
-    case EXC_ROLE_EXPERT_DOWN:
-        return "[\"project\",\"scale\",\"mask\"]";
-    case EXC_ROLE_SHARED_DOWN:
-    case EXC_ROLE_DENSE_DOWN:
-    case EXC_ROLE_ATTN_OUT:
-    case EXC_ROLE_EMBED:
-        return "[\"project\",\"scale\"]";
-    case EXC_ROLE_EXPERT_GATE:
-    case EXC_ROLE_EXPERT_UP:
-    case EXC_ROLE_LM_HEAD:
-        return "[\"project_input\",\"scale\"]";
-    case EXC_ROLE_ROUTER_BIAS:
-        return "[\"router_bias\"]";
-    case EXC_ROLE_ROUTER:
-        return "[\"project_input\",\"router_project\",\"router_scale\"]";
-    default:
-        return "[]";
-    }
+/* what a plan may do with the role, in the words of plans */
+static void put_edits(exc_buf *b, const exc_atlas *a, exc_role role) {
+    bool router = role == EXC_ROLE_ROUTER;
+    const struct {
+        const char *op;
+        bool has;
+    } ops[] = {{"project", exc_role_writes(role)}, {"project_input", exc_role_reads(role)},
+               {"scale", true},                    {"mask", true},
+               {"router_project", router},         {"router_scale", router},
+               {"router_bias", router && a->family->router_bias_stored}};
+    exc_buf_puts(b, ",\"edits\":[");
+    for (size_t i = 0, n = 0; exc_role_planned(role) && i < EXC_COUNT(ops); i++)
+        if (ops[i].has) exc_buf_printf(b, "%s\"%s\"", n++ ? "," : "", ops[i].op);
+    exc_buf_puts(b, "]");
 }
 
 static const char *why_not(exc_role role) {
     switch (role) {
+    case EXC_ROLE_ROUTER_BIAS:
+        return "edited by router_bias of the role router";
     case EXC_ROLE_EXPERT_DOWN_BIAS:
         return "edited together with expert_down";
     case EXC_ROLE_EXPERT_GATE_BIAS:
@@ -100,20 +95,51 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
         exc_buf_printf(b, ",\"shape\":[%lld]", (long long)w->out);
     else if (same)
         exc_buf_printf(b, ",\"shape\":[%lld,%lld]", (long long)w->out, (long long)w->in);
-    exc_buf_printf(b, ",\"writes_residual\":%s,\"edits\":%s", exc_role_writes(w->role) ? "true" : "false",
-                   edits_of(w->role));
-    if (!strcmp(edits_of(w->role), "[]")) exc_buf_printf(b, ",\"why_not\":\"%s\"", why_not(w->role));
+    exc_buf_puts(b, ",\"stored\":\"");
+    for (int d = 0, n = 0; d <= EXC_DTYPE_OTHER; d++) {
+        if (!of[d]) continue;
+        exc_buf_printf(b, "%s%s", n++ ? ", " : "", exc_dtype_name((exc_dtype)d));
+        if (of[d] < tensors) exc_buf_printf(b, " %llu", (unsigned long long)of[d]);
+    }
+    exc_buf_printf(b, "\",\"writes_residual\":%s", exc_role_writes(w->role) ? "true" : "false");
+    put_edits(b, a, w->role);
+    if (!exc_role_planned(w->role)) exc_buf_printf(b, ",\"why_not\":\"%s\"", why_not(w->role));
     exc_buf_puts(b, "}");
 }
+
+static bool starts(const char *name, const char *with) { return !strncmp(name, with, strlen(with)); }
 
 /* known and not part of the decoder: prefixes of the family, and layers behind the last */
 static bool is_passed(const exc_atlas *a, const char *name) {
     static const char layer[] = "model.layers.";
     for (int i = 0; a->family->passed[i]; i++)
-        if (!strncmp(name, a->family->passed[i], strlen(a->family->passed[i]))) return true;
-    if (strncmp(name, layer, sizeof layer - 1) != 0) return false;
+        if (starts(name, a->family->passed[i])) return true;
+    if (!starts(name, layer)) return false;
     long number = strtol(name + sizeof layer - 1, NULL, 10);
     return number >= a->shape.layers && number < a->shape.layers + a->shape.mtp_layers;
+}
+
+/* one part that is passed through: its tensors and their bytes; returns whether there are any */
+static bool put_part(exc_buf *b, const exc_atlas *a, const char *prefix, bool more) {
+    size_t n = 0;
+    uint64_t bytes = 0;
+    for (size_t i = 0; i < a->n_unknown; i++)
+        if (starts(a->unknown[i]->name, prefix)) n++, bytes += a->unknown[i]->end - a->unknown[i]->begin;
+    if (!n) return false;
+    const char *what = strstr(prefix, "visual") ? "vision" : "prediction of further tokens (MTP)";
+    exc_buf_printf(b, "%s{\"part\":\"%s\",\"prefix\":\"%s\",\"tensors\":%zu,\"bytes\":%llu}", more ? "," : "", what, prefix,
+                   n, (unsigned long long)bytes);
+    return true;
+}
+
+static void put_parts(exc_buf *b, const exc_atlas *a) {
+    bool more = false;
+    for (int i = 0; a->family->passed[i]; i++) more |= put_part(b, a, a->family->passed[i], more);
+    for (int64_t l = a->shape.layers; l < a->shape.layers + a->shape.mtp_layers; l++) {
+        char prefix[48];
+        snprintf(prefix, sizeof prefix, "model.layers.%lld.", (long long)l);
+        more |= put_part(b, a, prefix, more);
+    }
 }
 
 static void put_names(exc_buf *b, const exc_atlas *a, bool passed) {
@@ -131,6 +157,8 @@ static void put_mixers(exc_buf *b, const exc_shape *s) {
     const exc_linear *l = &s->linear;
     exc_buf_puts(b, ",\"attention_by_layer\":[");
     for (int64_t i = 0; i < s->layers; i++) exc_buf_printf(b, "%s\"%s\"", i ? "," : "", kinds[s->mix[i]]);
+    exc_buf_puts(b, "],\"window_by_layer\":[");
+    for (int64_t i = 0; i < s->layers; i++) exc_buf_printf(b, "%s%lld", i ? "," : "", (long long)s->window[i]);
     exc_buf_puts(b, "]");
     if (l->v_heads)
         exc_buf_printf(b,
@@ -190,7 +218,9 @@ static void put_all(exc_buf *b, const exc_atlas *a) {
     exc_buf_printf(
         b, "],\"router_bias\":{\"storable\":%s,\"where\":", a->family->router_bias_stored ? "true" : "false");
     put_string(b, a->family->router_bias);
-    exc_buf_puts(b, "},\"passed_through\":[");
+    exc_buf_puts(b, "},\"parts\":[");
+    put_parts(b, a);
+    exc_buf_puts(b, "],\"passed_through\":[");
     put_names(b, a, true);
     exc_buf_puts(b, "],\"unknown\":[");
     put_names(b, a, false);

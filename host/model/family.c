@@ -96,6 +96,13 @@ bool exc_role_by_layer(exc_role role) {
 
 bool exc_role_writes(exc_role role) { return role <= EXC_ROLE_ATTN_OUT || role == EXC_ROLE_EMBED; }
 
+bool exc_role_reads(exc_role role) {
+    return role == EXC_ROLE_EXPERT_GATE || role == EXC_ROLE_EXPERT_UP || role == EXC_ROLE_ROUTER ||
+           role == EXC_ROLE_LM_HEAD;
+}
+
+bool exc_role_planned(exc_role role) { return exc_role_writes(role) || exc_role_reads(role); }
+
 bool exc_role_is_vector(exc_role role) { return role >= EXC_ROLE_ROUTER_BIAS && role <= EXC_ROLE_NORM_FINAL; }
 
 exc_role exc_role_bias(const exc_family *f, exc_role role) {

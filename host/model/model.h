@@ -195,6 +195,8 @@ void exc_rope_frequencies(const exc_rope *r, int64_t channels, float *out);
 bool exc_role_by_layer(exc_role role);  /* one a layer (or one an expert), not one a model */
 bool exc_role_by_expert(exc_role role);
 bool exc_role_writes(exc_role role);    /* writes the residual stream: output side editable */
+bool exc_role_reads(exc_role role);     /* reads it: input side editable */
+bool exc_role_planned(exc_role role);   /* plans may name it */
 bool exc_role_is_vector(exc_role role);  /* norms and biases */
 exc_role exc_role_bias(const exc_family *f, exc_role role); /* of the bias added to what it gives out; EXC_ROLES: none to edit with it */
 

@@ -19,16 +19,6 @@ static const char *const op_name[] = {"project", "project_input", "router_projec
                                       "mask",    "router_scale",  "router_bias"};
 static const char *const norm_name[] = {"none", "column", "row"};
 
-/* roles a plan may name, and which side of each is the residual stream's */
-static const exc_role plan_roles[] = {EXC_ROLE_EXPERT_DOWN, EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP,
-                                      EXC_ROLE_SHARED_DOWN, EXC_ROLE_DENSE_DOWN,  EXC_ROLE_ATTN_OUT,
-                                      EXC_ROLE_ROUTER,      EXC_ROLE_EMBED,       EXC_ROLE_LM_HEAD};
-
-static bool reads_stream(exc_role r) {
-    return r == EXC_ROLE_EXPERT_GATE || r == EXC_ROLE_EXPERT_UP || r == EXC_ROLE_ROUTER ||
-           r == EXC_ROLE_LM_HEAD;
-}
-
 static const char *shown(const json_t *v) {
     static _Thread_local char text[160];
     char *t = v ? json_dumps(v, JSON_ENCODE_ANY | JSON_COMPACT) : NULL;
@@ -208,11 +198,7 @@ static exc_status read_role(exc_ctx *ctx, const char *what, const json_t *o, exc
         e->role = EXC_ROLE_ROUTER;
         return EXC_OK;
     }
-    for (size_t i = 0; json_is_string(v) && i < EXC_COUNT(plan_roles) && !known; i++)
-        if (!strcmp(json_string_value(v), exc_role_name(plan_roles[i]))) {
-            e->role = plan_roles[i];
-            known = true;
-        }
+    if (json_is_string(v)) known = exc_role_find(json_string_value(v), &e->role) && exc_role_planned(e->role);
     if (!known)
         return wrong(ctx, what, "role",
                      "expert_down, expert_gate, expert_up, shared_down, dense_down, attn_out, router, embed "
@@ -224,7 +210,7 @@ static exc_status read_role(exc_ctx *ctx, const char *what, const json_t *o, exc
     else if (e->op == EXC_EDIT_PROJECT && !exc_role_writes(e->role))
         rule =
             "a role that writes the residual stream (expert_down, shared_down, dense_down, attn_out, embed)";
-    else if (e->op == EXC_EDIT_PROJECT_INPUT && !reads_stream(e->role))
+    else if (e->op == EXC_EDIT_PROJECT_INPUT && !exc_role_reads(e->role))
         rule = "a role that reads the residual stream (expert_gate, expert_up, router, lm_head)";
     if (!rule) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_INPUT, "%s: role: %s expected %s, found %s", what, op_name[e->op], rule,

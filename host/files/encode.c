@@ -11,6 +11,8 @@
 
 #include "tokenizer.h"
 
+#define BLANK "\xe2\x96\x81" /* U+2581 */
+
 enum { STACK_FIRST = 32 << 10, STACK_MOST = 16 << 20, MATCH_LIMIT = 50 * 1000 * 1000, MAX_TEXT = INT32_MAX };
 
 /* ---------------------------------------------------------------------------------------------------- ids,
@@ -118,15 +120,18 @@ static exc_status put_added(encoder *e, uint32_t id) {
     return EXC_OK;
 }
 
-/* text[begin, end) without added tokens: pieces, merges; then which of the new tokens lie whole in content */
+/* text[begin, end) without added tokens: pieces, merges; then which of the new tokens lie whole in content.
+ * The blank in front of a SentencePiece word is not looked at: the one before a prompt's first word is the
+ * template's. */
 static exc_status ordinary(encoder *e, const view *v, size_t begin, size_t end) {
     if (begin == end) return EXC_OK;
     size_t first = e->ids->len, part = 0;
     EXC_TRY(exc_pieces(e->ctx, e->t, e->w, 0, v->text + begin, end - begin, e->ids));
     if (!e->content) return EXC_OK;
     for (size_t i = first, at = begin; i < e->ids->len; i++) {
-        size_t after = at + e->t->tokens[e->ids->data[i]].len;
-        while (v->parts[part].end <= at) part++;
+        size_t len = e->t->tokens[e->ids->data[i]].len, after = at + len;
+        size_t from = at + (e->t->by_char && len > 1 && v->text[at] == ' ');
+        while (v->parts[part].end <= from) part++;
         char yes = v->parts[part].kind & EXC_PART_CONTENT && after <= v->parts[part].end;
         exc_buf_put(e->content, &yes, 1);
         at = after;
@@ -146,6 +151,35 @@ static exc_status normalised(encoder *e, const view *v, size_t begin, size_t end
     return ordinary(e, v, at, end);
 }
 
+static bool begins_blank(const char *s, size_t n) {
+    return n && (*s == ' ' || (n >= 3 && !memcmp(s, BLANK, 3)));
+}
+
+void exc_spaces(const char *s, size_t n, exc_buf *out) {
+    for (const char *end = s + n, *at; s < end; s = at + 3) {
+        at = memmem(s, (size_t)(end - s), BLANK, 3);
+        exc_buf_put(out, s, (size_t)((at ? at : end) - s));
+        if (!at) return;
+        exc_buf_put(out, " ", 1);
+    }
+}
+
+/* text[begin, end) in its normal form, into w->text */
+static void normal_form(const encoder *e, const char *text, size_t begin, size_t end) {
+    exc_scratch *w = e->w;
+    const char *s = text + begin;
+    w->text.len = 0;
+    if (!e->t->by_char) {
+        exc_nfc(s, end - begin, &w->text, &w->stretch);
+        return;
+    }
+    bool missing = !begins_blank(s, end - begin);
+    if (e->t->lead == EXC_LEAD_EVERY || (e->t->lead == EXC_LEAD_MISSING && missing) ||
+        (e->t->lead == EXC_LEAD_FIRST && missing && !begin))
+        exc_buf_put(&w->text, " ", 1);
+    exc_spaces(s, end - begin, &w->text);
+}
+
 /* The parts of a stretch in its normalised form: a part ends where the normal form of all before its end
  * does. (Where a mark
  * composes across that line, it stays where the shorter form ended.) */
@@ -162,8 +196,7 @@ static exc_status normal_view(encoder *e, const view *v, size_t begin, size_t en
     for (size_t i = 0; i < v->n_parts && part_begin(v, i) < end; i++) {
         if (v->parts[i].end <= begin) continue;
         size_t stop = v->parts[i].end < end ? v->parts[i].end : end;
-        w->text.len = 0;
-        exc_nfc(v->text + begin, stop - begin, &w->text, &w->stretch);
+        normal_form(e, v->text, begin, stop);
         w->parts[n++] = (exc_part){w->text.len, v->parts[i].kind};
     }
     if (w->text.failed) return exc_fail(e->ctx, EXC_ERR_MEMORY, "tokenizer: no memory for normalised text");
@@ -173,7 +206,8 @@ static exc_status normal_view(encoder *e, const view *v, size_t begin, size_t en
 
 static exc_status stretch(encoder *e, const view *v, size_t begin, size_t end) {
     if (begin == end) return EXC_OK;
-    if (!e->t->nfc || exc_nfc_is(v->text + begin, end - begin)) return normalised(e, v, begin, end);
+    bool as_it_is = !e->t->by_char && (!e->t->nfc || exc_nfc_is(v->text + begin, end - begin));
+    if (as_it_is) return normalised(e, v, begin, end);
     view n;
     EXC_TRY(normal_view(e, v, begin, end, &n));
     return normalised(e, &n, 0, e->w->text.len);
@@ -220,17 +254,40 @@ exc_status exc_tokenizer_encode(exc_ctx *ctx, const exc_tokenizer *t, const char
     return exc_encode_parts(ctx, t, text, &whole, 1, special, ids, NULL);
 }
 
+/* bytes that characters fell back to: a text where they are UTF-8, else as many U+FFFD */
+static void put_bytes(exc_buf *out, exc_buf *run) {
+    if (run->len && exc_utf8_valid(run->data, run->len, NULL))
+        exc_buf_put(out, run->data, run->len);
+    else
+        for (size_t i = 0; i < run->len; i++) exc_buf_puts(out, "\xef\xbf\xbd");
+    run->len = 0;
+}
+
 exc_status exc_tokenizer_decode(exc_ctx *ctx, const exc_tokenizer *t, const int32_t *ids, size_t n,
                                 bool skip_special, exc_buf *out) {
-    for (size_t i = 0; i < n; i++) {
-        if (ids[i] < 0 || (uint32_t)ids[i] >= t->size || !t->tokens[ids[i]].flags)
-            return exc_fail(ctx, EXC_ERR_INPUT,
-                            "token %zu: expected an id of the vocabulary (below %u), found %d", i, t->size,
-                            ids[i]);
-        const exc_token *x = t->tokens + ids[i];
-        if (!skip_special || !(x->flags & EXC_TOKEN_SPECIAL)) exc_buf_put(out, t->bytes + x->begin, x->len);
+    size_t begin = out->len;
+    exc_buf run = {0};
+    exc_status st = EXC_OK;
+    for (size_t i = 0; i < n && st == EXC_OK; i++) {
+        bool known = ids[i] >= 0 && (uint32_t)ids[i] < t->size && t->tokens[ids[i]].flags;
+        const exc_token *x = known ? t->tokens + ids[i] : NULL;
+        if (!known)
+            st = exc_fail(ctx, EXC_ERR_INPUT,
+                          "token %zu: expected an id of the vocabulary (below %u), found %d", i, t->size,
+                          ids[i]);
+        else if (x->flags & EXC_TOKEN_BYTE)
+            exc_buf_put(&run, t->bytes + x->begin, 1);
+        else if (!skip_special || !(x->flags & EXC_TOKEN_SPECIAL)) {
+            put_bytes(out, &run);
+            exc_buf_put(out, t->bytes + x->begin, x->len);
+        }
     }
-    return out->failed ? exc_fail(ctx, EXC_ERR_MEMORY, "no memory for decoded text") : EXC_OK;
+    put_bytes(out, &run);
+    if (t->strip && out->len > begin && out->data[begin] == ' ')
+        memmove(out->data + begin, out->data + begin + 1, out->len-- - begin);
+    bool failed = out->failed || run.failed;
+    exc_buf_free(&run);
+    return st == EXC_OK && failed ? exc_fail(ctx, EXC_ERR_MEMORY, "no memory for decoded text") : st;
 }
 
 int64_t exc_tokenizer_size(const exc_tokenizer *t) { return t->size; }

@@ -1,5 +1,5 @@
-/* merges.c - byte-level BPE of one piece: bytes become tokens, then the adjacent pair of lowest rank is
- * merged, the leftmost first among equals, until no pair has a rank.
+/* merges.c - BPE of one piece: its bytes (or characters, where the tokenizer says so) become tokens, then the
+ * adjacent pair of lowest rank is merged, the leftmost first among equals, until no pair has a rank.
  *
  * Three speeds. Pieces seen lately come from a cache (direct mapped, one 64-byte line an entry, so its size
  * is fixed and a lookup is one line of memory): text repeats its words. Short pieces are merged by scanning
@@ -91,9 +91,23 @@ exc_status exc_merges_build(exc_ctx *ctx, exc_tokenizer *t, const exc_merge *lis
 /* ------------------------------------------------------------------------------------------------ merging a
  * piece */
 
+/* the tokens that merging starts from: of bytes; or of characters, and of the bytes of those that are none */
+static size_t first_ids(const exc_tokenizer *t, const char *p, size_t n, int32_t *ids) {
+    size_t count = 0;
+    for (; !t->by_char && count < n; count++) ids[count] = t->byte_id[(unsigned char)p[count]];
+    for (size_t at = 0, from = 0; t->by_char && at < n; from = at) {
+        exc_utf8_next(p, &at);
+        int64_t id = exc_words_find(t, p + from, at - from);
+        if (id >= 0) ids[count++] = (int32_t)id;
+        for (; id < 0 && from < at; from++) ids[count++] = t->byte_id[(unsigned char)p[from]];
+    }
+    return count;
+}
+
 static size_t merge_short(const exc_tokenizer *t, const char *p, size_t n, int32_t *ids) {
     uint32_t id[SHORT_PIECE], rank[SHORT_PIECE], made[SHORT_PIECE]; /* rank, made: of the pair (i, i+1) */
-    for (size_t i = 0; i < n; i++) id[i] = (uint32_t)t->byte_id[(unsigned char)p[i]];
+    n = first_ids(t, p, n, ids);
+    for (size_t i = 0; i < n; i++) id[i] = (uint32_t)ids[i];
     for (size_t i = 0; i + 1 < n; i++) {
         const exc_merge *m = find_merge(t, id[i], id[i + 1]);
         rank[i] = m->rank;
@@ -177,8 +191,9 @@ static exc_status merge_long(exc_ctx *ctx, const exc_tokenizer *t, exc_scratch *
     EXC_TRY(long_room(ctx, w, n));
     heap h = {w->room, 0};
     node *list = (node *)(void *)(h.key + 3 * n);
+    n = first_ids(t, p, n, ids);
     for (size_t i = 0; i < n; i++)
-        list[i] = (node){(uint32_t)t->byte_id[(unsigned char)p[i]], i ? (uint32_t)i - 1 : NO_NODE,
+        list[i] = (node){(uint32_t)ids[i], i ? (uint32_t)i - 1 : NO_NODE,
                          i + 1 < n ? (uint32_t)i + 1 : NO_NODE, EXC_NO_RANK, 0};
     for (size_t i = 0; i + 1 < n; i++) rate(t, list, (uint32_t)i, &h);
     while (h.n) {

@@ -17,6 +17,7 @@ typedef struct recipe {
     exc_tokenizer *t;
     const char *what;
     bool seen_level; /* a ByteLevel step of the pre-tokenizer: nothing may follow it */
+    bool spaces;     /* a step that writes blanks as U+2581 */
 } recipe;
 
 static exc_status refuse(const recipe *r, const char *section, const json_t *step, const char *expected) {
@@ -45,7 +46,28 @@ static exc_status each(recipe *r, const json_t *step, const char *list, step_fn 
     return EXC_OK;
 }
 
+#define BLANK "\xe2\x96\x81" /* U+2581 */
+
+static bool says(const json_t *o, const char *key, const char *value) {
+    const json_t *v = json_object_get(o, key);
+    return json_is_string(v) && !strcmp(json_string_value(v), value);
+}
+
+/* SentencePiece's normaliser as the library writes it: Prepend U+2581, Replace " " by it */
+static exc_status spaces(recipe *r, const json_t *step) {
+    if (is(step, "Prepend") && says(step, "prepend", BLANK) && !r->spaces) {
+        r->t->lead = EXC_LEAD_EVERY;
+        return EXC_OK;
+    }
+    bool replace = is(step, "Replace") && says(json_object_get(step, "pattern"), "String", " ") &&
+                   says(step, "content", BLANK) && !r->spaces;
+    if (!replace) return refuse(r, "normalizer", step, "Prepend of U+2581, then Replace of a blank by it");
+    r->spaces = true;
+    return EXC_OK;
+}
+
 static exc_status normalizer(recipe *r, const json_t *step) {
+    if (r->t->by_char) return spaces(r, step);
     if (!is(step, "NFC")) return refuse(r, "normalizer", step, "null, NFC or a Sequence of them");
     r->t->nfc = true;
     return EXC_OK;
@@ -71,9 +93,31 @@ static exc_status byte_level(recipe *r, const json_t *step) {
     return regex ? exc_stage_add(r->ctx, r->t, r->what, GPT2_PATTERN, strlen(GPT2_PATTERN), false) : EXC_OK;
 }
 
+/* the same as a pre-tokenizer; files from before prepend_scheme have add_prefix_space */
+static exc_status metaspace(recipe *r, const json_t *step) {
+    static const char expected[] = "one Metaspace with U+2581, prepend_scheme always, first or never";
+    const char *scheme;
+    bool prefix, cut;
+    EXC_TRY(exc_json_bool_or(r->ctx, step, r->what, "add_prefix_space", true, &prefix));
+    EXC_TRY(
+        exc_json_string_or(r->ctx, step, r->what, "prepend_scheme", prefix ? "always" : "never", &scheme));
+    EXC_TRY(exc_json_bool_or(r->ctx, step, r->what, "split", true, &cut));
+    if (!is(step, "Metaspace") || !says(step, "replacement", BLANK) || r->spaces)
+        return refuse(r, "pre_tokenizer", step, expected);
+    r->spaces = true;
+    if (!strcmp(scheme, "always"))
+        r->t->lead = EXC_LEAD_MISSING;
+    else if (!strcmp(scheme, "first"))
+        r->t->lead = EXC_LEAD_FIRST;
+    else if (strcmp(scheme, "never"))
+        return refuse(r, "pre_tokenizer", step, expected);
+    return cut ? exc_stage_add(r->ctx, r->t, r->what, " [^ ]*", 6, false) : EXC_OK;
+}
+
 static exc_status pre_tokenizer(recipe *r, const json_t *step) {
     static const char expected[] = "Split, Digits, then ByteLevel, or a Sequence of them";
     bool each_digit;
+    if (r->t->by_char) return metaspace(r, step);
     if (r->seen_level) return refuse(r, "pre_tokenizer", step, "nothing after ByteLevel");
     if (is(step, "ByteLevel")) return byte_level(r, step);
     if (is(step, "Split")) return split(r, step);
@@ -127,15 +171,34 @@ static exc_status post_processor(recipe *r, const json_t *step) {
     return refuse(r, "post_processor", step, "null, ByteLevel, TemplateProcessing or a Sequence of them");
 }
 
+/* Replace, ByteFallback, Fuse, and Strip where a blank was put in front */
+static exc_status spaces_decoder(recipe *r, const json_t *step) {
+    int64_t start, stop;
+    if (is(step, "ByteFallback") || is(step, "Fuse")) return EXC_OK;
+    if (is(step, "Replace") && says(json_object_get(step, "pattern"), "String", BLANK) &&
+        says(step, "content", " "))
+        return EXC_OK;
+    if (!is(step, "Strip") || !says(step, "content", " "))
+        return refuse(r, "decoder", step, "Replace of U+2581, ByteFallback, Fuse, Strip of a blank");
+    EXC_TRY(exc_json_int(r->ctx, step, r->what, "start", 0, 1, &start));
+    EXC_TRY(exc_json_int(r->ctx, step, r->what, "stop", 0, 0, &stop));
+    r->t->strip = start == 1;
+    return EXC_OK;
+}
+
 static exc_status decoder(recipe *r, const json_t *step) {
+    if (r->t->by_char) return spaces_decoder(r, step);
     return is(step, "ByteLevel") ? EXC_OK : refuse(r, "decoder", step, "ByteLevel");
 }
 
 exc_status exc_recipe_read(exc_ctx *ctx, exc_tokenizer *t, const json_t *root, const char *what) {
-    recipe r = {ctx, t, what, false};
+    recipe r = {.ctx = ctx, .t = t, .what = what};
     EXC_TRY(each(&r, json_object_get(root, "normalizer"), "normalizers", normalizer));
     EXC_TRY(each(&r, json_object_get(root, "pre_tokenizer"), "pretokenizers", pre_tokenizer));
-    if (!r.seen_level)
+    if (t->by_char && !r.spaces)
+        return refuse(&r, "pre_tokenizer", json_object_get(root, "pre_tokenizer"),
+                      "blanks written as U+2581 (Replace or Metaspace) beside byte_fallback");
+    if (!t->by_char && !r.seen_level)
         return refuse(&r, "pre_tokenizer", json_object_get(root, "pre_tokenizer"), "a ByteLevel step");
     EXC_TRY(each(&r, json_object_get(root, "post_processor"), "processors", post_processor));
     const json_t *d = json_object_get(root, "decoder");

@@ -2,7 +2,9 @@
  *
  * A token of the vocabulary is written in the byte-level alphabet: every byte is one printable character
  * (GPT-2's table), so "Ġ" is a space. The tables hold real bytes. A token with a character outside that
- * alphabet (some files list control tokens in the vocabulary too) stands for its own text.
+ * alphabet (some files list control tokens in the vocabulary too) stands for its own text. With byte_fallback
+ * (SentencePiece: Mixtral, Llama 2) tokens are written as themselves, U+2581 for a blank, and 256 tokens
+ * `<0x00>`.. stand for the bytes of characters that are none.
  * exc_tokenizer.bytes holds all of them behind each other. Ids may have holes; every id, index and name from
  * the file is checked here, so that encode and decode need not. What the file asks for beyond the vocabulary
  * is read by recipe.c. */
@@ -36,6 +38,11 @@ static void alphabet(loader *l) {
  * alphabet. */
 static bool put_word(const loader *l, exc_buf *out, const char *s, size_t n) {
     size_t before = out->len;
+    if (l->t->by_char) {
+        if (memchr(s, ' ', n)) return false; /* no text has one when merges begin */
+        exc_spaces(s, n, out);
+        return true;
+    }
     for (size_t at = 0; at < n;) {
         uint32_t c = exc_utf8_next(s, &at);
         if (c >= EXC_COUNT(l->byte_of) || l->byte_of[c] < 0) {
@@ -75,6 +82,14 @@ static exc_status read_size(loader *l, const json_t *vocab, const json_t *added)
     return l->t->tokens ? EXC_OK : EXC_ERR_MEMORY;
 }
 
+/* the byte of a token `<0x41>`, -1: another token */
+static int fallback_byte(const char *key, size_t n) {
+    static const char digits[] = "0123456789ABCDEF";
+    if (n != 6 || memcmp(key, "<0x", 3) || key[5] != '>') return -1;
+    const char *high = memchr(digits, key[3], 16), *low = memchr(digits, key[4], 16);
+    return high && low ? (int)((high - digits) * 16 + (low - digits)) : -1;
+}
+
 static exc_status read_vocab(loader *l, const json_t *vocab) {
     const char *key;
     size_t n;
@@ -87,6 +102,13 @@ static exc_status read_vocab(loader *l, const json_t *vocab) {
                             (long long)json_integer_value(value), exc_show(key, n));
         if (!n) return exc_fail(l->ctx, EXC_ERR_INPUT, "%s: vocabulary: a token is empty", l->what);
         uint32_t begin = (uint32_t)l->bytes.len;
+        int byte = l->t->by_char ? fallback_byte(key, n) : -1;
+        if (byte >= 0) {
+            exc_buf_put(&l->bytes, &(char){(char)byte}, 1);
+            l->t->byte_id[byte] = (int32_t)json_integer_value(value);
+            *x = (exc_token){begin, 1, EXC_TOKEN_BYTE};
+            continue;
+        }
         bool word = put_word(l, &l->bytes, key, n);
         if (!word) exc_buf_put(&l->bytes, key, n);
         *x = (exc_token){begin, (uint32_t)l->bytes.len - begin, word ? EXC_TOKEN_WORD : EXC_TOKEN_PLAIN};
@@ -98,12 +120,12 @@ static exc_status read_vocab(loader *l, const json_t *vocab) {
 static exc_status read_byte_ids(loader *l) {
     for (int b = 0; b < 256; b++) {
         char byte = (char)b;
-        int64_t id = exc_words_find(l->t, &byte, 1);
+        int64_t id = l->t->by_char ? l->t->byte_id[b] : exc_words_find(l->t, &byte, 1);
         if (id < 0)
             return exc_fail(l->ctx, EXC_ERR_INPUT,
-                            "%s: vocabulary: expected a token for every byte (byte-level BPE), found none "
+                            "%s: vocabulary: expected a token for every byte (%s), found none "
                             "for 0x%02x" EXC_WAY_OUT,
-                            l->what, b);
+                            l->what, l->t->by_char ? "byte_fallback" : "byte-level BPE", b);
         l->t->byte_id[b] = (int32_t)id;
     }
     return EXC_OK;
@@ -140,9 +162,8 @@ static exc_status read_merge(loader *l, const json_t *m, size_t rank, exc_buf *b
                 put_word(l, b, side[1], len[1]) && b->len > cut;
     if (b->failed) return exc_fail(l->ctx, EXC_ERR_MEMORY, "%s: no memory for its merges", l->what);
     if (!fine)
-        return exc_fail(l->ctx, EXC_ERR_INPUT,
-                        "%s: merge %zu: expected two byte-level tokens, \"a b\" or [\"a\",\"b\"]", l->what,
-                        rank);
+        return exc_fail(l->ctx, EXC_ERR_INPUT, "%s: merge %zu: expected two tokens, \"a b\" or [\"a\",\"b\"]",
+                        l->what, rank);
     int64_t left = exc_words_find(l->t, b->data, cut),
             right = exc_words_find(l->t, b->data + cut, b->len - cut);
     int64_t id = exc_words_find(l->t, b->data, b->len);
@@ -192,6 +213,11 @@ static exc_status read_added_one(loader *l, const json_t *o, bool *normal, int64
     EXC_TRY(exc_json_bool_or(l->ctx, o, l->what, "special", false, &special));
     EXC_TRY(exc_json_bool_or(l->ctx, o, l->what, "normalized", true, normal));
     EXC_TRY(exc_json_int(l->ctx, o, l->what, "id", 0, MAX_ID, id));
+    if (*normal && l->t->by_char)
+        return exc_fail(
+            l->ctx, EXC_ERR_INPUT,
+            "%s: added token \"%s\": normalized is not supported beside byte_fallback" EXC_WAY_OUT, l->what,
+            exc_show(content, n));
     exc_token *x = l->t->tokens + *id;
     /* listed in the vocabulary as well: then it is the same token, whose bytes are the content itself */
     bool same = x->flags & EXC_TOKEN_PLAIN || (x->flags & EXC_TOKEN_WORD && x->len == n);
@@ -250,14 +276,15 @@ static exc_status read_model(loader *l, const json_t *model, const json_t *added
     const json_t *dropout = json_object_get(model, "dropout");
     EXC_TRY(expect(l, model, "dropout", nothing(dropout) || json_number_value(dropout) == 0, "none"));
     EXC_TRY(exc_json_bool_or(l->ctx, model, l->what, "byte_fallback", false, &fallback));
-    EXC_TRY(expect(l, model, "byte_fallback", !fallback, "false (byte-level BPE)"));
+    l->t->by_char = fallback;
+    for (int b = 0; b < 256; b++) l->t->byte_id[b] = -1;
     EXC_TRY(exc_json_bool_or(l->ctx, model, l->what, "ignore_merges", false, &l->t->ignore_merges));
     const json_t *vocab = json_object_get(model, "vocab"), *merges = json_object_get(model, "merges");
     EXC_TRY(expect(l, model, "vocab", json_is_object(vocab), "an object of token: id"));
     EXC_TRY(expect(l, model, "merges", json_is_array(merges), "a list of pairs"));
     EXC_TRY(read_size(l, vocab, added));
     EXC_TRY(read_vocab(l, vocab));
-    EXC_TRY(read_added(l, added));
+    if (!l->bytes.failed) EXC_TRY(read_added(l, added));
     if (l->bytes.failed) return exc_fail(l->ctx, EXC_ERR_MEMORY, "%s: no memory for its tokens", l->what);
     l->t->bytes = l->bytes.data;
     l->bytes.data = NULL;
@@ -298,7 +325,8 @@ static exc_status read_tokenizer(exc_ctx *ctx, const char *path, const char *tex
 static void drop(void *t) { exc_tokenizer_free(t); }
 
 /* Reading a large tokenizer takes half a second and a study asks for it six times, so the context keeps the
- * last one. It is known by its bytes: neither a copied folder nor a file written anew within a tick deceives. */
+ * last one. It is known by its bytes: neither a copied folder nor a file written anew within a tick deceives.
+ */
 exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out) {
     char *path = NULL, *text = NULL, key[33];
     size_t n;
@@ -337,7 +365,7 @@ void exc_tokenizer_free(exc_tokenizer *t) {
 
 static int64_t find_plain(const exc_tokenizer *t, const char *name, size_t n) {
     for (uint32_t id = 0; id < t->size; id++)
-        if (t->tokens[id].flags & ~(uint32_t)EXC_TOKEN_WORD && t->tokens[id].len == n &&
+        if (t->tokens[id].flags & (EXC_TOKEN_PLAIN | EXC_TOKEN_ADDED) && t->tokens[id].len == n &&
             !memcmp(t->bytes + t->tokens[id].begin, name, n))
             return id;
     return -1;
@@ -347,7 +375,7 @@ int32_t exc_tokenizer_id(const exc_tokenizer *t, const char *token) {
     size_t n = strlen(token);
     int64_t id = find_plain(t, token, n);
     if (id >= 0 || !exc_utf8_valid(token, n, NULL)) return (int32_t)id;
-    loader l = {0};
+    loader l = {.t = (exc_tokenizer *)(uintptr_t)t};
     exc_buf word = {0};
     alphabet(&l);
     if (put_word(&l, &word, token, n) && word.len && !word.failed)

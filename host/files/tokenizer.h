@@ -13,11 +13,16 @@
 #include "files.h"
 
 enum {
-    EXC_TOKEN_WORD = 1,  /* of the vocabulary, written in the byte-level alphabet: merges can make it */
+    EXC_TOKEN_WORD = 1,  /* of the vocabulary, written in the alphabet of the kind: merges can make it */
     EXC_TOKEN_PLAIN = 2, /* of the vocabulary, written as itself */
     EXC_TOKEN_ADDED = 4,
-    EXC_TOKEN_SPECIAL = 8
+    EXC_TOKEN_SPECIAL = 8,
+    EXC_TOKEN_BYTE = 16 /* `<0x41>`: what a byte falls back to where its character is no token */
 };
+
+/* SentencePiece's way of writing spaces as U+2581 (here one blank again), and where one is put in front:
+ * nowhere, of every stretch, of those that begin with none, of the text's first where it begins with none */
+typedef enum exc_lead { EXC_LEAD_NONE, EXC_LEAD_EVERY, EXC_LEAD_MISSING, EXC_LEAD_FIRST } exc_lead;
 
 typedef struct exc_token {
     uint32_t begin, len; /* its bytes in exc_tokenizer.bytes */
@@ -41,7 +46,7 @@ typedef struct exc_added {
 enum { EXC_MAX_STAGES = 8, EXC_MAX_FRAME = 8 };
 
 struct exc_tokenizer {
-    int uses; /* by its borrowers, and one by the context that keeps it */
+    int uses;          /* by its borrowers, and one by the context that keeps it */
     exc_token *tokens; /* [size] by id */
     uint32_t size;
     char *bytes;
@@ -52,6 +57,9 @@ struct exc_tokenizer {
     int32_t byte_id[256];
     exc_added raw, normal; /* matched in the text as it is, and after normalisation */
     bool nfc, ignore_merges;
+    bool by_char;                      /* pieces begin as characters, not bytes: SentencePiece BPE */
+    exc_lead lead;                     /* by_char */
+    bool strip;                        /* by_char: decoding drops one blank in front */
     pcre2_code *stage[EXC_MAX_STAGES]; /* each cuts the pieces of the one before */
     int stages;
     int32_t before[EXC_MAX_FRAME], after[EXC_MAX_FRAME]; /* of the post-processor */
@@ -117,6 +125,9 @@ uint32_t exc_utf8_next(const char *text, size_t *at);
 void exc_utf8_put(exc_buf *out, uint32_t c);
 bool exc_nfc_is(const char *text, size_t n); /* false: perhaps not */
 void exc_nfc(const char *text, size_t n, exc_buf *out, exc_buf *stretch);
+
+/* a text with U+2581 as a blank (encode.c) */
+void exc_spaces(const char *s, size_t n, exc_buf *out);
 
 exc_status exc_ids_reserve(exc_ctx *ctx, exc_ids *ids, size_t more);
 

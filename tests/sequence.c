@@ -443,12 +443,10 @@ static void unread_body(void) {
         memcpy(copy[i], i ? r.v : r.k, bytes);
         assert_int_equal(mprotect(copy[i], (size_t)hidden, PROT_NONE), 0);
     }
-    ragged behind = r;
-    behind.k = copy[0];
-    behind.v = copy[1];
-    behind.window = 70;
-    ragged_run(&behind, 2, r.out);
     r.window = 70;
+    ragged behind = r;
+    behind.k = copy[0], behind.v = copy[1];
+    ragged_run(&behind, 2, r.out);
     attend_check(&r);
     for (int i = 0; i < 2; i++) munmap(copy[i], bytes);
     ragged_free(&r);
@@ -479,10 +477,8 @@ static void pieces_of(int64_t window) {
 }
 
 static void pieces_body(void) {
-    pieces_of(0);
-    pieces_of(1);
-    pieces_of(37);
-    pieces_of(100);
+    static const int64_t windows[] = {0, 1, 37, 100};
+    for (size_t i = 0; i < EXC_COUNT(windows); i++) pieces_of(windows[i]);
 }
 
 static void attend_same_bits_in_pieces(void **state) { at_every_level(pieces_body); }
@@ -507,10 +503,8 @@ static void spans_of(int64_t window) {
 }
 
 static void spans_body(void) {
-    spans_of(0);
-    spans_of(128);
-    spans_of(951);  /* from the middle of one span to the end */
-    spans_of(2000);
+    static const int64_t windows[] = {0, 128, 951, 2000}; /* 951: from the middle of one span to the end */
+    for (size_t i = 0; i < EXC_COUNT(windows); i++) spans_of(windows[i]);
 }
 
 static void attend_long_caches(void **state) { at_every_level(spans_body); }

@@ -224,6 +224,7 @@ typedef struct exc_apply_options {
     size_t size;
     int dry_run, force, sidecar, allow_nonfinite;
     const char *round;    /* "rn", "sr", "exact"; NULL: as the plan says ("rounding"), else rn */
+    const char *to;       /* "bf16": quantised weights are written as bf16, headers and config.json to match; NULL: as stored */
 } exc_apply_options;
 #define EXC_APPLY_OPTIONS {sizeof(exc_apply_options)}
 /* [job] writes the checkpoint OUT_DIR: same files, only the edited ranges differ; committed by one rename */

@@ -247,6 +247,88 @@ static void verify_sees_scales(void **state) {
     exc_ctx_free(ctx);
 }
 
+/* ------------------------------------------------------------------------------------------------------------ as bf16 */
+
+/* an edit of one role: all other weights are the old numbers rounded to bf16 (fp4: exactly), under the names that loaders know */
+static void written_as_bf16(void **state) {
+    for (size_t i = 0; i < EXC_COUNT(models); i++) {
+        exc_ctx *ctx = test_ctx(2);
+        const char *model = test_data(models[i]);
+        int64_t layers, hidden;
+        size_t n;
+        char *out = strdup(test_path(test_tmpdir(), "out")), *json;
+        shape_of(ctx, model, &layers, &hidden);
+        char *file = write_plan(ctx, layers, hidden, NULL, "");
+        exc_plan *plan;
+        assert_int_equal(exc_plan_load(ctx, file, &plan), EXC_OK);
+        exc_apply_options o = EXC_APPLY_OPTIONS;
+        o.to = "bf16";
+        if (exc_apply(ctx, model, plan, out, &o, &json)) fail_msg("%s", exc_ctx_error(ctx));
+        json_t *f = facts_of(json);
+        assert_string_equal(json_string_value(json_object_get(f, "to")), "bf16");
+        assert_true(fact(f, "residual") < 0.02); /* the spacing of bf16 */
+        json_decref(f);
+        if (exc_verify(ctx, model, out, NULL, NULL)) fail_msg("%s", exc_ctx_error(ctx));
+        char *config = test_read(test_path(out, "config.json"), &n);
+        assert_null(strstr(config, "quantization_config"));
+        free(config);
+        exc_atlas *a, *b;
+        assert_int_equal(exc_atlas_open(ctx, model, &a), EXC_OK);
+        if (exc_atlas_open(ctx, out, &b)) fail_msg("%s", exc_ctx_error(ctx));
+        assert_true(a->count == b->count && b->n_unknown == 0);
+        for (size_t w = 0; w < a->count; w++) {
+            const exc_weight *x = &a->items[w], *y = &b->items[w];
+            assert_true(x->role == y->role && x->expert == y->expert && y->dtype == EXC_BF16 && !y->scale);
+            if (x->role != EXC_ROLE_EXPERT_GATE) continue;
+            double *old = numbers(ctx, a, x);
+            const uint8_t *now = exc_atlas_data(b, y);
+            for (int64_t r = 0; r < x->out; r++)
+                for (int64_t c = 0; c < x->in; c++) {
+                    uint16_t h;
+                    memcpy(&h, now + 2 * (r * y->out_step + c * y->in_step), 2);
+                    assert_int_equal(h, test_bf16((float)old[r * x->in + c]));
+                }
+            free(old);
+        }
+        uint64_t at = exc_atlas_find(b, EXC_ROLE_EXPERT_DOWN, 0, 0)->begin;
+        exc_atlas_close(a);
+        exc_atlas_close(b);
+        flip(test_path(out, "model.safetensors"), at);
+        test_refused(ctx, exc_verify(ctx, model, out, NULL, NULL), EXC_ERR_INPUT, "down_proj", "difference", NULL);
+        o.force = 1;
+        for (int k = 1, done = 0; !done; k += k < 40 ? 1 : 53) { /* every allocation fails once; OUT stays whole or new */
+            exc_alloc_fail_at(k);
+            exc_status st = exc_apply(ctx, model, plan, out, &o, NULL);
+            exc_alloc_fail_at(0);
+            if (st != EXC_OK && st != EXC_ERR_MEMORY) fail_msg("allocation %d: %s", k, exc_ctx_error(ctx));
+            done = st == EXC_OK;
+        }
+        assert_int_equal(exc_verify(ctx, model, out, NULL, NULL), EXC_OK);
+        exc_plan_free(plan);
+        free(out);
+        free(file);
+        exc_ctx_free(ctx);
+    }
+}
+
+static void bf16_of_what(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    int64_t layers, hidden;
+    exc_plan *plan;
+    exc_apply_options o = EXC_APPLY_OPTIONS;
+    shape_of(ctx, test_data("models/qwen3_moe"), &layers, &hidden);
+    char *file = write_plan(ctx, layers, hidden, NULL, "");
+    assert_int_equal(exc_plan_load(ctx, file, &plan), EXC_OK);
+    o.dry_run = 1;
+    o.to = "bf16";
+    test_refused(ctx, exc_apply(ctx, test_data("models/qwen3_moe"), plan, NULL, &o, NULL), EXC_ERR_INPUT, "quantization_config", "bf16", NULL);
+    o.to = "f32";
+    test_refused(ctx, exc_apply(ctx, test_data("models/qwen3_moe"), plan, NULL, &o, NULL), EXC_ERR_USAGE, "to", "bf16", "f32", NULL);
+    exc_plan_free(plan);
+    free(file);
+    exc_ctx_free(ctx);
+}
+
 /* ---------------------------------------------------------------------------------------------------------- refusals */
 
 /* a copy of a model in which a text of one file is replaced by another of the same length */
@@ -381,7 +463,7 @@ static void allocations_fail(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(edits_as_stored), cmocka_unit_test(plan_says_how),   cmocka_unit_test(verify_sees_scales),
-        cmocka_unit_test(formats_are_refused_by_name), cmocka_unit_test(scales_must_fit), cmocka_unit_test(bad_roundings),
+        cmocka_unit_test(written_as_bf16), cmocka_unit_test(bf16_of_what), cmocka_unit_test(formats_are_refused_by_name), cmocka_unit_test(scales_must_fit), cmocka_unit_test(bad_roundings),
         cmocka_unit_test(allocations_fail),
     };
     return cmocka_run_group_tests_name("native", tests, NULL, NULL);

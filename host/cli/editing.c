@@ -64,6 +64,7 @@ int verb_apply(cli *c) {
         {"--round", CLI_TEXT, &ao.round, "RULE",
          "rn: to nearest even; sr: up or down by chance; exact: near values that together leave nothing of the direction, for fp8 "
          "and fp4. Default: the plan's \"rounding\", else rn"},
+        {"--to", CLI_TEXT, &ao.to, "DTYPE", "bf16: write fp8 or mxfp4 weights as bf16, headers and config.json to match. Default: as stored"},
         {"--sidecar", CLI_FLAG, &ao.sidecar, NULL,
          "router biases the family cannot store go to excise/sidecar.safetensors"},
         {"--allow-nonfinite", CLI_FLAG, &ao.allow_nonfinite, NULL, "edit tensors that hold NaN or infinity"},

@@ -96,6 +96,9 @@ exc_status exc_publish_path(exc_publish *p, const char *name, char **path);
 exc_status exc_publish_add(exc_publish *p, const char *name, const void *data, size_t n); /* e.g. "excise/plan.json" */
 /* n bytes at `at` of file number `file`, after exc_publish_tensors: what is known only when all ranges are filled */
 exc_status exc_publish_patch(exc_publish *p, int file, uint64_t at, const void *bytes, size_t n);
+/* instead of exc_publish_tensors: where shard number `file` is to be written, anew; and a side file with other content */
+exc_status exc_publish_shard(exc_publish *p, int file, char **path);
+exc_status exc_publish_replace(exc_publish *p, const char *name, const void *data, size_t n);
 exc_status exc_publish_commit(exc_publish *p); /* frees p, also on failure */
 void exc_publish_abort(exc_publish *p);
 

@@ -335,6 +335,21 @@ exc_status exc_publish_path(exc_publish *p, const char *name, char **path) {
     return st;
 }
 
+exc_status exc_publish_shard(exc_publish *p, int file, char **path) {
+    const char *from = p->from->files[file]->path, *slash = strrchr(from, '/');
+    p->filled = true;
+    return exc_path_join(p->ctx, p->partial, slash ? slash + 1 : from, path);
+}
+
+exc_status exc_publish_replace(exc_publish *p, const char *name, const void *data, size_t n) {
+    char *path = NULL;
+    if (p->guest) return EXC_OK;
+    EXC_TRY(exc_path_join(p->ctx, p->partial, name, &path));
+    exc_status st = exc_write_file(p->ctx, path, data, n, true);
+    exc_release(path);
+    return st;
+}
+
 /* the commit syncs the file again */
 exc_status exc_publish_patch(exc_publish *p, int file, uint64_t at, const void *bytes, size_t n) {
     const char *path = p->from->files[file]->path, *slash = strrchr(path, '/');

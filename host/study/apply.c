@@ -119,6 +119,7 @@ static json_t *facts(const work *k, double seconds) {
     json_object_set_new(o, "dry_run", json_boolean(k->opt.dry_run));
     json_object_set_new(o, "fingerprint", json_string(k->a->fingerprint));
     json_object_set_new(o, "edits", json_integer(k->plan->n_edits));
+    if (k->opt.to) json_object_set_new(o, "to", json_string(k->opt.to));
     json_object_set_new(o, "rounding", json_string(exc_rounding_name(k->c->rounding)));
     json_object_set_new(o, "bytes", json_integer((json_int_t)all));
     exc_edited_facts(&k->e, o);
@@ -202,6 +203,10 @@ static exc_status prepare(work *k) {
     EXC_TRY(exc_plan_compile(k->ctx, k->a, k->plan, &k->c));
     if (k->opt.round && !exc_rounding_find(k->opt.round, &k->c->rounding))
         return exc_fail(k->ctx, EXC_ERR_USAGE, "apply: round: expected rn, sr or exact, found %s", exc_show(k->opt.round, strlen(k->opt.round)));
+    if (k->opt.to && strcmp(k->opt.to, "bf16") != 0)
+        return exc_fail(k->ctx, EXC_ERR_USAGE, "apply: to: expected bf16, found %s", exc_show(k->opt.to, strlen(k->opt.to)));
+    if (k->opt.to && k->a->shape.quant == EXC_QUANT_NONE)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s/config.json: expected a quantised checkpoint to write as bf16, found no quantization_config", k->dir);
     if (k->c->sidecar && !k->opt.sidecar)
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: router_bias: %s", k->c->name, k->a->family->router_bias);
     EXC_TRY(exc_edited_open(k->ctx, k->c, true, &k->e));
@@ -213,7 +218,7 @@ static exc_status prepare(work *k) {
 
 static exc_status write_out(work *k, double begun, json_t **o) {
     EXC_TRY(exc_publish_open(k->ctx, k->a->files, k->out, k->opt.force != 0, &k->p));
-    EXC_TRY(write_shards(k));
+    EXC_TRY(k->opt.to ? exc_widened_write(&k->e, k->p) : write_shards(k));
     EXC_TRY(add_plan(k));
     EXC_TRY(add_directions(k));
     EXC_TRY(add_sidecar(k));
@@ -229,7 +234,7 @@ static exc_status write_out(work *k, double begun, json_t **o) {
 /* nearest rounding of coarse formats returns most elements to where they were */
 static void warn_of_rounding(const work *k) {
     double before = 0, after = 0;
-    for (size_t i = 0; i < k->e.n && k->c->rounding == EXC_ROUND_RN; i++) {
+    for (size_t i = 0; i < k->e.n && k->c->rounding == EXC_ROUND_RN && !k->opt.to; i++) {
         if (!exc_weight_coded(k->e.w[i])) continue;
         before += k->e.effect[i].before;
         after += k->e.effect[i].after;
@@ -244,7 +249,7 @@ static exc_status perform(work *k, char **json) {
     json_t *o = NULL;
     exc_status st = prepare(k);
     if (st == EXC_OK && k->opt.dry_run) {
-        st = exc_edited_walk(&k->e, "edit", NULL, NULL);
+        st = k->opt.to ? exc_widened_try(&k->e) : exc_edited_walk(&k->e, "edit", NULL, NULL);
         if (st == EXC_OK) o = facts(k, exc_seconds() - begun);
     } else if (st == EXC_OK) {
         st = write_out(k, begun, &o);

@@ -87,6 +87,22 @@ exc_status exc_edited_scales(exc_edited *e);
 void exc_edited_old_scale(exc_edited *e, size_t at);
 void exc_edited_scales_close(exc_edited *e);
 exc_status exc_edited_each_stretch(const exc_edited *e, exc_edited_fn visit, void *user);
+/* widened.c: the checkpoint with its quantised tensors as bf16. What stands for tensor t in the new one (false: a scale, gone); all
+ * tensors of a file, edited, one after the other; the files of a new checkpoint; the same without writing; its config.json */
+typedef struct exc_widened {
+    char name[512];
+    exc_dtype dtype;
+    int rank;
+    int64_t shape[8];
+    uint64_t bytes;
+    const void *data;
+} exc_widened;
+typedef exc_status (*exc_widened_fn)(void *user, const exc_tensor *t, const exc_widened *w);
+bool exc_widened_describe(const exc_checkpoint *c, const exc_tensor *t, exc_widened *out);
+exc_status exc_widened_make(exc_edited *e, int file, const char *step, exc_widened_fn visit, void *user);
+exc_status exc_widened_write(exc_edited *e, exc_publish *p);
+exc_status exc_widened_try(exc_edited *e);
+json_t *exc_widened_config(const exc_checkpoint *c); /* new reference */
 /* {"tensors_edited",..,"roles":[..],"tensors":[..]} added to o */
 void exc_edited_facts(const exc_edited *e, json_t *o);
 

@@ -34,6 +34,8 @@ typedef struct work {
     size_t n_same;
     _Atomic size_t first_bad; /* the first of them that is not */
     exc_rounding rounding;
+    bool to_bf16;        /* OUT holds bf16 where MODEL is quantised */
+    size_t widened;      /* tensors compared in a file */
     uint64_t compared;
     int64_t side_files;
 } work;
@@ -204,6 +206,71 @@ static exc_status same_file(work *k, const char *from, const char *to) {
     return st;
 }
 
+/* ---- OUT holds as bf16 what MODEL holds quantised: every tensor is made anew */
+static bool is_widened(const work *k) {
+    char *path = NULL;
+    json_t *config = NULL;
+    bool plain = false;
+    if (k->a->shape.quant != EXC_QUANT_NONE && exc_path_join(k->ctx, k->out, "config.json", &path) == EXC_OK &&
+        exc_json_load(k->ctx, path, 0, &config) == EXC_OK)
+        plain = !json_object_get(config, "quantization_config");
+    json_decref(config);
+    exc_release(path);
+    exc_clear(k->ctx);
+    return plain;
+}
+
+static exc_status compare_widened(void *user, const exc_tensor *t, const exc_widened *w) {
+    work *k = user;
+    const exc_tensors *f = k->files[t->shard];
+    const exc_tensor *got = exc_tensors_find(f, w->name);
+    bool fits = got && got->dtype == w->dtype && got->rank == w->rank && got->end - got->begin == w->bytes;
+    for (int i = 0; fits && i < w->rank; i++) fits = got->shape[i] == w->shape[i];
+    if (!fits)
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected this tensor as %s, found %s", f->path, w->name, exc_dtype_name(w->dtype),
+                        got ? "another dtype or shape" : "none");
+    k->compared += w->bytes;
+    k->widened++;
+    const uint8_t *bytes = exc_tensors_data(f, got);
+    if (!memcmp(bytes, w->data, (size_t)w->bytes)) return EXC_OK;
+    return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: %s: expected what the plan gives, found a difference at byte %zu of it", f->path, w->name,
+                    first_difference(bytes, w->data, (size_t)w->bytes));
+}
+
+/* it opens as a checkpoint: index and shards agree */
+static exc_status open_widened(work *k) {
+    exc_atlas *a = NULL;
+    EXC_TRY(exc_atlas_open(k->ctx, k->out, &a));
+    exc_atlas_close(a);
+    return EXC_OK;
+}
+
+static exc_status verify_widened(work *k) {
+    for (int i = 0; i < k->a->files->n_files; i++) {
+        char *path = NULL;
+        EXC_TRY(exc_path_join(k->ctx, k->out, base_name(k->a->files->files[i]->path), &path));
+        exc_status st = exc_tensors_open(k->ctx, path, &k->files[i]);
+        exc_release(path);
+        EXC_TRY(st);
+        k->widened = 0;
+        EXC_TRY(exc_widened_make(&k->e, i, "verify", compare_widened, k));
+        if (k->widened != k->files[i]->count)
+            return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected %zu tensors, found %zu", k->files[i]->path, k->widened, k->files[i]->count);
+    }
+    return EXC_OK;
+}
+
+/* config.json of a checkpoint without its quantization, as apply writes it */
+static exc_status same_config(work *k, const char *to) {
+    json_t *want = exc_widened_config(k->a->files), *got = NULL;
+    exc_status st = exc_json_load(k->ctx, to, 0, &got);
+    if (st == EXC_OK && !json_equal(want, got))
+        st = exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected the source's without quantization_config, found another", to);
+    json_decref(want);
+    json_decref(got);
+    return st;
+}
+
 static bool is_shard(const work *k, const char *path) {
     for (int i = 0; i < k->a->files->n_files; i++)
         if (!strcmp(k->a->files->files[i]->path, path)) return true;
@@ -223,6 +290,8 @@ static exc_status compare_entry(work *k, const char *name, const char *from, con
     }
     if (!S_ISREG(sb.st_mode)) return EXC_OK;
     if (access(to, F_OK)) return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: expected a copy of %s, found none", to, from);
+    if (k->to_bf16 && !depth && !strcmp(name, "config.json")) return same_config(k, to);
+    if (k->to_bf16 && !depth && !strcmp(name, "model.safetensors.index.json")) return EXC_OK; /* opening it read it */
     return same_file(k, from, to);
 }
 
@@ -284,11 +353,17 @@ static exc_status prepare(work *k, const exc_plan *plan) {
 static exc_status perform(work *k, const exc_plan *plan, char **json) {
     double begun = exc_seconds();
     EXC_TRY(prepare(k, plan));
-    for (int i = 0; i < k->a->files->n_files; i++) EXC_TRY(open_shard(k, i));
+    k->to_bf16 = is_widened(k);
+    if (k->to_bf16) EXC_TRY(open_widened(k));
+    for (int i = 0; i < k->a->files->n_files && !k->to_bf16; i++) EXC_TRY(open_shard(k, i));
     EXC_TRY(compare_tree(k, k->dir, k->out, 0));
-    EXC_TRY(compare_rest(k));
-    EXC_TRY(exc_edited_walk(&k->e, "verify", compare_edited, k));
-    EXC_TRY(exc_edited_each_stretch(&k->e, compare_scales, k));
+    if (k->to_bf16) {
+        EXC_TRY(verify_widened(k));
+    } else {
+        EXC_TRY(compare_rest(k));
+        EXC_TRY(exc_edited_walk(&k->e, "verify", compare_edited, k));
+        EXC_TRY(exc_edited_each_stretch(&k->e, compare_scales, k));
+    }
     EXC_TRY(check_sidecar(k));
     if (!json) return EXC_OK;
     json_t *o = json_object();

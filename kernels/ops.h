@@ -15,8 +15,8 @@ extern "C" {
  * what vdpbf16ps (AVX-512), tdpbf16ps (AMX) and, by shift and mask, AVX2 eat directly, and oneDNN's BA16a16b2a.
  * f32: for each input sixteen outputs (64 bytes), same padding. Quantised weights stay as they are stored: e4m3 and fp4 codes by
  * pairs like bf16 (32 and 16 bytes), each panel followed by its own scales (codes.h).
- * On a device the same bytes are plain rows, [n to whole 16][k to whole 32] row-major, padding zero; the scales of quantised
- * weights follow all codes. */
+ * On a device the panels are as large but hold plain rows, [16][k to whole 32] row-major, padding zero, so that bf16 and f32
+ * matrices are rows one after the other; a panel's scales follow its codes, fp4 ones as [16][k/32]. */
 typedef struct exc_packed {
     const void *data; /* 64-byte aligned; NULL: absent */
     int64_t n, k;     /* logical sizes */

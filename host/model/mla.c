@@ -182,7 +182,7 @@ static exc_status absorbed(exc_session *s, const stretch *k) {
     int act = s->m->act;
     EXC_TRY(prepare(s, k, false));
     EXC_RUN(s, bundle, .x = at(s, b->plain, k->row * n * N), .x_stride = n * N, .x_step = N, .act = act,
-            .w = k->w->absorb, .heads = n, .y = at(s, b->wide, k->row * n * W), .y_stride = n * W,
+            .w = k->w->absorb, .heads = n, .outputs = C, .w_dtype = k->w->absorb->dtype, .y = at(s, b->wide, k->row * n * W), .y_stride = n * W,
             .y_step = W, .rows = k->rows);
     EXC_RUN(s, attend, .q = b->wide, .cache_k = k->cache, .key_stride = W, .cache_v = k->cache,
             .value_stride = W, .q_begin = k->t->begin + k->from, .cache_begin = s->seq_base + k->from,
@@ -190,7 +190,7 @@ static exc_status absorbed(exc_session *s, const stretch *k) {
             .head_dim = W, .value_dim = C, .scale = scale_of(p), .out = b->sums, .act = act,
             .tokens = k->t->begin[k->to], .longest = s->longest);
     EXC_RUN(s, bundle, .x = at(s, b->sums, k->row * n * C), .x_stride = n * C, .x_step = C, .act = act,
-            .w = k->w->value, .heads = n, .y = at(s, b->out, k->row * n * V), .y_stride = n * V, .y_step = V,
+            .w = k->w->value, .heads = n, .outputs = V, .w_dtype = k->w->value->dtype, .y = at(s, b->out, k->row * n * V), .y_stride = n * V, .y_step = V,
             .rows = k->rows);
     return EXC_OK;
 }
@@ -199,13 +199,13 @@ static exc_status absorbed(exc_session *s, const stretch *k) {
 static exc_status expanded(exc_session *s, const stretch *k) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_latent_room *b = &s->latent;
-    int64_t n = p->heads, D = p->head_dim, W = kv_width(p), V = p->value_dim;
+    int64_t n = p->heads, D = p->head_dim, N = p->latent.plain, W = kv_width(p), V = p->value_dim;
     const void *rows = at(s, b->rows, k->row * W);
     int act = s->m->act;
     EXC_TRY(prepare(s, k, true));
-    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->key, .heads = n,
+    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->key, .heads = n, .outputs = N, .w_dtype = k->w->key->dtype,
             .y = at(s, b->keys, k->row * n * D), .y_stride = n * D, .y_step = D, .rows = k->rows);
-    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->value, .heads = n,
+    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->value, .heads = n, .outputs = V, .w_dtype = k->w->value->dtype,
             .y = at(s, b->values, k->row * n * V), .y_stride = n * V, .y_step = V, .rows = k->rows);
     EXC_RUN(s, attend, .q = b->queries, .cache_k = b->keys, .key_stride = n * D, .cache_v = b->values,
             .value_stride = n * V, .q_begin = k->t->begin + k->from, .cache_begin = k->t->begin + k->from,

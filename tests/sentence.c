@@ -1,7 +1,8 @@
-/* sentence.c - tokenizers of SentencePiece's kind (Mixtral, Llama 2): BPE over characters with blanks written as U+2581 and
- * bytes to fall back to. Goldens are of the `tokenizers` library, for the three ways in which such files ask for blanks: one
- * tokenizer.json, whose normaliser and pre-tokenizer the test exchanges. Then what is refused, any text there and back, and
- * which tokens of a prompt count as its words. */
+/* sentence.c - tokenizers that are no byte-level BPE in tokenizer.json. SentencePiece's kind (Mixtral, Llama 2): BPE over
+ * characters with blanks written as U+2581 and bytes to fall back to; goldens are of the `tokenizers` library, for the three ways
+ * in which such files ask for blanks: one tokenizer.json, whose normaliser and pre-tokenizer the test exchanges. And
+ * tiktoken.model (Kimi, Moonlight); goldens are of a naive merge in Python over its `regex` module. Then what is refused,
+ * any text there and back, and which tokens of a prompt count as its words. */
 #include "helpers.h"
 
 #include <stdlib.h>
@@ -20,7 +21,9 @@ static const char *unpacked;
 static int unpack(void **state) {
     char *command, *said;
     unpacked = test_tmpdir();
-    assert_true(asprintf(&command, "cp %s/*.xz %s/ && xz -d %s/*.xz", test_data("tokenizers/sentencepiece"), unpacked, unpacked) > 0);
+    assert_true(asprintf(&command, "mkdir %s/tik && cp %s/* %s/ && cp %s/* %s/tik/ && xz -d %s/*.xz %s/tik/*.xz", unpacked,
+                         test_data("tokenizers/sentencepiece"), unpacked, test_data("tokenizers/tiktoken"), unpacked, unpacked,
+                         unpacked) > 0);
     if (test_shell(command, &said)) fail_msg("%s: %s", command, said);
     free(command);
     free(said);
@@ -70,6 +73,18 @@ static void check_line(exc_ctx *ctx, const exc_tokenizer *t, const json_t *o) {
     exc_buf_free(&back);
 }
 
+static int check_file(exc_ctx *ctx, const exc_tokenizer *t, const char *path) {
+    char *text = test_read(path, NULL), *save = NULL;
+    int lines = 0;
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save), lines++) {
+        json_t *o = json_loads(line, JSON_ALLOW_NUL, NULL);
+        check_line(ctx, t, o);
+        json_decref(o);
+    }
+    free(text);
+    return lines;
+}
+
 static void goldens(void **state) {
     static const char *const kinds[][5] = {{"prepend", "normalizer", PREPEND, "pre_tokenizer", "null"},
                                            {"first", "normalizer", "null", "pre_tokenizer", METASPACE("first", "false")},
@@ -78,17 +93,9 @@ static void goldens(void **state) {
     for (size_t k = 0; k < EXC_COUNT(kinds); k++) {
         const char *const change[] = {kinds[k][1], kinds[k][2], kinds[k][3], kinds[k][4], NULL};
         exc_tokenizer *t = open_tokenizer(ctx, variant(change));
-        char name[32], *text, *save = NULL;
-        int lines = 0;
+        char name[32];
         snprintf(name, sizeof name, "%s.jsonl", kinds[k][0]);
-        text = test_read(test_path(unpacked, name), NULL);
-        for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save), lines++) {
-            json_t *o = json_loads(line, JSON_ALLOW_NUL, NULL);
-            check_line(ctx, t, o);
-            json_decref(o);
-        }
-        assert_int_equal(lines, 354);
-        free(text);
+        assert_int_equal(check_file(ctx, t, test_path(unpacked, name)), 354);
         exc_tokenizer_free(t);
     }
     exc_ctx_free(ctx);
@@ -183,8 +190,60 @@ static void refusals(void **state) {
     exc_ctx_free(ctx);
 }
 
-static void every_allocation_may_fail(void **state) {
-    const char *dir = variant((const char *const[]){NULL});
+/* ------------------------------------------------------------------------------------------------------- tiktoken.model */
+
+static void tiktoken(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_path(unpacked, "tik"), *path = test_path(dir, "p.jsonl");
+    exc_tokenizer *t = open_tokenizer(ctx, dir);
+    assert_int_equal(check_file(ctx, t, test_path(dir, "golden.jsonl")), 336);
+    assert_int_equal(exc_tokenizer_size(t), 4256);
+    assert_int_equal(exc_tokenizer_id(t, "<|im_middle|>"), 4017);
+    assert_int_equal(exc_tokenizer_id(t, "<|reserved_token_4100|>"), 4100);
+    assert_int_equal(exc_tokenizer_is_special(t, 4000) && !exc_tokenizer_is_special(t, 3999), 1);
+    exc_prompt_options opt = EXC_PROMPT_OPTIONS; /* a conversation in Moonlight's format */
+    exc_prompts *p = NULL;
+    exc_buf all = {0};
+    opt.chat = "moonlight";
+    test_write(path, "{\"text\":\"a hen\"}\n", 17);
+    if (exc_prompts_load(ctx, dir, path, &opt, &p)) fail_msg("%s", exc_ctx_error(ctx));
+    assert_int_equal(exc_tokenizer_decode(ctx, t, p->tokens, (size_t)p->begin[1], false, &all), 0);
+    assert_string_equal(all.data, "<|im_system|>system<|im_middle|>You are a helpful assistant<|im_end|><|im_user|>user"
+                                  "<|im_middle|>a hen<|im_end|><|im_assistant|>assistant<|im_middle|>");
+    assert_int_equal(p->tokens[0], 4010);
+    exc_buf_free(&all);
+    exc_prompts_free(p);
+    exc_tokenizer_free(t);
+    exc_ctx_free(ctx);
+}
+
+static void tiktoken_refusals(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_tmpdir(), *ranks = test_path(dir, "tiktoken.model"), *config = test_path(dir, "tokenizer_config.json");
+    static const struct {
+        const char *ranks, *config, *part;
+    } rows[] = {
+        {"", "{}", "lines"},        {"YQ== 0\n", "{}", "every byte"},    {"YQ= 0\n", "{}", "tiktoken.model:1"},
+        {"YQ== 1\n", "{}", ":1"},   {"YQ== 0\nYg== 0\n", "{}", "twice"}, {"YQ== 0\n\nY?== 1\n", "{}", ":3"},
+        {"YQ== x\n", "{}", ":1"},   {"YQ==\n", "{}", ":1"},              {"=QQQ 0\n", "{}", ":1"},
+        {"YQ== 0\n", "[", "JSON"}, {"YQ== 0\n", "{\"added_tokens_decoder\":{\"0\":{\"content\":\"x\"}}}", "1..256"},
+        {"YQ== 0\n", "{\"added_tokens_decoder\":{\"9\":{\"content\":\"\"}}}", "no content"},
+        {"YQ== 0\nYQ== 1\n", "{}", "there twice"},
+    };
+    exc_tokenizer *t = NULL;
+    test_write(ranks, "YQ== 0\n", 7);
+    test_refused(ctx, exc_tokenizer_load(ctx, dir, &t), EXC_ERR_IO, "tokenizer_config.json", NULL);
+    for (size_t i = 0; i < EXC_COUNT(rows); i++) {
+        exc_clear(ctx);
+        test_write(ranks, rows[i].ranks, strlen(rows[i].ranks));
+        test_write(config, rows[i].config, strlen(rows[i].config));
+        test_refused(ctx, exc_tokenizer_load(ctx, dir, &t), EXC_ERR_INPUT, rows[i].part, NULL);
+        assert_null(t);
+    }
+    exc_ctx_free(ctx);
+}
+
+static void fail_each(const char *dir) {
     exc_status st = EXC_ERR_MEMORY;
     for (uint64_t n = 1; st != EXC_OK; n++) {
         exc_ctx *ctx = test_ctx(1);
@@ -204,10 +263,16 @@ static void every_allocation_may_fail(void **state) {
     }
 }
 
+static void every_allocation_may_fail(void **state) {
+    fail_each(variant((const char *const[]){NULL}));
+    fail_each(test_path(unpacked, "tik"));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(goldens),  cmocka_unit_test(there_and_back),            cmocka_unit_test(content),
-        cmocka_unit_test(refusals), cmocka_unit_test(every_allocation_may_fail),
+        cmocka_unit_test(refusals), cmocka_unit_test(tiktoken),                  cmocka_unit_test(tiktoken_refusals),
+        cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests_name("sentence", tests, unpack, NULL);
 }

@@ -107,6 +107,7 @@ void exc_publish_abort(exc_publish *p);
  * outside the whitelist is refused, never guessed. Immutable after load; encode is re-entrant with its own scratch. */
 typedef struct exc_tokenizer exc_tokenizer;
 exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out);
+exc_status exc_tokenizer_maybe(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out); /* NULL where the folder has none */
 void exc_tokenizer_free(exc_tokenizer *t);
 typedef struct exc_ids { int32_t *data; size_t len, cap; } exc_ids; /* exc_ids_free */
 /* special: added tokens in the text are matched, post-processor applied; else the text is ordinary text. Appends to ids. */

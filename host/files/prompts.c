@@ -6,7 +6,6 @@
  * Tokenizer and chat format are asked for only when a line needs them: a file of token lists works with a
  * model folder that has neither. */
 #include <string.h>
-#include <sys/stat.h>
 
 #include "chat.h"
 
@@ -216,7 +215,8 @@ static exc_status put_request(gathering *g, const char *s, size_t n) {
                            : EXC_OK;
 }
 
-/* what a .txt line cannot be, a text of a .jsonl line may not be either: nothing but white space, or holding a NUL */
+/* what a .txt line cannot be, a text of a .jsonl line may not be either: nothing but white space, or holding
+ * a NUL */
 static exc_status check_words(exc_ctx *ctx, const char *what, const char *key, exc_span text) {
     size_t i = 0;
     if (memchr(text.s, 0, text.n))
@@ -246,8 +246,7 @@ static exc_status put_messages(gathering *g, const char *what, const json_t *o, 
         if (json_is_string(content))
             EXC_TRY(check_words(g->s->ctx, what, "content",
                                 (exc_span){json_string_value(content), json_string_length(content)}));
-        if (json_is_string(role) && !strcmp(json_string_value(role), "user"))
-            request = content;
+        if (json_is_string(role) && !strcmp(json_string_value(role), "user")) request = content;
     }
     EXC_TRY(put_request(g, json_string_value(request), json_string_length(request)));
     return encode_messages(g->s, what, messages, answer, thinking, &g->ids, &g->content);
@@ -374,17 +373,6 @@ exc_status exc_prompts_read(exc_ctx *ctx, const exc_tokenizer *t, const exc_chat
     return read_prompts(&s, path, out);
 }
 
-/* NULL without tokenizer.json: then only token lists can be read */
-static exc_status maybe_tokenizer(exc_ctx *ctx, const char *dir, exc_tokenizer **t) {
-    char *path;
-    struct stat sb;
-    *t = NULL;
-    EXC_TRY(exc_path_join(ctx, dir, "tokenizer.json", &path));
-    bool here = !stat(path, &sb);
-    exc_release(path);
-    return here ? exc_tokenizer_load(ctx, dir, t) : EXC_OK;
-}
-
 exc_status exc_prompts_load(exc_ctx *ctx, const char *model_dir, const char *path,
                             const exc_prompt_options *options, exc_prompts **prompts) {
     exc_prompt_options opt = EXC_PROMPT_OPTIONS;
@@ -395,7 +383,7 @@ exc_status exc_prompts_load(exc_ctx *ctx, const char *model_dir, const char *pat
     if (opt.system && !exc_utf8_valid(opt.system, strlen(opt.system), NULL))
         return exc_fail(ctx, EXC_ERR_USAGE, "system message: expected UTF-8 text");
     exc_tokenizer *t;
-    EXC_TRY(maybe_tokenizer(ctx, model_dir, &t));
+    EXC_TRY(exc_tokenizer_maybe(ctx, model_dir, &t)); /* without one only token lists can be read */
     source s = {.ctx = ctx, .opt = &opt, .dir = model_dir, .t = t};
     exc_status st = read_prompts(&s, path, prompts);
     exc_tokenizer_free(t);

@@ -10,6 +10,7 @@
  * is read by recipe.c. */
 #include <stdatomic.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "tokenizer.h"
 
@@ -306,48 +307,102 @@ static exc_status load(loader *l, const json_t *root) {
     return exc_recipe_read(l->ctx, l->t, root, l->what);
 }
 
-static exc_status read_tokenizer(exc_ctx *ctx, const char *path, const char *text, size_t n,
-                                 exc_tokenizer **out) {
+/* ------------------------------------------------------------------------------------------------------------
+ * files */
+
+/* what a folder's tokenizer is made of: tokenizer.json, or tiktoken.model and names in tokenizer_config.json
+ */
+typedef struct source {
+    char *path, *text, *config_path, *config;
+    size_t n, n_config;
+} source;
+
+static exc_status find_source(exc_ctx *ctx, const char *dir, source *s) {
+    EXC_TRY(exc_path_join(ctx, dir, "tokenizer.json", &s->path));
+    if (!access(s->path, F_OK)) return EXC_OK;
+    char *ranks;
+    EXC_TRY(exc_path_join(ctx, dir, "tiktoken.model", &ranks));
+    if (access(ranks, F_OK)) {
+        exc_release(ranks);
+        return EXC_OK; /* neither: tokenizer.json is what is missed */
+    }
+    exc_release(s->path);
+    s->path = ranks;
+    return exc_path_join(ctx, dir, "tokenizer_config.json", &s->config_path);
+}
+
+static exc_status read_source(exc_ctx *ctx, const char *dir, source *s, char key[33]) {
+    char both[66] = "";
+    EXC_TRY(find_source(ctx, dir, s));
+    EXC_TRY(exc_read_file(ctx, s->path, TOKENIZER_LIMIT, &s->text, &s->n));
+    exc_hash_hex(s->text, s->n, key);
+    if (!s->config_path) return EXC_OK;
+    EXC_TRY(exc_read_file(ctx, s->config_path, TOKENIZER_LIMIT, &s->config, &s->n_config));
+    memcpy(both, key, 33);
+    exc_hash_hex(s->config, s->n_config, both + 32);
+    exc_hash_hex(both, 64, key);
+    return EXC_OK;
+}
+
+static exc_status make(exc_ctx *ctx, const source *s, exc_tokenizer *t) {
     json_t *root = NULL;
-    loader l = {.ctx = ctx, .what = path, .t = exc_zalloc(ctx, 1, sizeof *l.t, "tokenizer")};
-    exc_status st = l.t ? exc_json_parse(ctx, path, text, n, &root) : EXC_ERR_MEMORY;
-    if (l.t) l.t->uses = 1;
-    if (st == EXC_OK) st = load(&l, root);
+    loader l = {.ctx = ctx, .what = s->path, .t = t};
+    exc_status st = s->config_path ? exc_json_parse(ctx, s->config_path, s->config, s->n_config, &root)
+                                   : exc_json_parse(ctx, s->path, s->text, s->n, &root);
+    if (st == EXC_OK)
+        st = s->config_path ? exc_tiktoken_read(ctx, t, s->path, s->text, s->n, root, s->config_path)
+                            : load(&l, root);
     json_decref(root);
     exc_buf_free(&l.bytes);
-    if (st == EXC_OK)
-        *out = l.t;
-    else
-        exc_tokenizer_free(l.t);
     return st;
 }
 
 static void drop(void *t) { exc_tokenizer_free(t); }
 
+static exc_status make_and_keep(exc_ctx *ctx, const source *s, const char key[33], exc_tokenizer **out) {
+    exc_tokenizer *t = exc_zalloc(ctx, 1, sizeof *t, "tokenizer");
+    if (!t) return EXC_ERR_MEMORY;
+    t->uses = 1;
+    exc_status st = make(ctx, s, t);
+    if (st != EXC_OK) {
+        exc_tokenizer_free(t);
+        return st;
+    }
+    if (ctx->kept.thing) ctx->kept.drop(ctx->kept.thing);
+    ctx->kept = (struct exc_kept){.thing = t, .drop = drop};
+    memcpy(ctx->kept.key, key, sizeof ctx->kept.key);
+    *out = t;
+    return EXC_OK;
+}
+
 /* Reading a large tokenizer takes half a second and a study asks for it six times, so the context keeps the
  * last one. It is known by its bytes: neither a copied folder nor a file written anew within a tick deceives.
  */
 exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out) {
-    char *path = NULL, *text = NULL, key[33];
-    size_t n;
+    source s = {0};
+    char key[33];
     *out = NULL;
-    EXC_TRY(exc_path_join(ctx, model_dir, "tokenizer.json", &path));
-    exc_status st = exc_read_file(ctx, path, TOKENIZER_LIMIT, &text, &n);
-    if (st == EXC_OK) exc_hash_hex(text, n, key);
-    if (st == EXC_OK && ctx->kept.thing && !strcmp(ctx->kept.key, key)) {
+    exc_status st = read_source(ctx, model_dir, &s, key);
+    if (st == EXC_OK && ctx->kept.thing && !strcmp(ctx->kept.key, key))
         *out = ctx->kept.thing;
-    } else if (st == EXC_OK) {
-        st = read_tokenizer(ctx, path, text, n, out);
-        if (st == EXC_OK && ctx->kept.thing) ctx->kept.drop(ctx->kept.thing);
-        if (st == EXC_OK) {
-            ctx->kept = (struct exc_kept){.thing = *out, .drop = drop};
-            memcpy(ctx->kept.key, key, sizeof key);
-        }
-    }
+    else if (st == EXC_OK)
+        st = make_and_keep(ctx, &s, key, out);
     if (st == EXC_OK) (*out)->uses++;
-    exc_release(text);
-    exc_release(path);
+    exc_release(s.path);
+    exc_release(s.text);
+    exc_release(s.config_path);
+    exc_release(s.config);
     return st;
+}
+
+exc_status exc_tokenizer_maybe(exc_ctx *ctx, const char *model_dir, exc_tokenizer **out) {
+    source s = {0};
+    *out = NULL;
+    exc_status st = find_source(ctx, model_dir, &s);
+    bool here = st == EXC_OK && !access(s.path, F_OK);
+    exc_release(s.path);
+    exc_release(s.config_path);
+    return here ? exc_tokenizer_load(ctx, model_dir, out) : st;
 }
 
 void exc_tokenizer_free(exc_tokenizer *t) {

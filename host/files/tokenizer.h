@@ -133,6 +133,9 @@ exc_status exc_ids_reserve(exc_ctx *ctx, exc_ids *ids, size_t more);
 
 /* ---- loading (tokenizer.c, recipe.c) */
 exc_status exc_recipe_read(exc_ctx *ctx, exc_tokenizer *t, const json_t *root, const char *what);
+/* tiktoken.c: what `text`, a tiktoken.model, says, with the special tokens of tokenizer_config.json, called `where` */
+exc_status exc_tiktoken_read(exc_ctx *ctx, exc_tokenizer *t, const char *what, const char *text, size_t n, const json_t *config,
+                             const char *where);
 #define EXC_WAY_OUT "; give pre-tokenised prompts, {\"tokens\":[..]}"
 
 #endif

@@ -223,16 +223,6 @@ static exc_status put_line(exc_ctx *ctx, const exc_tokenizer *t, const exc_promp
     return failed ? exc_fail(ctx, EXC_ERR_MEMORY, "generate: no memory for a reply") : EXC_OK;
 }
 
-/* token prompts need no tokenizer, and then a model folder without one is fine */
-static exc_status maybe_tokenizer(exc_ctx *ctx, const exc_model *m, exc_tokenizer **t) {
-    char *path;
-    *t = NULL;
-    EXC_TRY(exc_path_join(ctx, m->dir, "tokenizer.json", &path));
-    bool here = !access(path, F_OK);
-    exc_release(path);
-    return here ? exc_tokenizer_load(ctx, m->dir, t) : EXC_OK;
-}
-
 static exc_status run_generate(exc_ctx *ctx, exc_model *m, const exc_prompts *p,
                                const exc_generate_options *opt, const char *out, int64_t *generated,
                                int64_t *stopped) {
@@ -247,7 +237,7 @@ static exc_status run_generate(exc_ctx *ctx, exc_model *m, const exc_prompts *p,
                     .step = "generate"};
     exc_status st;
     EXC_GOTO(done, exc_check_file(ctx, out, opt->force));
-    EXC_GOTO(done, maybe_tokenizer(ctx, m, &t));
+    EXC_GOTO(done, exc_tokenizer_maybe(ctx, m->dir, &t)); /* token prompts need none */
     EXC_GOTO(done, exc_decode_run(ctx, m, p, &d, &replies));
     for (int64_t i = 0; i < p->count; i++) {
         EXC_GOTO(done, put_line(ctx, t, p, i, &replies[i], &lines));

@@ -281,7 +281,7 @@ static char *applied(const char *dir, const exc_plan *p, json_t **facts)
 /* every writer of a family with all of them: written = baked bit for bit, virtual as close as the rounding of bf16 weights allows */
 static void test_three_forms(void **state)
 {
-    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight"};
+    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "gpt_oss"};
     for (size_t i = 0; i < EXC_COUNT(models); i++) {
         char *dir = changed(models[i], NULL, NULL);
         exc_prompts p = golden_prompts(models[i]);
@@ -302,7 +302,7 @@ static void test_three_forms(void **state)
         /* bf16 keeps 8 bits of a weight, f16 11, f32 24; a flipped expert costs more than any of that */
         double far = test_relative(virtual_, baked, n);
         print_message("  %s: virtual and baked differ by %.1e, edited and plain by %.1e\n", models[i], far, test_relative(baked, plain, n));
-        assert_true(far < (!strcmp(models[i], "olmoe") ? 1e-5 : 0.1));
+        assert_true(far < (!strcmp(models[i], "olmoe") ? 1e-5 : !strcmp(models[i], "gpt_oss") ? 0.4 : 0.1)); /* fp4 keeps 2 bits */
         free(plain);
         free(written);
         free(baked);

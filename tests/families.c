@@ -78,6 +78,11 @@ static const struct change {
     {"qwen2_moe", "\"hidden_act\"", "\"qkv_bias\": true, \"hidden_act\"", {0}},
     {"qwen2_moe", "\"use_sliding_window\": false", "\"use_sliding_window\": true", {0}},
     {"qwen2_moe", "\"use_sliding_window\": false", "\"use_sliding_window\": 1", {"use_sliding_window"}},
+    {"dots1", "\"layer_types\"", "\"other_types\"", {0}}, /* from max_window_layers on: the same */
+    {"dots1", "\"max_window_layers\": 2", "\"max_window_layers\": -2", {0}}, /* layer_types goes before it */
+    {"dots1", "\"attention_bias\": true", "\"attention_bias\": false", {"attention_bias", "proj.bias"}},
+    {"dots1", "\"sliding_window\": 9", "\"sliding_window\": null", {"sliding_window", "layer_types"}},
+    {"dots1", "\"topk_group\": 2", "\"topk_group\": 4", {"topk_group"}},
     {"gpt_oss_bf16", "\"attention_bias\": true", "\"attention_bias\": false", {"attention_bias", "proj.bias"}},
     {"gpt_oss_bf16", "\"sliding_window\": 8", "\"sliding_window\": null", {"sliding_window", "layer_types", "null"}},
     {"gpt_oss_bf16", "\"sliding_window\": 8", "\"sliding_window\": 0", {"sliding_window", "0"}},

@@ -8,7 +8,7 @@
 static exc_ctx *ctx;
 
 static const char *const models[] = {"qwen3_moe",  "mixtral", "olmoe",       "glm4_moe",    "qwen2_moe",
-                                     "deepseek_v3", "moonlight", "qwen3_5_moe", "qwen3_next", "gpt_oss_bf16"};
+                                     "deepseek_v3", "moonlight", "qwen3_5_moe", "qwen3_next", "gpt_oss_bf16", "dots1"};
 
 static json_t *inspected(const char *dir)
 {

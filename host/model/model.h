@@ -73,7 +73,8 @@ typedef enum exc_dense {
 typedef enum exc_windows { /* which layers see no further back than sliding_window tokens */
     EXC_WINDOWS_NEVER,
     EXC_WINDOWS_ALWAYS,
-    EXC_WINDOWS_TYPED /* layer_types, else every other layer from the first on */
+    EXC_WINDOWS_TYPED, /* layer_types, else every other layer from the first on, below window_layers */
+    EXC_WINDOWS_BEHIND /* layer_types, else the layers from window_layers on */
 } exc_windows;
 
 /* Kinds of token mixers; one file each (session.h: exc_mixer). */
@@ -122,7 +123,7 @@ typedef struct exc_family {
     exc_windows windows;
     const char *window_switch;  /* config switch without which there is no window; NULL: none needed */
     int64_t window;             /* default of sliding_window, 0: no window */
-    const char *window_layers;  /* key: default layer_types are windowed below this layer only; NULL: all of them may be */
+    const char *window_layers;  /* key of the layer that ends or begins windows without layer_types; NULL: none does */
     int64_t window_first;       /* its default */
     const struct exc_rope *rope; /* where config.json names no scaling; NULL: plain */
     const char *const *refused; /* config switches that loaders honour and this arithmetic does not have; NULL-terminated */

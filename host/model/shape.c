@@ -286,11 +286,14 @@ static exc_status read_window(const reader *r, const exc_family *f, int64_t *wid
 static exc_status read_window_layers(const reader *r, const exc_family *f, int64_t width, exc_shape *s) {
     static const char key[] = "layer_types";
     const json_t *types = json_object_get(r->o, key);
-    int64_t below = s->layers;
+    int64_t first = s->layers;
     if (!types || json_is_null(types)) {
         if (f->window_layers)
-            EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->window_layers, 0, INT32_MAX, f->window_first, &below));
-        for (int64_t l = 0; l < s->layers; l++) s->window[l] = l % 2 == 0 && l < below ? width : 0;
+            EXC_TRY(exc_json_int_or(r->ctx, r->o, r->what, f->window_layers, 0, INT32_MAX, f->window_first, &first));
+        for (int64_t l = 0; l < s->layers; l++) {
+            bool slides = f->windows == EXC_WINDOWS_TYPED ? l % 2 == 0 && l < first : l >= first;
+            s->window[l] = slides ? width : 0;
+        }
         return EXC_OK;
     }
     if (!json_is_array(types) || json_array_size(types) != (size_t)s->layers)
@@ -315,7 +318,7 @@ static exc_status read_windows(const reader *r, const exc_family *f, exc_shape *
     if (!s->window) return EXC_ERR_MEMORY;
     if (f->windows == EXC_WINDOWS_NEVER) return EXC_OK;
     EXC_TRY(read_window(r, f, &width));
-    if (f->windows == EXC_WINDOWS_TYPED) return read_window_layers(r, f, width, s);
+    if (f->windows != EXC_WINDOWS_ALWAYS) return read_window_layers(r, f, width, s);
     for (int64_t l = 0; l < s->layers; l++) s->window[l] = width;
     return EXC_OK;
 }

@@ -2,9 +2,10 @@
  *
  * A unit of work is one KV head of one sequence and a block of up to 64 query rows: the query heads that share the KV head (a
  * part of them, where they are more), token by token. Keys come in blocks of 64, ascending; each block is unpacked once to
- * f32 for all rows, multiplied, softened online (running maximum and sum) and applied to the values. A row's arithmetic is
- * a chain over its own visible keys: neither its neighbours nor the batch show in its bits. Keys before the window of a unit's first row are never read. A
- * sink joins the maximum and the sum when a row is finished.
+ * f32 for all rows (or, where bf16 products exist, keys to pairs), multiplied, softened online (running maximum and sum)
+ * and applied to the values. A row's arithmetic is a chain over its own visible keys: neither its neighbours nor the batch
+ * show in its bits. Keys before the window of a unit's first row are never read. A sink joins the maximum and the sum when a
+ * row is finished.
  *
  * Long caches are cut into spans of 1024 keys. A span starts its own maximum, sum and output, and spans are merged in
  * ascending order; so one token's long cache may be spread over threads and gives the bits of a single thread. */

@@ -1,6 +1,6 @@
 /* heads.c - see heads.h. The products are written with intrinsics: a tile of 4 rows x 64 columns keeps its 16 sums in
- * registers on AVX-512, 4 x 16 on AVX2. Scores of bf16 operands are exact products either way; by pairs they cost half. An element is one chain of multiply-adds whatever the tile's height, so the bits
- * of a row depend on that row alone. */
+ * registers on AVX-512, 4 x 16 on AVX2. Products of bf16 operands are exact in either form; by pairs they cost half. An
+ * element is one chain of multiply-adds whatever the tile's height, so the bits of a row depend on that row alone. */
 #include "heads.h"
 
 #define MULTIPLY_PARAMS                                                                                            \

@@ -128,6 +128,10 @@ static const struct change {
     {"deepseek_v3", "\"type\": \"yarn\"", "\"type\": \"dynamic\"", {"rope_scaling", "dynamic"}},
     {"deepseek_v3", "\"factor\": 40,", "", {"factor", "nothing"}},
     {"deepseek_v3", "\"model_type\": \"deepseek_v3\"", "\"model_type\": \"kimi_k2\"", {0}},
+    {"deepseek_v2", "\"topk_method\": \"greedy\"", "\"topk_method\": \"group_limited_greedy\"", {"topk_method", "greedy", "group_limited"}},
+    {"deepseek_v2", "\"norm_topk_prob\": false", "\"norm_topk_prob\": true", {"norm_topk_prob", "false", "true"}},
+    {"deepseek_v2", "\"first_k_dense_replace\": 1,", "", {"layer 0 has experts"}}, /* none are dense then */
+    {"deepseek_v2", "\"scoring_func\": \"softmax\"", "\"scoring_func\": \"sigmoid\"", {"scoring_func", "softmax", "sigmoid"}},
     {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": 1", {"rope_interleave"}},
     {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": false", {0}},
     {"olmoe", "\"rope_theta\": 10000.0", "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 10000.0}", {0}},
@@ -193,6 +197,7 @@ static void test_inspect(void **state)
         {"qwen2_moe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 23, 56, 0},
         {"olmoe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 15, 0, 0},
         {"deepseek_v3", "times 2.5; a bias for each expert is added for the choice; of the best 2 of 4 groups", 1, 0, 23, 32, 0},
+        {"deepseek_v2", "softmax over all experts, the 3 largest, not renormalised", 0, 0, 20, 32, 0},
         {"moonlight", "sigmoid of each expert, the 6 largest, renormalised to sum 1, times 2.446", 1, 0, 21, 64, 0},
     };
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {
@@ -287,6 +292,7 @@ static char *applied(const char *dir, const exc_plan *p, json_t **facts)
 static void test_three_forms(void **state)
 {
     static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "gpt_oss"};
+    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "deepseek_v2"};
     for (size_t i = 0; i < EXC_COUNT(models); i++) {
         char *dir = changed(models[i], NULL, NULL);
         exc_prompts p = golden_prompts(models[i]);

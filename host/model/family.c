@@ -7,13 +7,13 @@
 #include "model.h"
 
 extern const exc_family exc_family_qwen3_moe, exc_family_mixtral, exc_family_olmoe, exc_family_glm4_moe,
-    exc_family_qwen2_moe, exc_family_deepseek_v3, exc_family_gpt_oss, exc_family_qwen3_next, exc_family_qwen3_5_moe,
-    exc_family_dots1;
+    exc_family_qwen2_moe, exc_family_deepseek_v3, exc_family_deepseek_v2, exc_family_gpt_oss, exc_family_qwen3_next,
+    exc_family_qwen3_5_moe, exc_family_dots1;
 
 const exc_family *const exc_families[] = {
-    &exc_family_qwen3_moe,   &exc_family_qwen3_5_moe, &exc_family_qwen3_next, &exc_family_mixtral, &exc_family_olmoe,
-    &exc_family_glm4_moe,    &exc_family_qwen2_moe,   &exc_family_deepseek_v3, &exc_family_gpt_oss,
-    &exc_family_dots1,       NULL,
+    &exc_family_qwen3_moe,   &exc_family_qwen3_5_moe, &exc_family_qwen3_next,  &exc_family_mixtral,
+    &exc_family_olmoe,       &exc_family_glm4_moe,    &exc_family_qwen2_moe,   &exc_family_deepseek_v3,
+    &exc_family_deepseek_v2, &exc_family_gpt_oss,     &exc_family_dots1,       NULL,
 };
 
 const exc_family *exc_family_find(const char *model_type) {

@@ -291,8 +291,7 @@ static char *applied(const char *dir, const exc_plan *p, json_t **facts)
 /* every writer of a family with all of them: written = baked bit for bit, virtual as close as the rounding of bf16 weights allows */
 static void test_three_forms(void **state)
 {
-    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "gpt_oss"};
-    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "deepseek_v2"};
+    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "gpt_oss", "deepseek_v2"};
     for (size_t i = 0; i < EXC_COUNT(models); i++) {
         char *dir = changed(models[i], NULL, NULL);
         exc_prompts p = golden_prompts(models[i]);

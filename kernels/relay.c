@@ -6,13 +6,14 @@
  * sweeps that only read and only write leave the memory bus half idle, hence the relay: row by row the finished strip leaves the
  * buffer and the next strip takes its place, so that every step reads one row piece from memory and writes one to it.
  *
- * Share of the best in-place loop, 128 x [2048, 768], 2 threads of a Zen 4 server, medians of one run: two sweeps 0.47,
- * whole matrices through the last-level cache 0.59, relay with ordinary stores 0.68, past the caches 0.78, rows asked for 40
- * ahead instead of 64 0.75, never asked for 0.64, strips of 256 columns 0.71. Where memory is faster than about 30 GB/s for
- * both threads, arithmetic is what is left.
+ * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 9 to 10, this one 13
+ * at rank 1, of which 9 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly
+ * (pace). Whole matrices through the last-level cache in the order of memory take 14, as reads of the two levels do not overlap.
+ * At rank 3 the 12 multiply-adds of a line, one a cycle, and 13 other operations take 16.5.
  *
- * Even and odd columns of 32 sit in two vectors, a shift and a mask away from the bf16 pairs in memory. A column's operations
- * are those of strip.h in the same order, so the bits are the same. */
+ * R W is summed by even and odd columns of a line, a shift and a mask away from the bf16 pairs in memory, and subtracted in their
+ * order, which is what the processor's own rounding wants. A column's operations are those of strip.h in the same order, so the
+ * bits are the same. */
 #include "relay.h"
 
 #include "lanes.h"
@@ -20,216 +21,242 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#define CHUNK 64    /* rows of one partial sum of the canonical tree */
-#define RANKS 3     /* directions whose sums share registers */
+#define CHUNK 64     /* rows of one partial sum of the canonical tree */
 #define MOST_RANK 8
-#define STRIP 128   /* columns */
-#define LINES 4     /* 64-byte vectors of a row of the strip */
-#define HALVES (2 * LINES)
-#define AHEAD 64    /* rows asked for before they are needed */
+#define LINE 32      /* columns of a 64-byte line */
+#define STRIP 128    /* columns */
+#define AHEAD 64     /* rows asked for before they are needed */
+#define PACE 10      /* steps of four cycles between rows, at rank 1 */
 #define MOST_ROWS 4096
+#define BUFFER ((size_t)MOST_ROWS * STRIP * sizeof(uint16_t)) /* of the scratch; shares follow */
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")))
 
-/* a strip on its way: where it goes, and R W by half line */
+/* a strip on its way: where it goes, and R W by rank and column */
 typedef struct runner {
-    const uint16_t *src;
-    uint16_t *dst;
-    float strength;
-    int calm; /* no NaN can come of it */
-    __m512 c[MOST_RANK][HALVES];
+    const char *src;
+    char *dst;
+    const float *share; /* [rank, rows], strength * R */
+    float c[MOST_RANK * STRIP] __attribute__((aligned(64)));
 } runner;
 
-typedef struct relay {
+typedef struct relay relay;
+struct relay {
     const struct exc_project_args *a;
     exc_queue *q;
     int64_t strips, per_task, across; /* of all matrices, of a task, of a matrix */
-    int tame;                         /* R and strengths are of ordinary size */
-} relay;
+    void (*pass)(const relay *j, char *buffer, const runner *out, runner *in, const char *next);
+};
 
 AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
 AVX512 EXC_INLINE __m512 odd(__m512i x) {
     return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
 }
 
-/* to nearest even, the result in the upper halves */
-AVX512 EXC_INLINE __m512i rounded(__m512 x, int calm) {
-    __m512i u = _mm512_castps_si512(x);
-    __mmask16 up = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
-    __m512i half = _mm512_mask_blend_epi32(up, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
-    __m512i near = _mm512_add_epi32(u, half);
-    if (calm) return near;
-    return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+/* columns 0..15 or 16..31 of a line as floats: words go to upper halves */
+AVX512 EXC_INLINE __m512 left(__m512i x) {
+    const __m512i from = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000, 0x70000,
+                                          0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, x));
 }
-AVX512 EXC_INLINE __m512i joined(__m512 low, __m512 high, int calm) {
-    return _mm512_mask_mov_epi16(_mm512_srli_epi32(rounded(low, calm), 16), 0xaaaaaaaau, rounded(high, calm));
-}
-
-AVX512 EXC_INLINE void two_sum(__m512 *hi, __m512 *lo, __m512 x) {
-    __m512 s = _mm512_add_ps(*hi, x), b = _mm512_sub_ps(s, *hi);
-    __m512 e = _mm512_add_ps(_mm512_sub_ps(*hi, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
-    *hi = s;
-    *lo = _mm512_add_ps(*lo, e);
+AVX512 EXC_INLINE __m512 right(__m512i x) {
+    const __m512i from = _mm512_set_epi32(0x1f0000, 0x1e0000, 0x1d0000, 0x1c0000, 0x1b0000, 0x1a0000, 0x190000, 0x180000, 0x170000,
+                                          0x160000, 0x150000, 0x140000, 0x130000, 0x120000, 0x110000, 0x100000);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, x));
 }
 
-/* sums of a column become R W */
-AVX512 EXC_INLINE void settle(runner *in, int first, int ranks, __m512 hi[RANKS][HALVES], __m512 lo[RANKS][HALVES]) {
-    __mmask16 ordinary = 0xffff;
-    for (int r = 0; r < ranks; r++)
-        for (int v = 0; v < HALVES; v++) {
-            __m512 c = _mm512_add_ps(hi[r][v], lo[r][v]);
-            in->c[first + r][v] = c;
-            ordinary &= _mm512_cmp_ps_mask(_mm512_abs_ps(c), _mm512_set1_ps(1e30f), _CMP_LT_OQ);
+/* to nearest even, in the lower halves */
+AVX512 EXC_INLINE __m512i rounded(__m512 x) {
+    __m512i u = _mm512_castps_si512(x), tie = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i near = _mm512_add_epi32(u, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
+    near = _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
+    return _mm512_srli_epi32(near, 16);
+}
+AVX512 EXC_INLINE __m512i joined(__m512 l, __m512 r) {
+    __m512i x = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded(l)));
+    return _mm512_inserti64x4(x, _mm512_cvtepi32_epi16(rounded(r)), 1);
+}
+/* The processor's own rounding, which takes subnormal numbers for zero. The instruction by name: all else here is the same with
+ * and without it. */
+AVX512 EXC_INLINE __m512i joined_fast(__m512 l, __m512 r) {
+    __m512i x;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(x) : "v"(l), "v"(r));
+    return x;
+}
+
+/* Requests that come faster than memory answers are dropped, and a line that was asked for in vain stalls everything later. So
+ * rows are kept apart by a chain of n multiply-adds, four cycles each, that nothing else waits for. */
+AVX512 EXC_INLINE void pace(__m128 *chain, int n) {
+    for (int i = 0; i < n; i++) __asm__ volatile("vfmadd231ss %0, %0, %0" : "+v"(*chain));
+}
+
+AVX512 EXC_INLINE void two_sum(float *hi, float *lo, __m512 x) {
+    __m512 h = _mm512_load_ps(hi), s = _mm512_add_ps(h, x), b = _mm512_sub_ps(s, h);
+    __m512 e = _mm512_add_ps(_mm512_sub_ps(h, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
+    _mm512_store_ps(hi, s);
+    _mm512_store_ps(lo, _mm512_add_ps(_mm512_load_ps(lo), e));
+}
+
+enum { FAST = 1, WHOLE = 2 }; /* the processor rounds to bf16; strength 1 */
+
+/* What a sweep over a chunk of a few lines works on. */
+typedef struct sweep {
+    const char *src, *next; /* of the strip that enters; rows that are asked for meanwhile */
+    char *dst, *held;       /* of the strip that leaves; both strips' place in the buffer */
+    size_t stride;
+    int64_t n, rows;
+    const float *basis, *share, *c;
+    float *hi, *lo;
+} sweep;
+
+/* Row by row the old strip leaves the buffer, less its share of R, and the new one takes its place and meets R: hi + lo += its R
+ * W, even columns before odd ones. */
+AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int lines, int how) {
+    __m512 s[MOST_RANK][8], c[MOST_RANK][8], b[MOST_RANK], k[MOST_RANK];
+    __m128 chain = _mm_setzero_ps();
+    _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++)
+        _Pragma("GCC unroll 8") for (int v = 0; v < 2 * lines; v++) {
+            s[r][v] = _mm512_setzero_ps();
+            if (leaves) c[r][v] = _mm512_load_ps(w.c + r * STRIP + v * 16);
         }
-    in->calm &= ordinary == 0xffff;
+    for (int64_t h = 0; h < w.n; h++) {
+        size_t at = (size_t)h * w.stride;
+        __m512i *held = (__m512i *)(w.held + h * 2 * STRIP);
+        if (rank == 1) pace(&chain, PACE);
+        _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++) {
+            if (enters) b[r] = _mm512_set1_ps(w.basis[r * w.rows + h]);
+            if (leaves) k[r] = how & WHOLE && enters ? b[r] : _mm512_set1_ps(w.share[r * w.rows + h]);
+        }
+        _Pragma("GCC unroll 8") for (int g = 0; g < lines; g++) {
+            if (leaves) {
+                __m512i x = held[g], y;
+                __m512 l = _mm512_setzero_ps(), t = l;
+                _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++) {
+                    l = _mm512_fmadd_ps(k[r], c[r][2 * g], l);
+                    t = _mm512_fmadd_ps(k[r], c[r][2 * g + 1], t);
+                }
+                l = _mm512_sub_ps(left(x), l);
+                t = _mm512_sub_ps(right(x), t);
+                y = how & FAST ? joined_fast(l, t) : joined(l, t);
+                if (how & FAST && __builtin_expect(_mm512_testn_epi16_mask(y, _mm512_set1_epi16(0x7fff)) != 0, 0)) y = joined(l, t);
+                _mm512_stream_si512((__m512i *)(w.dst + at) + g, y);
+            }
+            if (enters) {
+                __m512i x = _mm512_load_si512((const __m512i *)(w.src + at) + g);
+                __builtin_prefetch(w.next + at + 64 * g, 0, 2);
+                held[g] = x;
+                _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++) {
+                    s[r][2 * g] = _mm512_fmadd_ps(b[r], even(x), s[r][2 * g]);
+                    s[r][2 * g + 1] = _mm512_fmadd_ps(b[r], odd(x), s[r][2 * g + 1]);
+                }
+            }
+        }
+    }
+    _Pragma("GCC unroll 8") for (int r = 0; enters && r < rank; r++)
+        _Pragma("GCC unroll 8") for (int v = 0; v < 2 * lines; v++)
+            two_sum(w.hi + r * STRIP + v * 16, w.lo + r * STRIP + v * 16, s[r][v]);
 }
 
-/* One pass over the buffer: `out` leaves it row by row with `all` directions, `in` enters and meets the first `ranks`; either may
- * be absent. */
-AVX512 EXC_INLINE void pass(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int leaves,
-                            int enters, int ranks, int all, int calm) {
-    __m512 hi[RANKS][HALVES], lo[RANKS][HALVES], p[RANKS][HALVES];
-    /* copies, as stores of vectors might otherwise change what they were read from */
-    const size_t stride = (size_t)a->cols;
+/* R W, columns in their order */
+AVX512 EXC_INLINE void settle(float *c, const float *hi, const float *lo, int64_t n) {
+    const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    for (int64_t i = 0; i < n; i += LINE) {
+        __m512 l = _mm512_add_ps(_mm512_load_ps(hi + i), _mm512_load_ps(lo + i));
+        __m512 r = _mm512_add_ps(_mm512_load_ps(hi + i + 16), _mm512_load_ps(lo + i + 16));
+        _mm512_store_ps(c + i, _mm512_permutex2var_ps(l, first, r));
+        _mm512_store_ps(c + i + 16, _mm512_permutex2var_ps(l, second, r));
+    }
+}
+
+/* One pass over the buffer: chunk by chunk `out` leaves it and `in` takes its place; either may be absent. next: the strip that
+ * comes after `in`. */
+AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, runner *in, const char *next, int rank, int how) {
+    const struct exc_project_args *a = j->a;
+    const int lines = rank <= 2 ? 4 : rank <= 6 ? 2 : 1; /* as many as registers hold */
     const int64_t rows = a->rows;
-    const float *basis = a->basis;
-    const float strength = leaves ? out->strength : 0.0f;
-    const uint16_t *src = enters ? in->src : NULL;
-    uint16_t *dst = leaves ? out->dst : NULL;
-    __m512 few[RANKS][HALVES];
-    for (int r = 0; leaves && all <= RANKS && r < all; r++)
-        for (int v = 0; v < HALVES; v++) few[r][v] = out->c[r][v];
-    const __m512(*c)[HALVES] = leaves && all > RANKS ? out->c : (const __m512(*)[HALVES])few;
-    for (int r = 0; r < ranks; r++)
-        for (int v = 0; v < HALVES; v++) hi[r][v] = lo[r][v] = _mm512_setzero_ps();
-    for (int64_t first = 0; first < rows; first += CHUNK) {
-        int64_t last = exc_least(first + CHUNK, rows);
-        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
-            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) p[r][v] = _mm512_setzero_ps();
-        for (int64_t h = first; h < last; h++) {
-            __m512i *held = buffer + h * LINES;
-            __m512 k[RANKS], ks[MOST_RANK];
-            _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
-                float b = basis[r * rows + h];
-                if (enters && r < ranks) k[r] = _mm512_set1_ps(b);
-                if (leaves) ks[r] = _mm512_set1_ps(strength * b);
-            }
-            _Pragma("GCC unroll 8") for (int g = 0; g < LINES; g++) {
-                if (leaves) {
-                    __m512i x = held[g];
-                    __m512 d0 = _mm512_setzero_ps(), d1 = _mm512_setzero_ps();
-                    _Pragma("GCC unroll 8") for (int r = 0; r < all; r++) {
-                        d0 = _mm512_fmadd_ps(ks[r], c[r][2 * g], d0);
-                        d1 = _mm512_fmadd_ps(ks[r], c[r][2 * g + 1], d1);
-                    }
-                    x = joined(_mm512_sub_ps(even(x), d0), _mm512_sub_ps(odd(x), d1), calm);
-                    _mm512_stream_si512((__m512i *)(dst + (size_t)h * stride) + g, x);
-                }
-                if (enters) {
-                    const __m512i *from = (const __m512i *)(src + (size_t)h * stride) + g;
-                    __m512i x = _mm512_load_si512(from);
-                    __builtin_prefetch((const char *)from + AHEAD * stride * sizeof *src, 0, 2);
-                    held[g] = x;
-                    _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
-                        p[r][2 * g] = _mm512_fmadd_ps(k[r], even(x), p[r][2 * g]);
-                        p[r][2 * g + 1] = _mm512_fmadd_ps(k[r], odd(x), p[r][2 * g + 1]);
-                    }
-                }
-            }
+    const size_t stride = (size_t)a->cols * 2;
+    float hi[MOST_RANK * STRIP] __attribute__((aligned(64))), lo[MOST_RANK * STRIP] __attribute__((aligned(64)));
+    if (in) __builtin_memset(hi, 0, sizeof hi), __builtin_memset(lo, 0, sizeof lo);
+    for (int64_t h = 0; h < rows; h += CHUNK) {
+        int64_t n = exc_least(CHUNK, rows - h);
+        const char *soon = buffer; /* asked for in vain where nothing is to come */
+        size_t off = (size_t)h * stride;
+        if (in) soon = h + AHEAD < rows ? in->src + off + AHEAD * stride : next + (off + AHEAD * stride - rows * stride);
+        for (int at = 0; at < 2 * STRIP; at += 64 * lines) {
+            sweep w = {.next = soon + at, .held = buffer + h * 2 * STRIP + at, .stride = stride, .n = n, .rows = rows,
+                       .basis = a->basis + h, .hi = hi + at / 2, .lo = lo + at / 2};
+            if (in) w.src = in->src + off + at;
+            if (out) w.dst = out->dst + off + at, w.c = out->c + at / 2, w.share = out->share + h;
+            if (in && out) cross(w, 1, 1, rank, lines, how);
+            else if (in) cross(w, 0, 1, rank, lines, how);
+            else cross(w, 1, 0, rank, lines, how);
         }
-        if (!enters) continue;
-        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
-            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) two_sum(&hi[r][v], &lo[r][v], p[r][v]);
     }
-    if (enters) settle(in, 0, ranks, hi, lo);
+    if (in) settle(in->c, hi, lo, rank * STRIP);
 }
 
-/* further directions of the strip that has entered, from the buffer */
-AVX512 EXC_INLINE void meet(const struct exc_project_args *a, const __m512i *buffer, runner *in, int at, int ranks) {
-    __m512 hi[RANKS][HALVES], lo[RANKS][HALVES], p[RANKS][HALVES];
-    for (int r = 0; r < ranks; r++)
-        for (int v = 0; v < HALVES; v++) hi[r][v] = lo[r][v] = _mm512_setzero_ps();
-    for (int64_t first = 0; first < a->rows; first += CHUNK) {
-        int64_t last = exc_least(first + CHUNK, a->rows);
-        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
-            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) p[r][v] = _mm512_setzero_ps();
-        for (int64_t h = first; h < last; h++) {
-            __m512 k[RANKS];
-            _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) k[r] = _mm512_set1_ps(a->basis[(at + r) * a->rows + h]);
-            _Pragma("GCC unroll 8") for (int g = 0; g < LINES; g++) {
-                __m512i x = buffer[h * LINES + g];
-                _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++) {
-                    p[r][2 * g] = _mm512_fmadd_ps(k[r], even(x), p[r][2 * g]);
-                    p[r][2 * g + 1] = _mm512_fmadd_ps(k[r], odd(x), p[r][2 * g + 1]);
-                }
-            }
-        }
-        _Pragma("GCC unroll 8") for (int r = 0; r < ranks; r++)
-            _Pragma("GCC unroll 8") for (int v = 0; v < HALVES; v++) two_sum(&hi[r][v], &lo[r][v], p[r][v]);
+#define PASS(n, name, how)                                                                                               \
+    AVX512 static void name##n(const relay *j, char *buffer, const runner *out, runner *in, const char *next) {         \
+        pass(j, buffer, out, in, next, n, how);                                                                          \
     }
-    settle(in, at, ranks, hi, lo);
+#define PASSES(n) PASS(n, pass, 0) PASS(n, fast, FAST) PASS(n, whole, FAST | WHOLE)
+PASSES(1) PASSES(2) PASSES(3) PASSES(4) PASSES(5) PASSES(6) PASSES(7) PASSES(8)
+
+static const char *strip_at(const relay *j, int64_t i) {
+    return (const char *)exc_edit_src(j->a, i / j->across) + i % j->across * 2 * STRIP;
 }
 
-AVX512 EXC_INLINE void step(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in, int all) {
-    int ranks = all < RANKS ? all : RANKS;
-    if (!out) pass(a, buffer, out, in, 0, 1, ranks, all, 1);
-    else if (!in) pass(a, buffer, out, in, 1, 0, ranks, all, 0);
-    else if (out->calm) pass(a, buffer, out, in, 1, 1, ranks, all, 1);
-    else pass(a, buffer, out, in, 1, 1, ranks, all, 0);
-    if (!in) return;
-    if (all > 3) meet(a, buffer, in, 3, all < 6 ? all - 3 : 3);
-    if (all > 6) meet(a, buffer, in, 6, all - 6);
+/* strength * R: R itself where it can be */
+static const float *share_of(const struct exc_project_args *a, float strength, float *room) {
+    if (strength == 1.0f) return a->basis;
+    for (int64_t i = 0; i < a->rank * a->rows; i++) room[i] = strength * a->basis[i];
+    return room;
 }
-
-typedef void (*step_fn)(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in);
-#define STEP(n)                                                                                                     \
-    AVX512 static void step##n(const struct exc_project_args *a, __m512i *buffer, const runner *out, runner *in) {  \
-        step(a, buffer, out, in, n);                                                                                \
-    }
-STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8)
 
 AVX512 static void relay_task(void *arg, size_t task, int worker) {
-    static const step_fn steps[MOST_RANK] = {step1, step2, step3, step4, step5, step6, step7, step8};
     const relay *j = arg;
     const struct exc_project_args *a = j->a;
+    char *buffer = j->q->scratch[worker];
+    float *room = (float *)(buffer + BUFFER);
     runner pair[2], *out = NULL, *in = pair;
     int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->strips);
     for (int64_t i = first; i < last; i++) {
-        int64_t matrix = i / j->across, at = i % j->across * STRIP;
-        in->src = (const uint16_t *)exc_edit_src(a, matrix) + at;
-        in->dst = (uint16_t *)exc_edit_dst(a, matrix) + at;
-        in->strength = a->strength[matrix];
-        in->calm = j->tame;
-        steps[a->rank - 1](a, j->q->scratch[worker], out, in);
+        int64_t matrix = i / j->across;
+        in->src = strip_at(j, i);
+        in->dst = (char *)exc_edit_dst(a, matrix) + i % j->across * 2 * STRIP;
+        in->share = share_of(a, a->strength[matrix], room + (in - pair) * MOST_RANK * MOST_ROWS);
+        j->pass(j, buffer, out, in, strip_at(j, i + 1 < last ? i + 1 : i));
         out = in;
         in = &pair[out == pair];
     }
-    if (out) steps[a->rank - 1](a, j->q->scratch[worker], out, NULL);
+    if (out) j->pass(j, buffer, out, NULL, NULL);
     _mm_sfence();
 }
 
-/* With these bounds, R W below 1e30 and hence finite weights, W - s R^T (R W) is no NaN. */
-static int tame(const struct exc_project_args *a) {
-    int fine = 1;
-    for (int64_t i = 0; i < a->count; i++) fine &= __builtin_fabsf(a->strength[i]) < 1e3f;
-    for (int64_t i = 0; i < a->rank * a->rows; i++) fine &= __builtin_fabsf(a->basis[i]) < 1e2f;
-    return fine;
+static int all_one(const float *x, int64_t n) {
+    int one = 1;
+    for (int64_t i = 0; i < n; i++) one &= x[i] == 1.0f;
+    return one;
 }
 
 static int fits(const exc_queue *q, const struct exc_project_args *a) {
     if (exc_isa_level() < EXC_ISA_AVX512 || a->dtype != EXC_BF16 || a->side != EXC_SIDE_OUT) return 0;
     if (a->norm != EXC_NORM_NONE || a->c || a->before || a->after || a->changed || a->nonfinite) return 0;
     if (a->rank > MOST_RANK || a->cols % STRIP || a->rows > MOST_ROWS) return 0;
-    if ((size_t)a->rows * STRIP * sizeof(uint16_t) > q->scratch_bytes) return 0;
+    if (BUFFER + 2 * MOST_RANK * MOST_ROWS * sizeof(float) > q->scratch_bytes) return 0;
     for (int64_t i = 0; i < a->count; i++)
         if (a->strength[i] == 0.0f || (uintptr_t)exc_edit_src(a, i) % 64 || (uintptr_t)exc_edit_dst(a, i) % 64) return 0;
     return 1;
 }
 
-/* A task begins and ends with a pass that only reads or writes: as few and long as keep all workers busy. Columns are
- * independent, so their number changes no bits. */
 int exc_relay_project(exc_queue *q, const struct exc_project_args *a) {
     if (!fits(q, a)) return 0;
-    relay j = {.a = a, .q = q, .across = a->cols / STRIP, .tame = tame(a)};
+    typedef void (*pass_fn)(const relay *j, char *buffer, const runner *out, runner *in, const char *next);
+    static const pass_fn passes[3][MOST_RANK] = {{pass1, pass2, pass3, pass4, pass5, pass6, pass7, pass8},
+                                                 {fast1, fast2, fast3, fast4, fast5, fast6, fast7, fast8},
+                                                 {whole1, whole2, whole3, whole4, whole5, whole6, whole7, whole8}};
+    int how = exc_isa_level() < EXC_ISA_AVX512BF16 ? 0 : all_one(a->strength, a->count) ? 2 : 1;
+    relay j = {.a = a, .q = q, .across = a->cols / STRIP, .pass = passes[how][a->rank - 1]};
     j.strips = j.across * a->count;
     j.per_task = exc_least(48, j.strips / (8 * q->workers));
     if (j.per_task < 1) j.per_task = 1;

@@ -1,89 +1,121 @@
 /* moments.c - per-expert sums from someone else's forward pass: counts, gate sums, sums of intermediates [E,I].
  *
  * Pairs (token, choice) are first listed by expert with a counting sort, which keeps token order; then every expert owns
- * its sums and reads its rows whole, the next one being fetched meanwhile. Blocks of 64 rows are summed in f32 and
+ * its sums and reads its rows whole, later ones being fetched meanwhile. Blocks of 64 rows are summed in f32 and
  * blocks in f64, on reproducible queues every row in fixed point (fixed.h). Calls of more pairs than the list holds are cut
- * into parts of fixed size. */
+ * into parts of fixed size.
+ *
+ * The rows of an expert lie scattered, and what a core can have on its way from memory is the limit: on a Zen 4 server 12 cycles a
+ * line of 64 bytes and thread (5 when the rows are in the caches), where a sequential read takes 7. Sums in token order would read
+ * sequentially, but then the sums of all experts go through the second-level cache at every row, which takes longer. */
 #include "fixed.h"
 
+#define ROWS 8              /* that meet a sum together */
+#define BLOCKS 16           /* of the sort, at most */
+#define BLOCK_PAIRS 4096
+#define AHEAD 16            /* rows asked for before they are needed */
 #define STRIP 1024          /* columns of a task */
 #define MAX_EXPERTS (64 << 10)
 #define SMALL (32 << 10)    /* values that are not worth waking a thread for */
 
-#define ADD_PARAMS                                                                                                  \
-    (const void *const *row, const void *const *ahead, int rows, int act, int64_t cols, float *sum)
-
-EXC_INLINE float at(const void *row, int act, int64_t i) {
-    return act == EXC_F32 ? ((const float *)row)[i] : exc_from_bf16(((const uint16_t *)row)[i]);
-}
-
-/* four rows in this order, 32 columns at a time; the next four are asked for meanwhile */
-EXC_INLINE void add_four(const void *const *row, const void *const *ahead, int act, int64_t cols, float *sum) {
-    const void *a = row[0], *b = row[1], *c = row[2], *d = row[3];
-    int64_t i = 0, size = act == EXC_F32 ? 4 : 2;
-    for (; i + 32 <= cols; i += 32) {
-        for (int r = 0; r < 4; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * size);
-        if (act == EXC_F32)
-            for (int r = 0; r < 4; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * size + 64);
-        for (int l = 0; l < 32; l++)
-            sum[i + l] = sum[i + l] + at(a, act, i + l) + at(b, act, i + l) + at(c, act, i + l) + at(d, act, i + l);
-    }
-    for (; i < cols; i++) sum[i] = sum[i] + at(a, act, i) + at(b, act, i) + at(c, act, i) + at(d, act, i);
-}
-
-/* sum[0..cols) += at most four rows, in their order */
-EXC_INLINE void add_body ADD_PARAMS {
-    if (rows == 4 && act == EXC_F32) add_four(row, ahead, EXC_F32, cols, sum);
-    else if (rows == 4) add_four(row, ahead, EXC_BF16, cols, sum);
-    else
-        for (int r = 0; r < rows; r++)
-            for (int64_t i = 0; i < cols; i++) sum[i] += at(row[r], act, i);
-}
-EXC_DISPATCH(add, ADD_PARAMS, (row, ahead, rows, act, cols, sum))
-
-#define FIXED_PARAMS (const void *row, const void *ahead, int act, int64_t cols, double *sum)
-EXC_INLINE void fixed_body FIXED_PARAMS {
-    int64_t size = act == EXC_F32 ? 4 : 2;
-    for (int64_t i = 0; i < cols; i += 64) {
-        for (int64_t b = 0; b < 64 * size; b += 64) __builtin_prefetch((const uint8_t *)ahead + i * size + b);
-        exc_fixed_row((const uint8_t *)row + i * size, act, exc_least(64, cols - i), sum + i);
-    }
-}
-EXC_DISPATCH(fixed, FIXED_PARAMS, (row, ahead, act, cols, sum))
-
 typedef struct job {
     const struct exc_moments_args *a;
-    void (*add) ADD_PARAMS;
-    void (*fixed) FIXED_PARAMS; /* NULL: sums in blocks of rows */
+    void (*sum)(const struct job *j, int64_t e, int64_t first, int64_t cols);
+    int fixed;       /* sums in fixed point */
     int64_t *offset; /* [E+1] into list */
     int32_t *list;   /* pairs by expert */
-    int64_t base;    /* first pair of this part */
+    int32_t *place;  /* [blocks, E]: how many of a block, then where in the list */
+    int64_t base, pairs, blocks; /* first pair of this part, how many, and in how many blocks */
     int64_t strips, experts_per_task;
     size_t row_bytes, act_bytes;
 } job;
 
-static void strip(const job *j, int64_t e, int64_t first, int64_t cols) {
-    const struct exc_moments_args *a = j->a;
-    float sum[STRIP];
-    const uint8_t *mid = (const uint8_t *)a->mid + (size_t)j->base * j->row_bytes + (size_t)first * j->act_bytes;
-    int64_t end = j->offset[e + 1];
-    double *to = a->mid_sum + e * a->inner + first;
-    for (int64_t at = j->offset[e]; at < end && j->fixed; at++)
-        j->fixed(mid + (size_t)j->list[at] * j->row_bytes, mid + (size_t)j->list[exc_least(at + 1, end - 1)] * j->row_bytes,
-                 a->act, cols, to);
-    for (int64_t at = j->offset[e]; at < end && !j->fixed; at += EXC_ROW_BLOCK) {
-        int64_t stop = exc_least(at + EXC_ROW_BLOCK, end);
-        for (int64_t i = 0; i < cols; i++) sum[i] = 0;
-        for (int64_t p = at; p < stop; p += 4) {
-            const void *row[4], *ahead[4];
-            int n = (int)exc_least(4, stop - p);
-            for (int r = 0; r < n; r++) row[r] = mid + (size_t)j->list[p + r] * j->row_bytes;
-            for (int r = 0; r < 4; r++) ahead[r] = mid + (size_t)j->list[exc_least(p + 4 + r, end - 1)] * j->row_bytes;
-            j->add(row, ahead, n, a->act, cols, sum);
-        }
-        for (int64_t i = 0; i < cols; i++) to[i] += (double)sum[i];
+/* Two neighbours of a row of bf16 are a shift and a mask away from the word in memory, so sums of even and of odd columns are kept
+ * apart; f32 sums are all in `even`. */
+typedef uint32_t words __attribute__((aligned(2), may_alias));
+EXC_INLINE float low(const void *row, int64_t i) { return exc_from_bits(((const words *)row)[i] << 16); }
+EXC_INLINE float high(const void *row, int64_t i) { return exc_from_bits(((const words *)row)[i] & 0xffff0000u); }
+EXC_INLINE float at(const void *row, int64_t i) { return ((const float *)row)[i]; }
+
+/* sums of `cols` columns from word `i` on += some rows, one after the other */
+EXC_INLINE void add_rows(const void *const *row, int rows, int act, int64_t i, int64_t cols, float *restrict even, float *restrict odd) {
+    int64_t n = act == EXC_F32 ? cols : cols / 2;
+    for (int r = 0; r < rows; r++) {
+        for (int64_t k = i; k < n; k++) even[k] += act == EXC_F32 ? at(row[r], k) : low(row[r], k);
+        for (int64_t k = i; act != EXC_F32 && k < n; k++) odd[k] += high(row[r], k);
+        if (act != EXC_F32 && cols % 2) even[n] += exc_from_bf16(((const uint16_t *)row[r])[cols - 1]);
     }
 }
+
+/* ROWS rows in this order, 64 bytes at a time. Rows to come are asked for meanwhile, as far as the second-level cache: fewer
+ * lines can be on their way to the first than keep memory busy. */
+EXC_INLINE void add_all(const void *const *row, const void *const *ahead, int act, int64_t cols, float *restrict even,
+                        float *restrict odd) {
+    int64_t i = 0, n = act == EXC_F32 ? cols : cols / 2;
+    for (; i + LANES <= n; i += LANES) {
+        for (int r = 0; r < ROWS; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * 4, 0, 2);
+        for (int l = 0; l < LANES; l++) {
+            float s = even[i + l];
+            for (int r = 0; r < ROWS; r++) s += act == EXC_F32 ? at(row[r], i + l) : low(row[r], i + l);
+            even[i + l] = s;
+        }
+        for (int l = 0; act != EXC_F32 && l < LANES; l++) {
+            float s = odd[i + l];
+            for (int r = 0; r < ROWS; r++) s += high(row[r], i + l);
+            odd[i + l] = s;
+        }
+    }
+    add_rows(row, ROWS, act, i, cols, even, odd);
+}
+
+/* some columns of an expert's rows, by blocks */
+EXC_INLINE void sum_typed(const job *j, int64_t e, int64_t first, int64_t cols, int act) {
+    const struct exc_moments_args *a = j->a;
+    float even[STRIP], odd[STRIP / 2];
+    const uint8_t *mid = (const uint8_t *)a->mid + (size_t)j->base * j->row_bytes + (size_t)first * j->act_bytes;
+    int64_t end = j->offset[e + 1], last = j->offset[a->experts] - 1;
+    double *to = a->mid_sum + e * a->inner + first;
+    for (int64_t at = j->offset[e]; at < end; at += EXC_ROW_BLOCK) {
+        int64_t stop = exc_least(at + EXC_ROW_BLOCK, end);
+        for (int64_t i = 0; i < cols; i++) even[i] = 0;
+        for (int64_t i = 0; i < cols / 2; i++) odd[i] = 0;
+        for (int64_t p = at; p < stop; p += ROWS) {
+            const void *row[ROWS], *ahead[ROWS];
+            int n = (int)exc_least(ROWS, stop - p);
+            for (int r = 0; r < n; r++) row[r] = mid + (size_t)j->list[p + r] * j->row_bytes;
+            for (int r = 0; r < ROWS; r++) ahead[r] = mid + (size_t)j->list[exc_least(p + AHEAD + r, last)] * j->row_bytes;
+            if (n == ROWS) add_all(row, ahead, act, cols, even, odd);
+            else add_rows(row, n, act, 0, cols, even, odd);
+        }
+        for (int64_t i = 0; act == EXC_F32 && i < cols; i++) to[i] += (double)even[i];
+        for (int64_t i = 0; act != EXC_F32 && i < cols / 2; i++) {
+            to[2 * i] += (double)even[i];
+            to[2 * i + 1] += (double)odd[i];
+        }
+        if (act != EXC_F32 && cols % 2) to[cols - 1] += (double)even[cols / 2];
+    }
+}
+/* the same in fixed point, row by row */
+EXC_INLINE void sum_fixed(const job *j, int64_t e, int64_t first, int64_t cols, int act) {
+    const uint8_t *mid = (const uint8_t *)j->a->mid + (size_t)j->base * j->row_bytes + (size_t)first * j->act_bytes;
+    int64_t last = j->offset[j->a->experts] - 1, size = (int64_t)j->act_bytes;
+    double *to = j->a->mid_sum + e * j->a->inner + first;
+    for (int64_t p = j->offset[e]; p < j->offset[e + 1]; p++) {
+        const uint8_t *row = mid + (size_t)j->list[p] * j->row_bytes;
+        const uint8_t *ahead = mid + (size_t)j->list[exc_least(p + AHEAD, last)] * j->row_bytes;
+        for (int64_t i = 0; i < cols; i += 64) {
+            for (int64_t b = 0; b < 64 * size; b += 64) __builtin_prefetch(ahead + i * size + b, 0, 2);
+            exc_fixed_row(row + i * size, act, exc_least(64, cols - i), to + i);
+        }
+    }
+}
+EXC_INLINE void sum_body(const job *j, int64_t e, int64_t first, int64_t cols) {
+    if (j->fixed && j->a->act == EXC_F32) sum_fixed(j, e, first, cols, EXC_F32);
+    else if (j->fixed) sum_fixed(j, e, first, cols, EXC_BF16);
+    else if (j->a->act == EXC_F32) sum_typed(j, e, first, cols, EXC_F32);
+    else sum_typed(j, e, first, cols, EXC_BF16);
+}
+EXC_DISPATCH(sum, (const job *j, int64_t e, int64_t first, int64_t cols), (j, e, first, cols))
 
 /* an expert's count and gate sum, from its pairs in token order */
 static void tally(const job *j, int64_t e) {
@@ -105,22 +137,47 @@ static void run(void *arg, size_t task, int worker) {
     int64_t last = exc_least(first + j->experts_per_task, j->a->experts), cols = exc_least(STRIP, j->a->inner - at);
     for (int64_t e = first; e < last; e++) {
         if (at == 0) tally(j, e);
-        strip(j, e, at, cols);
+        j->sum(j, e, at, cols);
     }
 }
 
-/* the pairs of this part, by expert, in token order */
-static void sort(job *j, int64_t pairs) {
+/* ---- the pairs of this part, by expert, in token order: blocks of pairs are counted, then put in their places */
+
+static int64_t block_end(const job *j, int64_t block) { return j->pairs * (block + 1) / j->blocks; }
+
+static void count_block(void *arg, size_t block, int worker) {
+    const job *j = arg;
     const int32_t *ids = j->a->ids + j->base;
-    int64_t E = j->a->experts;
-    for (int64_t e = 0; e <= E; e++) j->offset[e] = 0;
-    for (int64_t p = 0; p < pairs; p++)
-        if (ids[p] >= 0) j->offset[ids[p] + 1]++;
-    for (int64_t e = 0; e < E; e++) j->offset[e + 1] += j->offset[e];
-    for (int64_t p = 0; p < pairs; p++)
-        if (ids[p] >= 0) j->list[j->offset[ids[p]]++] = (int32_t)p;
-    for (int64_t e = E; e > 0; e--) j->offset[e] = j->offset[e - 1];
-    j->offset[0] = 0;
+    int32_t *place = j->place + (int64_t)block * j->a->experts;
+    (void)worker;
+    for (int64_t e = 0; e < j->a->experts; e++) place[e] = 0;
+    for (int64_t p = block_end(j, (int64_t)block - 1); p < block_end(j, (int64_t)block); p++)
+        if (ids[p] >= 0) place[ids[p]]++;
+}
+
+static void put_block(void *arg, size_t block, int worker) {
+    const job *j = arg;
+    const int32_t *ids = j->a->ids + j->base;
+    int32_t *place = j->place + (int64_t)block * j->a->experts;
+    (void)worker;
+    for (int64_t p = block_end(j, (int64_t)block - 1); p < block_end(j, (int64_t)block); p++)
+        if (ids[p] >= 0) j->list[place[ids[p]]++] = (int32_t)p;
+}
+
+static void sort(exc_queue *q, job *j) {
+    int64_t E = j->a->experts, at = 0;
+    j->blocks = exc_least(BLOCKS, 1 + j->pairs / BLOCK_PAIRS);
+    q->parallel(q, (size_t)j->blocks, count_block, j);
+    for (int64_t e = 0; e < E; e++) {
+        j->offset[e] = at;
+        for (int64_t b = 0; b < j->blocks; b++) {
+            int32_t n = j->place[b * E + e];
+            j->place[b * E + e] = (int32_t)at;
+            at += n;
+        }
+    }
+    j->offset[E] = at;
+    q->parallel(q, (size_t)j->blocks, put_block, j);
 }
 
 static void count(const struct exc_moments_args *a, int fixed) {
@@ -139,17 +196,17 @@ exc_status exc_cpu_moments(exc_queue *q, const struct exc_moments_args *a) {
         return EXC_OK;
     }
     if (a->inner < 1 || (a->act != EXC_F32 && a->act != EXC_BF16)) return EXC_ERR_USAGE;
-    job j = {.a = a, .add = add_for(), .offset = q->scratch[0]};
-    if (q->reproducible) j.fixed = fixed_for();
-    j.list = (int32_t *)(j.offset + a->experts + 1);
+    job j = {.a = a, .sum = sum_for(), .fixed = q->reproducible, .offset = q->scratch[0]};
+    j.place = (int32_t *)(j.offset + a->experts + 1);
+    j.list = j.place + BLOCKS * a->experts;
     j.act_bytes = a->act == EXC_F32 ? 4 : 2;
     j.row_bytes = (size_t)a->inner * j.act_bytes;
     j.strips = (a->inner + STRIP - 1) / STRIP;
-    int64_t total = a->tokens * a->top_k, part = (int64_t)(q->scratch_bytes / 4) - 2 * (a->experts + 1);
+    int64_t total = a->tokens * a->top_k, part = (int64_t)(q->scratch_bytes / 4) - 2 * (a->experts + 1) - BLOCKS * a->experts;
     for (; j.base < total; j.base += part) {
-        int64_t pairs = exc_least(part, total - j.base);
-        sort(&j, pairs);
-        j.experts_per_task = pairs * a->inner < SMALL ? a->experts : 1;
+        j.pairs = exc_least(part, total - j.base);
+        sort(q, &j);
+        j.experts_per_task = j.pairs * a->inner < SMALL ? a->experts : 1;
         q->parallel(q, exc_task_count(a->experts, j.experts_per_task) * (size_t)j.strips, run, &j);
     }
     return EXC_OK;

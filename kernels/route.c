@@ -16,10 +16,13 @@
 #define DROPPED_RANK INT32_MIN    /* of an expert in a group that was not kept: below the NaN of one that was */
 #define NAN_RANK (INT32_MIN + 1) /* below -inf */
 
+typedef void (*take_fn)(const int32_t *rank, int64_t E, int n, int32_t *id);
+
 typedef struct job {
     const struct exc_route_args *a;
     int64_t per_task;
-    void (*tokens)(const struct exc_route_args *a, int64_t first, int64_t last, uint64_t *nonfinite);
+    take_fn take;
+    void (*tokens)(const struct exc_route_args *a, int64_t first, int64_t last, take_fn take, uint64_t *nonfinite);
     exc_queue *q;
 } job;
 
@@ -71,7 +74,7 @@ EXC_INLINE void drop_groups(const exc_gate *g, int64_t E, const float *value, in
 }
 
 /* the n best ids, best first */
-EXC_INLINE void take_best(const int32_t *rank, int64_t E, int n, int32_t *id) {
+EXC_INLINE void take_body(const int32_t *rank, int64_t E, int n, int32_t *id) {
     int64_t key[MAX_EXPERTS], top[COLUMNS];
     int64_t rows = (E + COLUMNS - 1) / COLUMNS;
     for (int64_t e = 0; e < E; e++) key[e] = (int64_t)((uint64_t)(uint32_t)rank[e] << 32 | (uint32_t)~(uint32_t)e);
@@ -88,6 +91,77 @@ EXC_INLINE void take_best(const int32_t *rank, int64_t E, int n, int32_t *id) {
         for (int64_t r = e % COLUMNS; r < rows * COLUMNS; r += COLUMNS) m = key[r] > m ? key[r] : m;
         for (int c = 0; c < COLUMNS; c++) top[c] = top[c] == best ? m : top[c]; /* whole vectors: a store of one would stall */
     }
+}
+
+EXC_DISPATCH(take, (const int32_t *rank, int64_t E, int n, int32_t *id), (rank, E, n, id))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,popcnt,prefer-vector-width=512")))
+#define FEW 16 /* candidates that are sorted in registers */
+
+/* the n-th largest of 16 numbers: the least of those that fewer than n exceed */
+AVX512 EXC_INLINE int32_t nth_largest(__m512i m, int n) {
+    __m512i above = _mm512_setzero_si512();
+    const __m512i one = _mm512_set1_epi32(1);
+#define TURN(s) above = _mm512_mask_add_epi32(above, _mm512_cmpgt_epi32_mask(_mm512_alignr_epi32(m, m, s), m), above, one);
+    TURN(1) TURN(2) TURN(3) TURN(4) TURN(5) TURN(6) TURN(7) TURN(8) TURN(9) TURN(10) TURN(11) TURN(12) TURN(13) TURN(14) TURN(15)
+#undef TURN
+    return _mm512_mask_reduce_min_epi32(_mm512_cmplt_epi32_mask(above, _mm512_set1_epi32(n)), m);
+}
+
+/* The same without a chain of steps that wait for each other. Of 16 columns the n-th best maximum bounds the n-th best of all
+ * from below; few reach it, and each of them finds its place by counting how many are better. */
+AVX512 static void take_few(const int32_t *rank, int64_t E, int n, int32_t *id) {
+    int64_t key[2 * FEW] __attribute__((aligned(64))), place[FEW] __attribute__((aligned(64)));
+    int32_t best[FEW], kept[2][2 * FEW];
+    const __m512i none = _mm512_set1_epi32(INT32_MIN);
+    __m512i top = none, lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    int many = 0;
+    for (int64_t e = 0; e < E; e += 16) {
+        __mmask16 there = E - e >= 16 ? 0xffff : (__mmask16)((1u << (E - e)) - 1);
+        top = _mm512_max_epi32(top, _mm512_mask_loadu_epi32(none, there, rank + e));
+    }
+    int32_t least = n <= FEW ? nth_largest(top, n) : INT32_MIN;
+    if (least == INT32_MIN) {
+        take_avx512(rank, E, n, id);
+        return;
+    }
+    for (int64_t e = 0; e < E && many <= FEW; e += 16) {
+        __mmask16 there = E - e >= 16 ? 0xffff : (__mmask16)((1u << (E - e)) - 1);
+        __m512i v = _mm512_mask_loadu_epi32(none, there, rank + e);
+        __mmask16 in = _mm512_mask_cmpge_epi32_mask(there, v, _mm512_set1_epi32(least));
+        _mm512_storeu_si512(kept[0] + many, _mm512_maskz_compress_epi32(in, v));
+        _mm512_storeu_si512(kept[1] + many, _mm512_maskz_compress_epi32(in, _mm512_add_epi32(lane, _mm512_set1_epi32((int)e))));
+        many += __builtin_popcount(in);
+    }
+    if (many > FEW) {
+        take_avx512(rank, E, n, id);
+        return;
+    }
+    __m512i k[2], better[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (int h = 0; h < 2; h++) {
+        __m512i high = _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i *)(kept[0] + 8 * h)));
+        __m512i low = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)(kept[1] + 8 * h)));
+        k[h] = _mm512_or_si512(_mm512_slli_epi64(high, 32), _mm512_xor_si512(low, _mm512_set1_epi64(0xffffffff)));
+        _mm512_store_si512(key + 8 * h, k[h]);
+    }
+    for (int i = 0; i < many; i++)
+        for (int h = 0; h < 2; h++)
+            better[h] = _mm512_mask_add_epi64(better[h], _mm512_cmpgt_epi64_mask(_mm512_set1_epi64(key[i]), k[h]), better[h],
+                                              _mm512_set1_epi64(1));
+    for (int h = 0; h < 2; h++) _mm512_store_si512(place + 8 * h, better[h]);
+    for (int i = 0; i < many; i++) best[place[i]] = kept[1][i];
+    for (int i = 0; i < n; i++) id[i] = best[i];
+}
+#endif
+
+static take_fn best_for(void) {
+#if defined(__x86_64__)
+    if (exc_isa_level() >= EXC_ISA_AVX512) return take_few;
+#endif
+    return take_for();
 }
 
 /* weights of the chosen; NaN ones stay NaN and leave the others' sum alone */
@@ -130,7 +204,8 @@ EXC_INLINE void arrange(int K, int32_t *id, float *w) {
     }
 }
 
-EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64_t last, uint64_t *nonfinite) {
+#define TOKENS_PARAMS (const struct exc_route_args *a, int64_t first, int64_t last, take_fn take, uint64_t *nonfinite)
+EXC_INLINE void tokens_body TOKENS_PARAMS {
     int64_t E = a->experts, K = a->top_k;
     float s[MAX_EXPERTS], biased[MAX_EXPERTS];
     int32_t rank[MAX_EXPERTS], id[MAX_K + 1];
@@ -144,7 +219,7 @@ EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64
         for (int64_t e = 0; e < E; e++) rank[e] = exc_rank(value[e]) | (value[e] != value[e]); /* NAN_RANK */
         if (a->gate->groups > 1) drop_groups(a->gate, E, value, rank);
         int more = a->margin && K < E;
-        take_best(rank, E, (int)K + more, id);
+        take(rank, E, (int)K + more, id);
         weigh(a, s, id, a->weights + t * K);
         if (a->margin) a->margin[t] = more ? value[id[K - 1]] - value[id[K]] : INFINITY;
         if (a->margin && more && rank[id[K]] == DROPPED_RANK) a->margin[t] = INFINITY;
@@ -154,15 +229,14 @@ EXC_INLINE void tokens_body(const struct exc_route_args *a, int64_t first, int64
         __builtin_memcpy(a->ids + t * K, id, (size_t)K * sizeof *id);
     }
 }
-EXC_DISPATCH(tokens, (const struct exc_route_args *a, int64_t first, int64_t last, uint64_t *nonfinite),
-             (a, first, last, nonfinite))
+EXC_DISPATCH(tokens, TOKENS_PARAMS, (a, first, last, take, nonfinite))
 
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
     (void)worker;
     int64_t first = (int64_t)task * j->per_task;
     uint64_t nonfinite = 0;
-    j->tokens(j->a, first, exc_least(first + j->per_task, j->a->tokens), &nonfinite);
+    j->tokens(j->a, first, exc_least(first + j->per_task, j->a->tokens), j->take, &nonfinite);
     if (nonfinite && j->q->nonfinite) __atomic_fetch_add(j->q->nonfinite, nonfinite, __ATOMIC_RELAXED);
 }
 
@@ -189,7 +263,7 @@ exc_status exc_cpu_route(exc_queue *q, const struct exc_route_args *a) {
         if (a->experts % g->groups || g->groups_kept < 1 || g->groups_kept > g->groups) return EXC_ERR_USAGE;
         if (a->experts / g->groups * g->groups_kept < a->top_k) return EXC_ERR_USAGE;
     }
-    job j = {.a = a, .tokens = tokens_for(), .q = q, .per_task = exc_rows_per_task(TASK_LOGITS, a->experts)};
+    job j = {.a = a, .take = best_for(), .tokens = tokens_for(), .q = q, .per_task = exc_rows_per_task(TASK_LOGITS, a->experts)};
     q->parallel(q, exc_task_count(a->tokens, j.per_task), run, &j);
     if (a->slot && (a->count || a->gate_sum || a->prompt_count)) count(a, q->reproducible);
     return EXC_OK;

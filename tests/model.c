@@ -135,6 +135,34 @@ static void test_odd_shapes(void **state)
     t.groups = 4;
     t.kept = 2;
     check_against_f64(t);
+    t = tiny_default();
+    t.kind = TINY_NEXT; /* no head or projection fills its panels; three value heads to a key head; 4 of 18 channels rotate */
+    t.layers = 5;
+    t.interval = 3;
+    t.k_heads = 2;
+    t.v_heads = 6;
+    t.k_dim = 9;
+    t.v_dim = 13;
+    t.taps = 4;
+    t.shared = 29;
+    t.only = "[1]"; /* dense in a linear layer */
+    check_against_f64(t);
+    t.only = NULL;
+    t.kind = TINY_APART;
+    t.files = 2;
+    t.dtype = "F32";
+    check_against_f64(t);
+    t.dtype = "F16"; /* one head of each kind, no history in the convolution, no softmax layer but the last */
+    t.k_heads = t.v_heads = t.heads = 1;
+    t.taps = 1;
+    t.k_dim = 33;
+    t.v_dim = 1;
+    t.interval = 5;
+    check_against_f64(t);
+    t.kind = TINY_NEXT;
+    t.dtype = "BF16"; /* softmax alone */
+    t.interval = 1;
+    check_against_f64(t);
 }
 
 /* ----------------------------------------------------------------------------------------------- same bits */
@@ -168,6 +196,7 @@ static void test_threads(void **state)
 {
     same_threads("qwen3_moe");
     same_threads("deepseek_v3");
+    same_threads("qwen3_next");
 }
 
 static void same_batching(const char *name)
@@ -205,6 +234,7 @@ static void test_batching(void **state)
     same_batching("qwen3_moe");
     same_batching("moonlight"); /* never expanded then */
     same_batching("gpt_oss");   /* windows that begin within blocks */
+    same_batching("qwen3_5_moe"); /* chunks are counted from the prompt's start, not from the step's */
 }
 
 /* without the reproducible mode batching may move bits, but only roundings */
@@ -229,6 +259,7 @@ static void loose_batching(const char *name)
 static void test_batching_loose(void **state)
 {
     loose_batching("qwen3_moe");
+    loose_batching("qwen3_next");
     loose_batching("deepseek_v3"); /* begun prompts expanded, continued ones absorbed, in one step */
 }
 

@@ -52,31 +52,6 @@ static void test_view(void **state)
 
 /* ----------------------------------------------------------------------------------------------------- two layouts */
 
-/* items of a tensor an expert, `parts` names beside each other, become one tensor [E, parts*rows, columns] */
-static void stack(tiny *t, int layer, const char *as, int parts, const char *const *names)
-{
-    tiny_tensor all = {.rank = 3, .dtype = t->dtype};
-    snprintf(all.name, sizeof all.name, "model.layers.%d.mlp.experts.%s", layer, as);
-    for (int e = 0; e < t->experts; e++)
-        for (int p = 0; p < parts; p++) {
-            char name[128];
-            snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s.weight", layer, e, names[p]);
-            for (int i = 0; i < t->count; i++) {
-                tiny_tensor *x = &t->items[i];
-                if (strcmp(x->name, name)) continue;
-                all.value = realloc(all.value, (size_t)(all.count + x->count) * sizeof(double));
-                memcpy(all.value + all.count, x->value, (size_t)x->count * sizeof(double));
-                all.count += x->count;
-                all.shape[1] = parts * x->shape[0];
-                all.shape[2] = x->shape[1];
-                x->drop = 1;
-            }
-        }
-    all.shape[0] = t->experts;
-    t->items = realloc(t->items, (size_t)(t->count + 1) * sizeof *t->items);
-    t->items[t->count++] = all;
-}
-
 typedef struct twins {
     tiny t;
     char *dir[2]; /* one tensor an expert; stacked */
@@ -84,17 +59,13 @@ typedef struct twins {
 
 static twins make_twins(const char *dtype)
 {
-    static const char *const both[] = {"gate_proj", "up_proj"}, *const down[] = {"down_proj"};
     twins w = {.t = tiny_default()};
     w.t.only = "[1]";
     w.t.dtype = dtype;
     w.dir[0] = test_tmpdir();
     tiny_write(&w.t, w.dir[0]);
     for (int l = 0; l < w.t.layers; l++)
-        if (tiny_is_moe(&w.t, l)) {
-            stack(&w.t, l, "gate_up_proj", 2, both);
-            stack(&w.t, l, "down_proj", 1, down);
-        }
+        if (tiny_is_moe(&w.t, l)) tiny_stack_layer(&w.t, l);
     w.t.files = 2;
     w.dir[1] = test_tmpdir();
     tiny_write(&w.t, w.dir[1]);

@@ -1,5 +1,5 @@
-/* tiny.h - random checkpoints of qwen3_moe, glm4_moe, olmoe, deepseek_v3 and gpt_oss, of any shape, made by the tests themselves,
- * and the model computed a second time in plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
+/* tiny.h - random checkpoints of qwen3_moe, glm4_moe, olmoe, deepseek_v3, gpt_oss, qwen3_next and qwen3_5_moe, of any
+ * shape, made by the tests themselves, and the model computed a second time in plain f64 loops. The writer is its own (not the library's), and a callback may spoil any tensor on its way out: that is how
  * the refusals are tested. Weights are counter-based, so a spec names its checkpoint. */
 #ifndef EXC_TEST_TINY_H
 #define EXC_TEST_TINY_H
@@ -22,10 +22,11 @@ typedef struct tiny_tensor {
 
 typedef struct tiny {
     int layers, hidden, heads, kv, dim, vocab, experts, top_k, inner, dense, context;
-    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE, TINY_LATENT, TINY_OSS } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
+    enum { TINY_QWEN, TINY_GLM, TINY_OLMOE, TINY_LATENT, TINY_OSS, TINY_NEXT, TINY_APART } kind; /* glm: biases, half of a head rotates, sigmoid router with a selection bias,
                                                       groups, shared expert, layer 0 dense; olmoe: norm over all heads;
                                                       latent: deepseek_v3, feed-forward as glm; oss: gpt_oss, biases,
-                                                      sinks, clamped experts stacked as [in,out], no yarn */
+                                                      sinks, clamped experts stacked as [in,out], no yarn; next, apart: qwen3_next, qwen3_5_moe */
+    int interval, k_heads, v_heads, k_dim, v_dim, taps, shared; /* next: every interval-th layer is softmax; width of the shared expert */
     int window;          /* tokens that a layer sees, 0: all; oss: on even layers */
     int q_rank, rank, plain, turned, value; /* latent: 0 or rank of queries; of keys; channels of a head */
     int yarn, halves;    /* latent: yarn of factor 4 from 64 positions; pairs (i, i + turned/2), not (2i, 2i+1) */
@@ -61,7 +62,6 @@ static inline int tiny_is_moe(const tiny *t, int layer)
 
 static inline bool tiny_sigmoid(const tiny *t) { return t->kind == TINY_GLM || t->kind == TINY_LATENT; }
 
-static inline int tiny_out(const tiny *t) { return t->heads * (t->kind == TINY_LATENT ? t->value : t->dim); }
 
 static inline double tiny_round(double x, const char *dtype)
 {
@@ -88,222 +88,7 @@ static inline void tiny_add(tiny *t, const char *name, int64_t rows, int64_t col
 }
 
 #define TINY_NAME(...) (snprintf(n, sizeof n, __VA_ARGS__), n)
-
-static inline void tiny_make_latent(tiny *t, int l)
-{
-    char n[128];
-    double h = 1 / sqrt(t->hidden);
-    int q = t->heads * (t->plain + t->turned);
-    if (t->q_rank) {
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_proj.weight", l), t->q_rank, t->hidden, h, 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_layernorm.weight", l), t->q_rank, 0, 0.2, 1);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_b_proj.weight", l), q, t->q_rank, 2 / sqrt(t->q_rank), 0);
-    } else {
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
-    }
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_proj_with_mqa.weight", l), t->rank + t->turned, t->hidden, 2 * h, 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_layernorm.weight", l), t->rank, 0, 0.2, 1);
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_b_proj.weight", l), t->heads * (t->plain + t->value), t->rank, 1 / sqrt(t->rank), 0);
-}
-
-static inline void tiny_make_softmax(tiny *t, int l)
-{
-    char n[128];
-    double h = 1 / sqrt(t->hidden);
-    int q = t->heads * t->dim, kv = t->kv * t->dim;
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
-    for (int i = 0; i < 3 && (t->kind == TINY_GLM || t->kind == TINY_OSS); i++)
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
-    if (t->kind == TINY_OSS) {
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.bias", l), t->hidden, 0, 0.5, 0);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.sinks", l), t->heads, 0, 2, 0);
-        return;
-    }
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, 1);
-    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, 1);
-}
-
-/* the last tensor is one of [experts, rows, cols] */
-static inline void tiny_stacked(tiny *t, int64_t rows, int64_t cols)
-{
-    tiny_tensor *x = &t->items[t->count - 1];
-    x->rank = 3;
-    x->shape[0] = t->experts;
-    x->shape[1] = rows;
-    x->shape[2] = cols;
-}
-
-static inline void tiny_make_oss(tiny *t, int l)
-{
-    char n[128];
-    int E = t->experts, I = t->inner, H = t->hidden;
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.weight", l), E, H, 2 / sqrt(H), 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.bias", l), E, 0, 1, 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj", l), E * H, 2 * I, 4 / sqrt(H), 0); /* many beyond 7 */
-    tiny_stacked(t, H, 2 * I);
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj_bias", l), E, 2 * I, 1, 0);
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj", l), E * I, H, 0.3 / sqrt(I), 0);
-    tiny_stacked(t, I, H);
-    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj_bias", l), E, H, 0.5, 0);
-}
-
-static inline void tiny_make(tiny *t)
-{
-    char n[128];
-    double h = 1 / sqrt(t->hidden);
-    tiny_add(t, "model.embed_tokens.weight", t->vocab, t->hidden, 1, 0);
-    for (int l = 0; l < t->layers; l++) {
-        tiny_add(t, TINY_NAME("model.layers.%d.input_layernorm.weight", l), t->hidden, 0, 0.2, 1);
-        tiny_add(t, TINY_NAME("model.layers.%d.post_attention_layernorm.weight", l), t->hidden, 0, 0.2, 1);
-        if (t->kind == TINY_LATENT) tiny_make_latent(t, l);
-        else tiny_make_softmax(t, l);
-        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, tiny_out(t), 1 / sqrt(tiny_out(t)), 0);
-        if (!tiny_is_moe(t, l)) {
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.down_proj.weight", l), t->hidden, t->dense, 1 / sqrt(t->dense), 0);
-            continue;
-        }
-        if (t->kind == TINY_OSS) {
-            tiny_make_oss(t, l);
-            continue;
-        }
-        tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
-        if (tiny_sigmoid(t)) {
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.e_score_correction_bias", l), t->experts, 0, 0.5, -0.3);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.gate_proj.weight", l), 2 * t->inner, t->hidden, 2 * h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.up_proj.weight", l), 2 * t->inner, t->hidden, h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.down_proj.weight", l), t->hidden, 2 * t->inner, 1 / sqrt(t->inner), 0);
-        }
-        for (int e = 0; e < t->experts; e++) {
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e), t->inner, t->hidden, 2 * h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e), t->inner, t->hidden, h, 0);
-            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), t->hidden, t->inner, 1 / sqrt(t->inner), 0);
-        }
-    }
-    tiny_add(t, "model.norm.weight", t->hidden, 0, 0.2, 1);
-    if (!t->tied) tiny_add(t, "lm_head.weight", t->vocab, t->hidden, h, 0);
-}
-
-static inline void tiny_store(const tiny_tensor *x, void *to)
-{
-    for (int64_t i = 0; i < x->count; i++) {
-        double v = x->poison && i == x->poison - 1 ? (double)NAN : x->value[i];
-        if (!strcmp(x->dtype, "F32")) ((float *)to)[i] = (float)v;
-        else if (!strcmp(x->dtype, "F16")) ((_Float16 *)to)[i] = (_Float16)(float)v;
-        else ((uint16_t *)to)[i] = isnan(v) ? 0x7fc0 : test_bf16((float)v);
-    }
-}
-
-/* one safetensors file of items[from..to); element size 1 for dtypes that are none of ours */
-static inline void tiny_file(const tiny *t, const char *path, int from, int to)
-{
-    exc_buf head = {0};
-    size_t at = 0;
-    exc_buf_puts(&head, "{");
-    for (int i = from; i < to; i++) {
-        const tiny_tensor *x = &t->items[i];
-        if (x->drop) continue;
-        size_t unit = !strcmp(x->dtype, "F32") ? 4 : !strcmp(x->dtype, "F8_E4M3") ? 1 : 2, bytes = (size_t)x->count * unit;
-        exc_buf_printf(&head, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", head.len > 1 ? "," : "", x->name, x->dtype,
-                       (long long)x->shape[0]);
-        for (int d = 1; d < x->rank; d++) exc_buf_printf(&head, ",%lld", (long long)x->shape[d]);
-        exc_buf_printf(&head, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes);
-        at += bytes;
-    }
-    exc_buf_puts(&head, "}");
-    while (head.len % 8) exc_buf_puts(&head, " ");
-    uint8_t *all = calloc(1, 8 + head.len + at);
-    uint64_t n = head.len;
-    memcpy(all, &n, 8);
-    memcpy(all + 8, head.data, head.len);
-    at = 8 + head.len;
-    for (int i = from; i < to; i++) {
-        const tiny_tensor *x = &t->items[i];
-        if (x->drop) continue;
-        if (!strcmp(x->dtype, "F8_E4M3")) {
-            at += (size_t)x->count;
-            continue;
-        }
-        tiny_store(x, all + at);
-        at += (size_t)x->count * (!strcmp(x->dtype, "F32") ? 4 : 2);
-    }
-    test_write(path, all, at);
-    free(all);
-    exc_buf_free(&head);
-}
-
-static inline void tiny_config(const tiny *t, const char *dir)
-{
-    exc_buf b = {0};
-    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3", "gpt_oss"};
-    exc_buf_puts(&b, "{");
-    if (tiny_sigmoid(t))
-        exc_buf_printf(&b, "\"n_routed_experts\":%d,\"n_shared_experts\":2,\"first_k_dense_replace\":1,\"n_group\":%d,\"topk_group\":%d,"
-                           "\"routed_scaling_factor\":%.17g,", t->experts, t->groups, t->kept, t->scale);
-    if (t->kind == TINY_GLM) exc_buf_puts(&b, "\"attention_bias\":true,\"use_qk_norm\":true,\"partial_rotary_factor\":0.5,");
-    if (t->kind == TINY_LATENT) {
-        exc_buf_printf(&b, "\"kv_lora_rank\":%d,\"qk_nope_head_dim\":%d,\"qk_rope_head_dim\":%d,\"v_head_dim\":%d,\"rope_interleave\":%s,",
-                       t->rank, t->plain, t->turned, t->value, t->halves ? "false" : "true");
-        if (t->q_rank) exc_buf_printf(&b, "\"q_lora_rank\":%d,", t->q_rank);
-        else exc_buf_puts(&b, "\"q_lora_rank\":null,");
-        if (t->yarn)
-            exc_buf_puts(&b, "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"beta_fast\":8,"
-                             "\"beta_slow\":1,\"mscale\":0.5,\"mscale_all_dim\":1},");
-    }
-    if (t->kind == TINY_OSS) exc_buf_puts(&b, "\"rope_scaling\":{\"rope_type\":\"default\"},");
-    if (t->window) exc_buf_printf(&b, "\"use_sliding_window\":true,\"sliding_window\":%d,", t->window);
-    exc_buf_printf(&b, "%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"%s\",\"hidden_size\":%d,"
-                       "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
-                       "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
-                       "\"max_position_embeddings\":%d,\"rms_norm_eps\":1e-06,\"rope_theta\":10000.0,\"hidden_act\":\"silu\","
-                       "\"norm_topk_prob\":%s,\"decoder_sparse_step\":%d,\"mlp_only_layers\":%s,\"tie_word_embeddings\":%s,"
-                       "\"eos_token_id\":2}",
-                   t->extra ? t->extra : "", type[t->kind], t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
-                   t->kind == TINY_OLMOE || t->kind == TINY_OSS ? t->inner : t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
-                   t->tied ? "true" : "false");
-    test_write(test_path(dir, "config.json"), b.data, b.len);
-    exc_buf_free(&b);
-}
-
-/* writes the checkpoint; t->items stay for the oracle (tiny_free) */
-static inline void tiny_write(tiny *t, const char *dir)
-{
-    if (!t->items) tiny_make(t);
-    if (t->spoil)
-        for (int i = 0; i < t->count; i++) t->spoil(t->user, &t->items[i]);
-    tiny_config(t, dir);
-    if (t->files <= 1) {
-        tiny_file(t, test_path(dir, "model.safetensors"), 0, t->count);
-        return;
-    }
-    exc_buf index = {0};
-    exc_buf_puts(&index, "{\"metadata\":{\"total_size\":1},\"weight_map\":{");
-    int written = 0;
-    for (int f = 0; f < t->files; f++) {
-        char name[64];
-        int from = t->count * f / t->files, to = t->count * (f + 1) / t->files;
-        snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", f + 1, t->files);
-        tiny_file(t, test_path(dir, name), from, to);
-        for (int i = from; i < to; i++)
-            if (!t->items[i].drop) exc_buf_printf(&index, "%s\"%s\":\"%s\"", written++ ? "," : "", t->items[i].name, name);
-    }
-    exc_buf_puts(&index, "}}");
-    test_write(test_path(dir, "model.safetensors.index.json"), index.data, index.len);
-    exc_buf_free(&index);
-}
-
-static inline void tiny_free(tiny *t)
-{
-    for (int i = 0; i < t->count; i++) free(t->items[i].value);
-    free(t->items);
-    t->items = NULL;
-    t->count = 0;
-}
-
-/* ------------------------------------------------------------------------------------------- the model again, in f64 */
+#define TINY_W(...) tiny_find(t, TINY_NAME(__VA_ARGS__))
 
 static inline const double *tiny_find(const tiny *t, const char *name)
 {
@@ -312,8 +97,6 @@ static inline const double *tiny_find(const tiny *t, const char *name)
     fail_msg("no tensor %s", name);
     return NULL;
 }
-
-#define TINY_W(...) tiny_find(t, TINY_NAME(__VA_ARGS__))
 
 static inline void tiny_matmul(const double *x, const double *w, int64_t rows, int64_t k, int64_t n, double *y)
 {
@@ -344,6 +127,294 @@ static inline void tiny_mlp(const double *x, const double *g, const double *u, c
         for (int64_t i = 0; i < inner; i++) add[o] += weight * d[o * inner + i] * a[i];
     free(a);
     free(b);
+}
+
+#include "linear.h"
+
+/* what the layer's output projection reads */
+static inline int tiny_out(const tiny *t, int l)
+{
+    if (tiny_linear(t, l)) return t->v_heads * t->v_dim;
+    return t->heads * (t->kind == TINY_LATENT ? t->value : t->dim);
+}
+
+static inline void tiny_make_latent(tiny *t, int l)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden);
+    int q = t->heads * (t->plain + t->turned);
+    if (t->q_rank) {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_proj.weight", l), t->q_rank, t->hidden, h, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_a_layernorm.weight", l), t->q_rank, 0, 0.2, 1);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_b_proj.weight", l), q, t->q_rank, 2 / sqrt(t->q_rank), 0);
+    } else {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), q, t->hidden, 2 * h, 0);
+    }
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_proj_with_mqa.weight", l), t->rank + t->turned, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_a_layernorm.weight", l), t->rank, 0, 0.2, 1);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.kv_b_proj.weight", l), t->heads * (t->plain + t->value), t->rank, 1 / sqrt(t->rank), 0);
+}
+
+static inline void tiny_make_softmax(tiny *t, int l)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden), mean = tiny_next(t) ? 0 : 1; /* of norms: centred on zero */
+    int q = t->heads * t->dim, kv = t->kv * t->dim;
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_proj.weight", l), tiny_next(t) ? 2 * q : q, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_proj.weight", l), kv, t->hidden, 2 * h, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.v_proj.weight", l), kv, t->hidden, h, 0);
+    for (int i = 0; i < 3 && (t->kind == TINY_GLM || t->kind == TINY_OSS); i++)
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.%c_proj.bias", l, "qkv"[i]), i ? kv : q, 0, 0.5, 0);
+    if (t->kind == TINY_OSS) {
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.bias", l), t->hidden, 0, 0.5, 0);
+        tiny_add(t, TINY_NAME("model.layers.%d.self_attn.sinks", l), t->heads, 0, 2, 0);
+        return;
+    }
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.q_norm.weight", l), t->kind == TINY_OLMOE ? q : t->dim, 0, 0.2, mean);
+    tiny_add(t, TINY_NAME("model.layers.%d.self_attn.k_norm.weight", l), t->kind == TINY_OLMOE ? kv : t->dim, 0, 0.2, mean);
+}
+
+/* the last tensor is one of [experts, rows, cols] */
+static inline void tiny_stacked(tiny *t, int64_t rows, int64_t cols)
+{
+    tiny_tensor *x = &t->items[t->count - 1];
+    x->rank = 3;
+    x->shape[0] = t->experts;
+    x->shape[1] = rows;
+    x->shape[2] = cols;
+}
+
+static inline void tiny_make_oss(tiny *t, int l)
+{
+    char n[128];
+    int E = t->experts, I = t->inner, H = t->hidden;
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.weight", l), E, H, 2 / sqrt(H), 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.router.bias", l), E, 0, 1, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj", l), E * H, 2 * I, 4 / sqrt(H), 0); /* many beyond 7 */
+    tiny_stacked(t, H, 2 * I);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.gate_up_proj_bias", l), E, 2 * I, 1, 0);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj", l), E * I, H, 0.3 / sqrt(I), 0);
+    tiny_stacked(t, I, H);
+    tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.down_proj_bias", l), E, H, 0.5, 0);
+}
+
+/* items of a tensor an expert, `parts` names beside each other, become one tensor [E, parts*rows, columns] */
+static inline void tiny_stack(tiny *t, int layer, const char *as, int parts, const char *const *names)
+{
+    tiny_tensor all = {.rank = 3, .dtype = t->dtype};
+    snprintf(all.name, sizeof all.name, "model.layers.%d.mlp.experts.%s", layer, as);
+    for (int e = 0; e < t->experts; e++)
+        for (int p = 0; p < parts; p++) {
+            char name[128];
+            snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s.weight", layer, e, names[p]);
+            for (int i = 0; i < t->count; i++) {
+                tiny_tensor *x = &t->items[i];
+                if (strcmp(x->name, name)) continue;
+                all.value = realloc(all.value, (size_t)(all.count + x->count) * sizeof(double));
+                memcpy(all.value + all.count, x->value, (size_t)x->count * sizeof(double));
+                all.count += x->count;
+                all.shape[1] = parts * x->shape[0];
+                all.shape[2] = x->shape[1];
+                x->drop = 1;
+            }
+        }
+    all.shape[0] = t->experts;
+    t->items = realloc(t->items, (size_t)(t->count + 1) * sizeof *t->items);
+    t->items[t->count++] = all;
+}
+
+static inline void tiny_stack_layer(tiny *t, int layer)
+{
+    static const char *const both[] = {"gate_proj", "up_proj"}, *const down[] = {"down_proj"};
+    tiny_stack(t, layer, "gate_up_proj", 2, both);
+    tiny_stack(t, layer, "down_proj", 1, down);
+}
+
+static inline void tiny_make(tiny *t)
+{
+    char n[128];
+    double h = 1 / sqrt(t->hidden), mean = tiny_next(t) ? 0 : 1;
+    tiny_add(t, "model.embed_tokens.weight", t->vocab, t->hidden, 1, 0);
+    for (int l = 0; l < t->layers; l++) {
+        tiny_add(t, TINY_NAME("model.layers.%d.input_layernorm.weight", l), t->hidden, 0, 0.2, mean);
+        tiny_add(t, TINY_NAME("model.layers.%d.post_attention_layernorm.weight", l), t->hidden, 0, 0.2, mean);
+        if (t->kind == TINY_LATENT) tiny_make_latent(t, l);
+        else if (tiny_linear(t, l)) tiny_make_linear(t, l);
+        else tiny_make_softmax(t, l);
+        if (!tiny_linear(t, l))
+            tiny_add(t, TINY_NAME("model.layers.%d.self_attn.o_proj.weight", l), t->hidden, tiny_out(t, l), 1 / sqrt(tiny_out(t, l)), 0);
+        if (!tiny_is_moe(t, l)) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate_proj.weight", l), t->dense, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.up_proj.weight", l), t->dense, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.down_proj.weight", l), t->hidden, t->dense, 1 / sqrt(t->dense), 0);
+            continue;
+        }
+        if (t->kind == TINY_OSS) {
+            tiny_make_oss(t, l);
+            continue;
+        }
+        tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.weight", l), t->experts, t->hidden, 2 * h, 0);
+        if (tiny_sigmoid(t)) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.gate.e_score_correction_bias", l), t->experts, 0, 0.5, -0.3);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.gate_proj.weight", l), 2 * t->inner, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.up_proj.weight", l), 2 * t->inner, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_experts.down_proj.weight", l), t->hidden, 2 * t->inner, 1 / sqrt(t->inner), 0);
+        }
+        if (tiny_next(t)) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_expert_gate.weight", l), 1, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_expert.gate_proj.weight", l), t->shared, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_expert.up_proj.weight", l), t->shared, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.shared_expert.down_proj.weight", l), t->hidden, t->shared, 1 / sqrt(t->shared), 0);
+        }
+        for (int e = 0; e < t->experts; e++) {
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.gate_proj.weight", l, e), t->inner, t->hidden, 2 * h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.up_proj.weight", l, e), t->inner, t->hidden, h, 0);
+            tiny_add(t, TINY_NAME("model.layers.%d.mlp.experts.%d.down_proj.weight", l, e), t->hidden, t->inner, 1 / sqrt(t->inner), 0);
+        }
+    }
+    tiny_add(t, "model.norm.weight", t->hidden, 0, 0.2, mean);
+    if (!t->tied) tiny_add(t, "lm_head.weight", t->vocab, t->hidden, h, 0);
+    for (int l = 0; l < t->layers && t->kind == TINY_APART; l++) tiny_stack_layer(t, l);
+}
+
+static inline void tiny_store(const tiny_tensor *x, void *to)
+{
+    for (int64_t i = 0; i < x->count; i++) {
+        double v = x->poison && i == x->poison - 1 ? (double)NAN : x->value[i];
+        if (!strcmp(x->dtype, "F32")) ((float *)to)[i] = (float)v;
+        else if (!strcmp(x->dtype, "F16")) ((_Float16 *)to)[i] = (_Float16)(float)v;
+        else ((uint16_t *)to)[i] = isnan(v) ? 0x7fc0 : test_bf16((float)v);
+    }
+}
+
+/* the name in the file: apart, the decoder is a part of a larger model */
+static inline const char *tiny_stored(const tiny *t, const tiny_tensor *x)
+{
+    static char name[160];
+    if (t->kind != TINY_APART || strncmp(x->name, "model.", 6)) return x->name;
+    snprintf(name, sizeof name, "model.language_model.%s", x->name + 6);
+    return name;
+}
+
+/* one safetensors file of items[from..to); element size 1 for dtypes that are none of ours */
+static inline void tiny_file(const tiny *t, const char *path, int from, int to)
+{
+    exc_buf head = {0};
+    size_t at = 0;
+    exc_buf_puts(&head, "{");
+    for (int i = from; i < to; i++) {
+        const tiny_tensor *x = &t->items[i];
+        if (x->drop) continue;
+        size_t unit = !strcmp(x->dtype, "F32") ? 4 : !strcmp(x->dtype, "F8_E4M3") ? 1 : 2, bytes = (size_t)x->count * unit;
+        exc_buf_printf(&head, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%lld", head.len > 1 ? "," : "", tiny_stored(t, x), x->dtype,
+                       (long long)x->shape[0]);
+        for (int d = 1; d < x->rank; d++) exc_buf_printf(&head, ",%lld", (long long)x->shape[d]);
+        exc_buf_printf(&head, "],\"data_offsets\":[%zu,%zu]}", at, at + bytes);
+        at += bytes;
+    }
+    exc_buf_puts(&head, "}");
+    while (head.len % 8) exc_buf_puts(&head, " ");
+    uint8_t *all = calloc(1, 8 + head.len + at);
+    uint64_t n = head.len;
+    memcpy(all, &n, 8);
+    memcpy(all + 8, head.data, head.len);
+    at = 8 + head.len;
+    for (int i = from; i < to; i++) {
+        const tiny_tensor *x = &t->items[i];
+        if (x->drop) continue;
+        if (!strcmp(x->dtype, "F8_E4M3")) {
+            at += (size_t)x->count;
+            continue;
+        }
+        tiny_store(x, all + at);
+        at += (size_t)x->count * (!strcmp(x->dtype, "F32") ? 4 : 2);
+    }
+    test_write(path, all, at);
+    free(all);
+    exc_buf_free(&head);
+}
+
+static inline void tiny_config(const tiny *t, const char *dir)
+{
+    exc_buf b = {0};
+    static const char *const type[] = {"qwen3_moe", "glm4_moe", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_next", "qwen3_5_moe_text"};
+    exc_buf_puts(&b, t->kind == TINY_APART ? "{\"model_type\":\"qwen3_5_moe\",\"text_config\":{" : "{");
+    if (tiny_next(t))
+        exc_buf_printf(&b, "\"full_attention_interval\":%d,\"linear_num_key_heads\":%d,\"linear_num_value_heads\":%d,\"linear_key_head_dim\":%d,"
+                           "\"linear_value_head_dim\":%d,\"linear_conv_kernel_dim\":%d,\"shared_expert_intermediate_size\":%d,",
+                       t->interval, t->k_heads, t->v_heads, t->k_dim, t->v_dim, t->taps, t->shared);
+    if (tiny_sigmoid(t))
+        exc_buf_printf(&b, "\"n_routed_experts\":%d,\"n_shared_experts\":2,\"first_k_dense_replace\":1,\"n_group\":%d,\"topk_group\":%d,"
+                           "\"routed_scaling_factor\":%.17g,", t->experts, t->groups, t->kept, t->scale);
+    if (t->kind == TINY_GLM) exc_buf_puts(&b, "\"attention_bias\":true,\"use_qk_norm\":true,\"partial_rotary_factor\":0.5,");
+    if (t->kind == TINY_LATENT) {
+        exc_buf_printf(&b, "\"kv_lora_rank\":%d,\"qk_nope_head_dim\":%d,\"qk_rope_head_dim\":%d,\"v_head_dim\":%d,\"rope_interleave\":%s,",
+                       t->rank, t->plain, t->turned, t->value, t->halves ? "false" : "true");
+        if (t->q_rank) exc_buf_printf(&b, "\"q_lora_rank\":%d,", t->q_rank);
+        else exc_buf_puts(&b, "\"q_lora_rank\":null,");
+        if (t->yarn)
+            exc_buf_puts(&b, "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"original_max_position_embeddings\":64,\"beta_fast\":8,"
+                             "\"beta_slow\":1,\"mscale\":0.5,\"mscale_all_dim\":1},");
+    }
+    if (t->kind == TINY_OSS) exc_buf_puts(&b, "\"rope_scaling\":{\"rope_type\":\"default\"},");
+    if (t->window) exc_buf_printf(&b, "\"use_sliding_window\":true,\"sliding_window\":%d,", t->window);
+    exc_buf_printf(&b, "%s\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"%s\",\"hidden_size\":%d,"
+                       "\"num_hidden_layers\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,"
+                       "\"num_experts\":%d,\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"intermediate_size\":%d,"
+                       "\"max_position_embeddings\":%d,\"rms_norm_eps\":1e-06,\"rope_theta\":10000.0,\"hidden_act\":\"silu\","
+                       "\"norm_topk_prob\":%s,\"decoder_sparse_step\":%d,\"mlp_only_layers\":%s,\"tie_word_embeddings\":%s,"
+                       "\"eos_token_id\":2}%s",
+                   t->extra ? t->extra : "", type[t->kind], t->hidden, t->layers, t->heads, t->kv, t->dim, t->vocab, t->experts, t->top_k, t->inner,
+                   t->kind == TINY_OLMOE || t->kind == TINY_OSS ? t->inner : t->dense, t->context, t->renorm ? "true" : "false", t->sparse_step, t->only ? t->only : "[]",
+                   t->tied ? "true" : "false", t->kind == TINY_APART ? "}" : "");
+    test_write(test_path(dir, "config.json"), b.data, b.len);
+    exc_buf_free(&b);
+}
+
+/* writes the checkpoint; t->items stay for the oracle (tiny_free) */
+static inline void tiny_write(tiny *t, const char *dir)
+{
+    if (!t->items) tiny_make(t);
+    if (t->spoil)
+        for (int i = 0; i < t->count; i++) t->spoil(t->user, &t->items[i]);
+    tiny_config(t, dir);
+    if (t->files <= 1) {
+        tiny_file(t, test_path(dir, "model.safetensors"), 0, t->count);
+        return;
+    }
+    exc_buf index = {0};
+    exc_buf_puts(&index, "{\"metadata\":{\"total_size\":1},\"weight_map\":{");
+    int written = 0;
+    for (int f = 0; f < t->files; f++) {
+        char name[64];
+        int from = t->count * f / t->files, to = t->count * (f + 1) / t->files;
+        snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", f + 1, t->files);
+        tiny_file(t, test_path(dir, name), from, to);
+        for (int i = from; i < to; i++)
+            if (!t->items[i].drop) exc_buf_printf(&index, "%s\"%s\":\"%s\"", written++ ? "," : "", tiny_stored(t, &t->items[i]), name);
+    }
+    exc_buf_puts(&index, "}}");
+    test_write(test_path(dir, "model.safetensors.index.json"), index.data, index.len);
+    exc_buf_free(&index);
+}
+
+static inline void tiny_free(tiny *t)
+{
+    for (int i = 0; i < t->count; i++) free(t->items[i].value);
+    free(t->items);
+    t->items = NULL;
+    t->count = 0;
+}
+
+/* ------------------------------------------------------------------------------------------- the model again, in f64 */
+
+/* the norms that some families centre on zero */
+static inline void tiny_centred(const tiny *t, const double *x, const double *w, int64_t n, double *y)
+{
+    double *shifted = malloc((size_t)n * 8);
+    for (int64_t i = 0; i < n; i++) shifted[i] = w[i] + (tiny_next(t) ? 1 : 0);
+    tiny_norm(x, shifted, n, y);
+    free(shifted);
 }
 
 static inline void tiny_biased(double *y, const double *bias, int64_t rows, int64_t n)
@@ -437,10 +508,12 @@ static inline void tiny_softmax(const double *q, const double *k, const double *
 static inline void tiny_grouped(const tiny *t, int l, const double *x, int64_t T, double *o)
 {
     char n[128];
-    int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, turned = t->kind == TINY_GLM ? D / 2 : D;
+    int64_t H = t->hidden, D = t->dim, Q = t->heads * D, KV = t->kv * D, turned = t->kind == TINY_GLM ? D / 2 : tiny_next(t) ? D / 4 / 2 * 2 : D;
     double *q = malloc((size_t)(T * Q) * 8), *k = malloc((size_t)(T * KV) * 8), *v = malloc((size_t)(T * KV) * 8);
     bool whole = t->kind == TINY_OLMOE, oss = t->kind == TINY_OSS, each = !whole && !oss;
-    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, Q, q);
+    double *both = malloc((size_t)(T * 2 * Q) * 8);
+    tiny_matmul(x, TINY_W("model.layers.%d.self_attn.q_proj.weight", l), T, H, tiny_next(t) ? 2 * Q : Q, tiny_next(t) ? both : q);
+    for (int64_t i = 0; i < T * t->heads && tiny_next(t); i++) memcpy(q + i * D, both + 2 * i * D, (size_t)D * 8);
     tiny_matmul(x, TINY_W("model.layers.%d.self_attn.k_proj.weight", l), T, H, KV, k);
     tiny_matmul(x, TINY_W("model.layers.%d.self_attn.v_proj.weight", l), T, H, KV, v);
     if (t->kind == TINY_GLM || oss) {
@@ -449,19 +522,21 @@ static inline void tiny_grouped(const tiny *t, int l, const double *x, int64_t T
         tiny_biased(v, TINY_W("model.layers.%d.self_attn.v_proj.bias", l), T, KV);
     }
     for (int64_t r = 0; r < T; r++) {
-        if (whole) tiny_norm(q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
-        if (whole) tiny_norm(k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
+        if (whole) tiny_centred(t, q + r * Q, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), Q, q + r * Q);
+        if (whole) tiny_centred(t, k + r * KV, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), KV, k + r * KV);
         for (int64_t i = 0; i < t->heads; i++) {
-            if (each) tiny_norm(q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
+            if (each) tiny_centred(t, q + r * Q + i * D, TINY_W("model.layers.%d.self_attn.q_norm.weight", l), D, q + r * Q + i * D);
             tiny_rotate(q + r * Q + i * D, turned, r);
         }
         for (int64_t i = 0; i < t->kv; i++) {
-            if (each) tiny_norm(k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
+            if (each) tiny_centred(t, k + r * KV + i * D, TINY_W("model.layers.%d.self_attn.k_norm.weight", l), D, k + r * KV + i * D);
             tiny_rotate(k + r * KV + i * D, turned, r);
         }
     }
     const double *sinks = oss ? TINY_W("model.layers.%d.self_attn.sinks", l) : NULL;
     tiny_softmax(q, k, v, T, t->heads, t->kv, D, D, 1 / sqrt((double)D), oss && l % 2 ? 0 : t->window, sinks, o);
+    for (int64_t i = 0; i < T * Q && tiny_next(t); i++) o[i] /= 1 + exp(-both[i / D * 2 * D + D + i % D]);
+    free(both);
     free(q);
     free(k);
     free(v);
@@ -546,8 +621,8 @@ static inline void tiny_oss_expert(const tiny *t, int l, int64_t e, const double
 static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T, double *hidden, double *logits, int32_t *ids,
                                 double *margin)
 {
-    int64_t H = t->hidden, Q = tiny_out(t), E = t->experts, K = t->top_k;
-    double *x = malloc((size_t)(T * H) * 8), *o = malloc((size_t)(T * Q) * 8), *y = malloc((size_t)(T * H) * 8);
+    int64_t H = t->hidden, E = t->experts, K = t->top_k;
+    double *x = malloc((size_t)(T * H) * 8), *o, *y = malloc((size_t)(T * H) * 8);
     char n[128];
     const double *embed = tiny_find(t, "model.embed_tokens.weight");
     *margin = INFINITY;
@@ -555,14 +630,19 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
     for (int l = 0; l < t->layers; l++) {
         double *h = hidden + (l + 1) * T * H;
         memcpy(h, hidden + l * T * H, (size_t)(T * H) * 8);
-        for (int64_t r = 0; r < T; r++) tiny_norm(h + r * H, TINY_W("model.layers.%d.input_layernorm.weight", l), H, x + r * H);
+        for (int64_t r = 0; r < T; r++) tiny_centred(t, h + r * H, TINY_W("model.layers.%d.input_layernorm.weight", l), H, x + r * H);
+        int64_t Q = tiny_out(t, l);
+        o = malloc((size_t)(T * Q) * 8);
         if (t->kind == TINY_LATENT) tiny_latent(t, l, x, T, o);
+        else if (tiny_linear(t, l)) tiny_delta(t, l, x, T, o);
         else tiny_grouped(t, l, x, T, o);
-        tiny_matmul(o, TINY_W("model.layers.%d.self_attn.o_proj.weight", l), T, Q, H, y);
+        const char *writer = tiny_linear(t, l) ? "model.layers.%d.linear_attn.out_proj.weight" : "model.layers.%d.self_attn.o_proj.weight";
+        tiny_matmul(o, TINY_W(writer, l), T, Q, H, y);
+        free(o);
         if (t->kind == TINY_OSS) tiny_biased(y, TINY_W("model.layers.%d.self_attn.o_proj.bias", l), T, H);
         for (int64_t i = 0; i < T * H; i++) h[i] += y[i];
         for (int64_t r = 0; r < T; r++) {
-            tiny_norm(h + r * H, TINY_W("model.layers.%d.post_attention_layernorm.weight", l), H, x + r * H);
+            tiny_centred(t, h + r * H, TINY_W("model.layers.%d.post_attention_layernorm.weight", l), H, x + r * H);
             int32_t *chosen = ids + ((int64_t)l * T + r) * K;
             if (!tiny_is_moe(t, l)) {
                 for (int64_t j = 0; j < K; j++) chosen[j] = -1;
@@ -577,6 +657,7 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
             for (int64_t e = 0; e < E; e++) top = fmax(top, z[e]);
             for (int64_t e = 0; e < E; e++) all += exp(z[e] - top);
             double weight[64], last = 0;
+            if (tiny_next(t)) tiny_shared(t, l, x + r * H, h + r * H);
             if (tiny_sigmoid(t)) {
                 tiny_choose(t, z, TINY_W("model.layers.%d.mlp.gate.e_score_correction_bias", l), chosen, weight, margin);
                 tiny_mlp(x + r * H, TINY_W("model.layers.%d.mlp.shared_experts.gate_proj.weight", l),
@@ -613,10 +694,9 @@ static inline void tiny_forward(const tiny *t, const int32_t *tokens, int64_t T,
         }
     }
     for (int64_t r = 0; r < T; r++)
-        tiny_norm(hidden + (t->layers * T + r) * H, tiny_find(t, "model.norm.weight"), H, x + r * H);
+        tiny_centred(t, hidden + (t->layers * T + r) * H, tiny_find(t, "model.norm.weight"), H, x + r * H);
     tiny_matmul(x, tiny_find(t, t->tied ? "model.embed_tokens.weight" : "lm_head.weight"), T, H, t->vocab, logits);
     free(x);
-    free(o);
     free(y);
 }
 

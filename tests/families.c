@@ -134,6 +134,33 @@ static const struct change {
     {"deepseek_v2", "\"scoring_func\": \"softmax\"", "\"scoring_func\": \"sigmoid\"", {"scoring_func", "softmax", "sigmoid"}},
     {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": 1", {"rope_interleave"}},
     {"moonlight", "\"rope_theta\": 50000.0", "\"rope_theta\": 50000.0, \"rope_interleave\": false", {0}},
+    {"qwen3_next", "\"full_attention_interval\": 4", "\"full_attention_interval\": 2", {"layer 1 has softmax attention", "linear_"}},
+    {"qwen3_next", "\"full_attention_interval\": 4", "\"full_attention_interval\": 0", {"full_attention_interval"}},
+    {"qwen3_next", "\"full_attention_interval\": 4,", "", {0}}, /* 4 then */
+    {"qwen3_next", "\"full_attention_interval\": 4",
+     "\"layer_types\": [\"linear_attention\",\"linear_attention\",\"linear_attention\",\"full_attention\"]", {0}},
+    {"qwen3_next", "\"full_attention_interval\": 4",
+     "\"layer_types\": [\"linear_attention\",\"linear_attention\",\"linear_attention\",\"linear_attention\"]",
+     {"layer 3 has linear attention (layer_types, full_attention_interval)", "self_attn"}},
+    {"qwen3_next", "\"full_attention_interval\": 4", "\"layer_types\": [\"linear_attention\"]", {"layer_types", "num_hidden_layers"}},
+    {"qwen3_next", "\"full_attention_interval\": 4", "\"layer_types\": [1,2,3,4]", {"layer_types", "full_attention", "1"}},
+    {"qwen3_next", "\"linear_num_value_heads\": 4", "\"linear_num_value_heads\": 3", {"linear_num_value_heads", "multiple", "(2)"}},
+    {"qwen3_next", "\"linear_num_value_heads\": 4", "\"linear_num_value_heads\": 2", {"linear_attn", "shape"}},
+    {"qwen3_next", "\"linear_key_head_dim\": 16", "\"linear_key_head_dim\": 15", {"linear_attn", "shape"}},
+    {"qwen3_next", "\"linear_value_head_dim\": 16,", "", {"linear_attn", "shape"}}, /* 128 then */
+    {"qwen3_next", "\"linear_conv_kernel_dim\": 4", "\"linear_conv_kernel_dim\": 3", {"conv1d", "[128,1,3]", "[128,1,4]"}},
+    {"qwen3_next", "\"head_dim\": 32,", "", {"self_attn", "shape"}}, /* 256 then */
+    {"qwen3_next", "\"partial_rotary_factor\": 0.25,", "", {0}},
+    {"qwen3_next", "\"norm_topk_prob\": true,", "", {0}},
+    {"qwen3_next", "\"attention_bias\": false", "\"attention_bias\": true", {"attention_bias"}},
+    {"qwen3_next", "\"shared_expert_intermediate_size\": 32,", "", {"shared_expert.", "512"}},
+    {"qwen3_5_moe", "\"text_config\": {", "\"text_configs\": {", {"num_hidden_layers"}},
+    {"qwen3_5_moe", "\"attn_output_gate\": true", "\"attn_output_gate\": false", {"attn_output_gate", "true", "false"}},
+    {"qwen3_5_moe", "\"num_experts\": 16", "\"num_experts\": 15", {"shape", "[15,"}},
+    {"qwen3_5_moe", "\"moe_intermediate_size\": 32", "\"moe_intermediate_size\": 16", {"mlp.experts.", "shape"}},
+    {"qwen3_5_moe", "\"vocab_size\": 400", "\"vocab_size\": 401", {"shape", "[401,64]"}},
+    {"qwen3_5_moe", "\"tie_word_embeddings\": false", "\"tie_word_embeddings\": 0", {"tie_word_embeddings"}},
+    {"qwen3_5_moe", "\"rope_type\": \"default\"", "\"rope_type\": \"dynamic\"", {"rope_parameters", "dynamic"}},
     {"olmoe", "\"rope_theta\": 10000.0", "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 10000.0}", {0}},
 };
 
@@ -167,6 +194,15 @@ static void test_missing(void **state)
         {"deepseek_v3", "model.layers.1.self_attn.kv_a_layernorm.weight", "model.layers.1.self_attn.kv_a_layernorm.weigh_"},
         {"deepseek_v3", "model.layers.2.self_attn.q_b_proj.weight", "model.layers.2.self_attn.q_c_proj.weight"},
         {"moonlight", "model.layers.3.self_attn.kv_b_proj.weight", "model.layers.3.self_attn.kv_c_proj.weight"},
+        {"qwen3_next", "model.layers.1.linear_attn.out_proj.weight", "model.layers.1.linear_attn.out_pro_.weight"},
+        {"qwen3_next", "model.layers.3.self_attn.o_proj.weight", "model.layers.3.self_attn.o_pro_.weight"},
+        {"qwen3_next", "model.layers.0.linear_attn.A_log", "model.layers.0.linear_attn.A_lo_"},
+        {"qwen3_next", "model.layers.2.linear_attn.in_proj_ba.weight", "model.layers.2.linear_attn.in_proj_bb.weight"},
+        {"qwen3_next", "model.layers.2.mlp.experts.3.up_proj.weight", "model.layers.2.mlp.experts.3.up_pro_.weight"},
+        {"qwen3_5_moe", "model.language_model.layers.2.mlp.experts.down_proj", "model.language_model.layers.2.mlp.experts.down_pro_"},
+        {"qwen3_5_moe", "model.language_model.layers.1.linear_attn.in_proj_z.weight", "model.language_model.layers.1.linear_attn.in_proj_y.weight"},
+        {"qwen3_5_moe", "model.language_model.norm.weight", "model.language_model.norm.weigh_"},
+        {"qwen3_5_moe", "model.language_model.layers.3.mlp.shared_expert_gate.weight", "model.language_model.layers.3.mlp.shared_expert_gate.weigh_"},
         {"gpt_oss_bf16", "model.layers.1.self_attn.sinks", "model.layers.1.self_attn.sink_"},
         {"gpt_oss_bf16", "model.layers.1.self_attn.o_proj.bias", "model.layers.1.self_attn.o_proj.bia_"},
         {"gpt_oss_bf16", "model.layers.3.mlp.experts.down_proj_bias", "model.layers.3.mlp.experts.down_proj_bia_"},
@@ -198,6 +234,8 @@ static void test_inspect(void **state)
         {"olmoe", "softmax over all experts, the 4 largest, not renormalised", 0, 0, 15, 0, 0},
         {"deepseek_v3", "times 2.5; a bias for each expert is added for the choice; of the best 2 of 4 groups", 1, 0, 23, 32, 0},
         {"deepseek_v2", "softmax over all experts, the 3 largest, not renormalised", 0, 0, 20, 32, 0},
+        {"qwen3_next", "softmax over all experts, the 4 largest, renormalised", 0, 65, 24, 32, 0},
+        {"qwen3_5_moe", "softmax over all experts, the 4 largest, renormalised", 0, 40, 27, 48, 4},
         {"moonlight", "sigmoid of each expert, the 6 largest, renormalised to sum 1, times 2.446", 1, 0, 21, 64, 0},
     };
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {
@@ -291,16 +329,18 @@ static char *applied(const char *dir, const exc_plan *p, json_t **facts)
 /* every writer of a family with all of them: written = baked bit for bit, virtual as close as the rounding of bf16 weights allows */
 static void test_three_forms(void **state)
 {
-    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "moonlight", "gpt_oss", "deepseek_v2"};
+    static const char *const models[] = {"glm4_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3",
+                                         "moonlight", "gpt_oss", "deepseek_v2", "qwen3_next", "qwen3_5_moe"};
     for (size_t i = 0; i < EXC_COUNT(models); i++) {
         char *dir = changed(models[i], NULL, NULL);
         exc_prompts p = golden_prompts(models[i]);
         exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
-        bool glm = m->atlas->shape.shared_inner > 0;
-        exc_plan *plan = plan_of(&m->atlas->shape, glm ? "{\"op\":\"project\",\"role\":\"expert_down\"},{\"op\":\"project\",\"role\":\"shared_down\"},"
-                                                          "{\"op\":\"project\",\"role\":\"dense_down\"},{\"op\":\"project\",\"role\":\"attn_out\"},"
-                                                          "{\"op\":\"scale\",\"role\":\"shared_down\",\"strength\":0.5}"
-                                                        : "{\"op\":\"project\",\"role\":\"expert_down\"},{\"op\":\"project\",\"role\":\"attn_out\"}");
+        const exc_shape *s = &m->atlas->shape;
+        char edits[512];
+        snprintf(edits, sizeof edits, "%s%s{\"op\":\"project\",\"role\":\"expert_down\"},{\"op\":\"project\",\"role\":\"attn_out\"}",
+                 s->shared_inner ? "{\"op\":\"project\",\"role\":\"shared_down\"},{\"op\":\"scale\",\"role\":\"shared_down\",\"strength\":0.5}," : "",
+                 s->moe_layers < s->layers ? "{\"op\":\"project\",\"role\":\"dense_down\"}," : "");
+        exc_plan *plan = plan_of(s, edits);
         exc_model_free(m);
         json_t *facts = NULL;
         char *out = applied(dir, plan, &facts);
@@ -323,6 +363,97 @@ static void test_three_forms(void **state)
         exc_plan_free(plan);
         free_prompts(&p);
     }
+}
+
+/* Routers of norms centred on zero: blind to a direction r of the stream when they are blind to (1 + w) r. Whatever is passed
+ * through keeps its bytes: verify has compared them. */
+static void test_centred_router(void **state)
+{
+    static const char *const models[] = {"qwen3_next", "qwen3_5_moe"};
+    for (int i = 0; i < 2; i++) {
+        char *dir = changed(models[i], NULL, NULL);
+        exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED);
+        exc_plan *plan = plan_of(&m->atlas->shape, "{\"op\":\"router_project\",\"role\":\"router\"}");
+        exc_model_free(m);
+        json_t *facts = NULL;
+        char *out = applied(dir, plan, &facts);
+        exc_atlas *a[2];
+        assert_int_equal(exc_atlas_open(ctx, dir, &a[0]), EXC_OK);
+        assert_int_equal(exc_atlas_open(ctx, out, &a[1]), EXC_OK);
+        for (int64_t l = 0; l < 4; l++) {
+            const uint16_t *norm = exc_atlas_data(a[0], exc_atlas_find(a[0], EXC_ROLE_NORM_POST, l, -1));
+            double seen[2] = {0};
+            for (int k = 0; k < 2; k++) {
+                const uint16_t *w = exc_atlas_data(a[k], exc_atlas_find(a[k], EXC_ROLE_ROUTER, l, -1));
+                for (int e = 0; e < 16; e++) {
+                    double dot = 0;
+                    for (int h = 0; h < 64; h++)
+                        dot += (double)test_from_bf16(w[e * 64 + h]) * (1 + (double)test_from_bf16(norm[h])) *
+                               (double)test_normal(77, (uint64_t)((l + 1) * 64 + h));
+                    seen[k] += dot * dot;
+                }
+            }
+            assert_true(seen[1] < 1e-4 * seen[0]); /* what rounding to bf16 leaves */
+        }
+        exc_atlas_close(a[0]);
+        exc_atlas_close(a[1]);
+        json_decref(facts);
+        free(out);
+        free(dir);
+        exc_plan_free(plan);
+    }
+}
+
+/* qwen3_5_moe as its text-only copies have it: config.json flat under another name, no prefix, one tensor an expert */
+static void test_text_only(void **state)
+{
+    char *dir = test_tmpdir();
+    exc_checkpoint *c;
+    assert_int_equal(exc_checkpoint_open(ctx, golden_dir("qwen3_5_moe"), &c), EXC_OK);
+    char *config = json_dumps(json_object_get(c->config, "text_config"), 0);
+    test_write(test_path(dir, "config.json"), config, strlen(config));
+    free(config);
+    tiny t = {.dtype = "BF16"};
+    for (size_t i = 0; i < c->n_tensors; i++) {
+        const exc_tensor *x = c->by_name[i];
+        bool stacked = strstr(x->name, "mlp.experts.gate_up_proj"), down = strstr(x->name, "mlp.experts.down_proj"),
+             inner = !strncmp(x->name, "model.language_model.", 21);
+        if (!inner && strcmp(x->name, "lm_head.weight")) continue;
+        int64_t experts = stacked || down ? x->shape[0] : 1, parts = stacked ? 2 : 1, count = (int64_t)(x->end - x->begin) / (x->dtype == EXC_F32 ? 4 : 2);
+        for (int64_t e = 0; e < experts * parts; e++) {
+            t.items = realloc(t.items, (size_t)(t.count + 1) * sizeof *t.items);
+            tiny_tensor *y = &t.items[t.count++];
+            *y = (tiny_tensor){.rank = stacked || down ? 2 : x->rank, .dtype = x->dtype == EXC_F32 ? "F32" : "BF16", .count = count / experts / parts};
+            for (int d = 0; d < y->rank; d++) y->shape[d] = x->shape[d + (stacked || down)];
+            if (stacked) y->shape[0] /= 2;
+            snprintf(y->name, sizeof y->name, "%s%s", inner ? "model." : "", x->name + (inner ? 21 : 0));
+            if (stacked || down)
+                snprintf(strstr(y->name, "experts."), 64, "experts.%d.%s.weight", (int)(e / parts), down ? "down_proj" : e % 2 ? "up_proj" : "gate_proj");
+            y->value = malloc((size_t)y->count * 8);
+            const char *from = exc_checkpoint_data(c, x);
+            for (int64_t j = 0; j < y->count; j++) {
+                int64_t at = e * y->count + j;
+                float f;
+                uint16_t h;
+                memcpy(&f, from + at * 4 * (x->dtype == EXC_F32), 4 * (x->dtype == EXC_F32));
+                memcpy(&h, from + at * 2 * (x->dtype != EXC_F32), 2);
+                y->value[j] = x->dtype == EXC_F32 ? (double)f : (double)test_from_bf16(h);
+            }
+        }
+    }
+    tiny_file(&t, test_path(dir, "model.safetensors"), 0, t.count);
+    tiny_free(&t);
+    exc_prompts p = golden_prompts("qwen3_5_moe");
+    exc_model *m = open_as(dir, NULL, EXC_LENS_BAKED), *whole = open_as(golden_dir("qwen3_5_moe"), NULL, EXC_LENS_BAKED);
+    assert_string_equal(m->atlas->family->model_type, "qwen3_5_moe");
+    result a = run(ctx, m, &p, 0, 0, 0), b = run(ctx, whole, &p, 0, 0, 0);
+    for (int64_t i = 0; i < p.count; i++) assert_memory_equal(a.logits[i], b.logits[i], (size_t)((p.begin[i + 1] - p.begin[i]) * 400) * 4);
+    free_result(&a);
+    free_result(&b);
+    exc_model_free(m);
+    exc_model_free(whole);
+    free_prompts(&p);
+    exc_checkpoint_close(c);
 }
 
 /* the stored bias of glm4_moe: an expert pushed out is never chosen, the others keep their scores, and the file says so */
@@ -468,7 +599,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_configs),     cmocka_unit_test(test_missing),     cmocka_unit_test(test_inspect),
-        cmocka_unit_test(test_three_forms), cmocka_unit_test(test_router_bias), cmocka_unit_test(test_shared_sums),
+        cmocka_unit_test(test_three_forms), cmocka_unit_test(test_centred_router), cmocka_unit_test(test_text_only), cmocka_unit_test(test_router_bias), cmocka_unit_test(test_shared_sums),
         cmocka_unit_test(test_allocations_fail),
     };
     return cmocka_run_group_tests(tests, setup, teardown);

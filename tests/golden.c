@@ -74,6 +74,39 @@ static void test_golden_bf16(void **state)
     }
 }
 
+/* a prompt of 150 tokens, longer than several chunks of the delta rule and no multiple of one: the last 16 positions, in one
+ * prefill, in pieces, and token by token as in decode */
+static void test_golden_long(void **state)
+{
+    static const char *const models[] = {"qwen3_next", "qwen3_5_moe"};
+    static const int64_t steps[] = {150, 47, 1};
+    for (int k = 0; k < 6; k++) {
+        exc_ctx *ctx = test_ctx(2);
+        exc_model *m = open_model(ctx, golden_dir(models[k / 3]), EXC_COMPUTE_F32);
+        const exc_shape *s = &m->atlas->shape;
+        exc_tensors *g;
+        char file[256];
+        snprintf(file, sizeof file, "models/%s/golden/long.safetensors", models[k / 3]);
+        assert_int_equal(exc_tensors_open(ctx, test_data(file), &g), EXC_OK);
+        exc_prompts p = {.count = 1, .begin = calloc(2, 8), .tokens = calloc(150, 4)};
+        p.begin[1] = 150;
+        memcpy(p.tokens, golden(g, -1, "tokens"), 150 * 4);
+        result r = run(ctx, m, &p, 0, 1, steps[k % 3]);
+        distance z = {0}, h = {0};
+        add_distance(&z, r.logits[0] + (150 - 16) * s->vocab, golden(g, -1, "logits"), (size_t)(16 * s->vocab));
+        for (int64_t l = 0; l <= s->layers; l++)
+            add_distance(&h, r.hidden[0] + (l * 150 + 150 - 16) * s->hidden, (const char *)golden(g, -1, "hidden") + l * 16 * s->hidden * 4,
+                         (size_t)(16 * s->hidden));
+        print_message("  %s, %lld tokens a step: logits %.1e hidden %.1e\n", models[k / 3], (long long)steps[k % 3], relative(&z), relative(&h));
+        assert_true(relative(&z) < 1e-4 && relative(&h) < 1e-4);
+        exc_tensors_close(g);
+        free_result(&r);
+        free_prompts(&p);
+        exc_model_free(m);
+        exc_ctx_free(ctx);
+    }
+}
+
 static double worst(const double *a, const void *b, size_t n)
 {
     double diff = 0, norm = 0;
@@ -214,6 +247,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_golden_f32),
         cmocka_unit_test(test_golden_bf16),
+        cmocka_unit_test(test_golden_long),
         cmocka_unit_test(test_golden_sums),
         cmocka_unit_test(test_golden_variants),
     };

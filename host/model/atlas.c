@@ -53,9 +53,13 @@ static void expand(const char *pattern, int64_t layer, int64_t expert, char *out
     out[n < cap ? n : cap - 1] = 0;
 }
 
-static const char *pattern_of(const exc_family *f, exc_role role) {
-    for (const exc_name *n = f->names; n->pattern; n++)
-        if (n->role == role) return n->pattern;
+static bool in_layer(const exc_shape *s, const exc_name *p, int64_t layer) {
+    return !p->in || layer < 0 || (p->in & EXC_IN(s->mix[layer]));
+}
+
+static const char *pattern_of(const exc_atlas *a, exc_role role, int64_t layer) {
+    for (const exc_name *n = a->family->names; n->pattern; n++)
+        if (n->role == role && in_layer(&a->shape, n, layer)) return n->pattern;
     return NULL;
 }
 
@@ -167,10 +171,6 @@ static exc_status check_shape(exc_ctx *ctx, const exc_atlas *a, const exc_layout
         n += (size_t)snprintf(want + n, sizeof want - n, "%s%lld", i ? "," : "", (long long)shape[i]);
     return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: shape: expected [%s] (from config.json), found [%s%s]",
                     file_of(a, t), exc_show(t->name, strlen(t->name)), want, found, t->rank > 4 ? ",.." : "");
-}
-
-static bool in_layer(const exc_shape *s, const exc_name *p, int64_t layer) {
-    return !p->in || layer < 0 || (p->in & EXC_IN(s->mix[layer]));
 }
 
 /* one matched tensor: index bounds, role present in this layer, shape, dtype */
@@ -319,7 +319,7 @@ static exc_status check_complete(exc_ctx *ctx, const exc_atlas *a) {
                 int64_t expert = exc_role_by_expert(p->role) ? e : -1;
                 if (exc_atlas_find(a, p->role, layer, expert)) continue;
                 char name[256], found[160];
-                const char *pattern = pattern_of(a->family, p->role);
+                const char *pattern = pattern_of(a, p->role, layer);
                 expand(pattern, layer, expert, name, sizeof name);
                 if (!strstr(pattern, "%E"))
                     return exc_fail(ctx, EXC_ERR_INPUT,

@@ -34,6 +34,9 @@ static const char *why_not(exc_role role) {
         return "edited together with expert_gate";
     case EXC_ROLE_EXPERT_UP_BIAS:
         return "edited together with expert_up";
+    case EXC_ROLE_LINEAR_RATE:
+    case EXC_ROLE_LINEAR_STEP:
+        return "a vector of decays";
     case EXC_ROLE_ATTN_OUT_BIAS:
         return "edited together with attn_out";
     case EXC_ROLE_ATTN_Q_BIAS:

@@ -235,6 +235,38 @@ static void named_formats(void **state) {
     exc_ctx_free(ctx);
 }
 
+/* Families whose tokenizers are not among the data: renderings of their templates by jinja2, conversations drawn at random. Of
+ * gpt_oss's template the parts that run without tools; olmoe's and moonlight's are their predecessors' (Tulu, Kimi-K2). */
+static void formats_match_templates(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_tmpdir();
+    char *command, *said, *text, *save = NULL;
+    int lines = 0;
+    setenv("SOURCE_DATE_EPOCH", "1704196800", 1); /* 2024-01-02 */
+    assert_true(asprintf(&command, "xz -dc %s > %s/golden.jsonl", test_data("tokenizers/templates/golden.jsonl.xz"), dir) > 0);
+    if (test_shell(command, &said)) fail_msg("%s", said);
+    text = test_read(test_path(dir, "golden.jsonl"), NULL);
+    for (char *line = strtok_r(text, "\n", &save); line; line = strtok_r(NULL, "\n", &save), lines++) {
+        json_t *o = json_loads(line, 0, NULL), *thinking = json_object_get(o, "enable_thinking");
+        const char *want = json_string_value(json_object_get(o, "text"));
+        exc_chat *c = NULL;
+        exc_buf out = {0};
+        ok(ctx, exc_chat_load(ctx, dir, json_string_value(json_object_get(o, "template")), &c));
+        ok(ctx, exc_chat_render(ctx, c, json_object_get(o, "messages"), json_is_true(json_object_get(o, "add_generation_prompt")),
+                                thinking ? json_is_true(thinking) : -1, &out));
+        if (strcmp(out.data, want)) fail_msg("line %d: %s\n  not %s", lines + 1, out.data, want);
+        exc_buf_free(&out);
+        exc_chat_free(c);
+        json_decref(o);
+    }
+    assert_int_equal(lines, 192);
+    unsetenv("SOURCE_DATE_EPOCH");
+    free(text);
+    free(command);
+    free(said);
+    exc_ctx_free(ctx);
+}
+
 /* the context keeps the last tokenizer by the bytes of its file; borrowers outlive it, and a changed file is read anew */
 static void a_tokenizer_is_kept(void **state) {
     exc_ctx *ctx = test_ctx(1);
@@ -317,6 +349,7 @@ int main(void) {
         cmocka_unit_test(bad_prompt_files),
         cmocka_unit_test(lines),
         cmocka_unit_test(named_formats),
+        cmocka_unit_test(formats_match_templates),
         cmocka_unit_test(a_tokenizer_is_kept),
         cmocka_unit_test(unknown_templates_are_refused),
         cmocka_unit_test(every_allocation_may_fail),

@@ -15,14 +15,17 @@ struct exc_chat {
     const exc_format *format;
 };
 
-/* XXH3-128 of a template's text -> format. The texts are those of the published tokenizer_config.json files.
- */
+/* XXH3-128 of a template's text -> format. The texts are those of the published tokenizer_config.json files,
+ * the last three as other public trees carry them. */
 static const struct {
     const char *hash, *format;
 } known[] = {
     {"4457e3d12b367a860283f874ff58d644", "qwen3"},       /* Qwen3 */
     {"4539344e06ec0b776878d9ac13b3ef51", "deepseek_v3"}, /* DeepSeek-V3 */
     {"577a7fce73f72e1ee2be9fd6966bb5eb", "chatml"},      /* plain ChatML, no default system line: the demo */
+    {"d35407b48a8e1a791defcb14b61ec0db", "glm4_moe"},    /* GLM-4.6 */
+    {"31a8050c5cfb9bad0a14740e5eebc979", "mixtral"},     /* Mixtral-8x7B-Instruct-v0.1 */
+    {"55c3395246ee99a4f148bc479cb6f9a8", "mixtral_8x22b"}, /* Mixtral-8x22B-Instruct-v0.1, "default" */
 };
 
 void exc_rendering_free(exc_rendering *r) {

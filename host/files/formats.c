@@ -25,6 +25,8 @@ static bool begins(exc_span x, const char *head) {
     return x.n >= n && !memcmp(x.s, head, n);
 }
 
+static bool has(exc_span x, const char *part) { return memmem(x.s, x.n, part, strlen(part)); }
+
 /* set NULL: white space. Python strips all of Unicode's; the ASCII ones and the no-break, ideographic and
  * line separators are what prompts have. */
 static size_t strippable(exc_span x, const char *set, bool from_end) {
@@ -297,6 +299,13 @@ static exc_status harmony(const exc_turns *t) {
               "every message.<|end|>");
     for (size_t i = 0; i < t->n; i++) {
         const exc_message *m = t->message + i;
+        if (m->role == EXC_SYSTEM && !m->content.n) continue;
+        if (m->role == EXC_ASSISTANT && (has(m->content, "<|channel|>analysis<|message|>") ||
+                                         has(m->content, "<|channel|>final<|message|>")))
+            return exc_fail(
+                t->ctx, EXC_ERR_INPUT,
+                "chat format gpt_oss: expected an answer without <|channel|> markup, found some at %zu",
+                i + 1);
         markup(t, m->role == EXC_SYSTEM ? "<|start|>developer<|message|># Instructions\n\n"
                   : m->role == EXC_USER ? "<|start|>user<|message|>"
                                         : "<|start|>assistant<|channel|>final<|message|>");
@@ -333,8 +342,8 @@ static exc_status olmoe(const exc_turns *t) {
     return EXC_OK;
 }
 
-/* turns must alternate; a system message goes in front of the first user's words */
-static exc_status mixtral(const exc_turns *t) {
+/* turns must alternate; a system message goes in front of the first user's words; `end` closes an answer */
+static exc_status instruct(const exc_turns *t, const char *end) {
     const exc_message *system = t->n && t->message[0].role == EXC_SYSTEM ? t->message : NULL;
     markup(t, "<s>");
     for (size_t i = system ? 1 : 0, turn = 0; i < t->n; i++, turn++) {
@@ -352,10 +361,13 @@ static exc_status mixtral(const exc_turns *t) {
             words(t, m, m->content);
         else
             model(t, m->content);
-        markup(t, m->role == EXC_USER ? " [/INST]" : "</s>");
+        markup(t, m->role == EXC_USER ? " [/INST]" : end);
     }
     return EXC_OK;
 }
+
+static exc_status mixtral(const exc_turns *t) { return instruct(t, "</s>"); }
+static exc_status mixtral22(const exc_turns *t) { return instruct(t, " </s>"); }
 
 static exc_status moonlight(const exc_turns *t) {
     if (!t->n || t->message[0].role != EXC_SYSTEM)
@@ -388,7 +400,8 @@ const exc_format exc_formats[] = {
     {"glm4_moe", "GLM-4.5", glm, {"[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>"}},
     {"gpt_oss", "harmony", harmony, {"<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"}},
     {"olmoe", "Tulu's <|user|>, OLMoE", olmoe, {"<|endoftext|>"}},
-    {"mixtral", "[INST], Mixtral", mixtral, {"<s>", "</s>"}},
+    {"mixtral", "[INST], Mixtral 8x7B", mixtral, {"<s>", "</s>"}},
+    {"mixtral_8x22b", "[INST], Mixtral 8x22B", mixtral22, {"<s>", "</s>"}},
     {"moonlight",
      "Moonlight, Kimi",
      moonlight,

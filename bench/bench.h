@@ -106,6 +106,7 @@ void flow_rows(bench *b);    /* flow.c: ops of the forward pass */
 void latent_rows(bench *b);  /* latents.c: ops of multi-head latent attention */
 void sums_rows(bench *b);    /* sums.c: ops of statistics and comparison */
 void edits_rows(bench *b);   /* edits.c: weight edits and subspaces */
+void coded_rows(bench *b);   /* coded.c: fp8 and fp4 weights, multiplied and edited as they are stored */
 void engine_rows(bench *b);  /* engine.c: whole models in memory */
 void disk_rows(bench *b);    /* disk.c: files, loading, tokenizer, peak memory */
 int capture_child(bench *b, const char *dir); /* engine.c: the capture whose peak memory a parent watches */

@@ -259,6 +259,7 @@ int main(int argc, char **argv)
     ceilings_open(&run);
     ceilings_rows(&run);
     edits_rows(&run);
+    coded_rows(&run);
     sums_rows(&run);
     flow_rows(&run);
     latent_rows(&run);

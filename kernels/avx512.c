@@ -294,17 +294,19 @@ BODY void fold(__m512 (*sum)[2], int rows, const uint8_t *const scale[2], int dt
     }
 }
 
-BODY_DOT void dot_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+/* decoded: panels of bf16 codes, scales elsewhere */
+BODY_DOT void dot_spans(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, int decoded, float (*out)[EXC_PAIR]) {
     const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
-    const uint8_t *const scale[2] = {a + exc_code_bytes(k, dtype), b + exc_code_bytes(k, dtype)};
-    const int64_t ahead = w->step, length = exc_scale_span(dtype), line = dtype == EXC_F4 ? 16 : 32;
+    const uint8_t *const scale[2] = {decoded ? w->scale[0] : a + exc_code_bytes(k, dtype), decoded ? w->scale[1] : b + exc_code_bytes(k, dtype)};
+    const int64_t ahead = w->step, length = exc_scale_span(dtype), line = decoded ? 64 : dtype == EXC_F4 ? 16 : 32;
     const int32_t *x = tile;
     for (int64_t first = 0, span = 0; first < k; first += length, span++) {
         int64_t last = first + length < k ? first + length : k;
         __m512 sum[CODE_ROWS][2];
         clear(sum, rows);
         for (int64_t i = first; i < last; i += 2, a += line, b += line, c += ahead, d += ahead, x += rows) {
-            __m512bh wa = codes_bf16(a, dtype), wb = codes_bf16(b, dtype);
+            __m512bh wa = decoded ? (__m512bh)_mm512_load_si512(a) : codes_bf16(a, dtype);
+            __m512bh wb = decoded ? (__m512bh)_mm512_load_si512(b) : codes_bf16(b, dtype);
             fetch(c, d);
 #pragma GCC unroll 12
             for (int r = 0; r < rows; r++) {
@@ -369,6 +371,13 @@ TARGET static void multiply_f32(const void *tile, int rows, const exc_weights *w
     CHOOSE(wide_f32)
 }
 
+BODY_DOT void dot_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+    dot_spans(tile, rows, w, k, dtype, 0, out);
+}
+BODY_DOT void dot_decoded(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+    dot_spans(tile, rows, w, k, dtype, 1, out);
+}
+
 #define CHOOSE_CODES(body, dtype)                              \
     switch (rows) {                                            \
     case 1: body(tile, 1, w, k, dtype, out); break;            \
@@ -393,6 +402,25 @@ TARGET_DOT static void dot_f4(const void *tile, int rows, const exc_weights *w, 
     CHOOSE_CODES(dot_codes, EXC_F4)
 }
 
+TARGET_DOT static void dot_decoded_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(dot_decoded, EXC_F8_E4M3)
+}
+
+TARGET_DOT static void dot_decoded_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+    CHOOSE_CODES(dot_decoded, EXC_F4)
+}
+
+TARGET_DOT static void decode_f8(const uint8_t *panel, int64_t k, uint8_t *out) {
+    for (int64_t i = 0; i < k; i += 2, panel += 32, out += 64) _mm512_store_si512(out, (__m512i)codes_bf16(panel, EXC_F8_E4M3));
+}
+
+TARGET_DOT static void decode_f4(const uint8_t *panel, int64_t k, uint8_t *out) {
+    for (int64_t i = 0; i < k; i += 2, panel += 16, out += 64) _mm512_store_si512(out, (__m512i)codes_bf16(panel, EXC_F4));
+}
+
+static size_t code_bytes_f8(int64_t k) { return exc_code_bytes(k, EXC_F8_E4M3); }
+static size_t code_bytes_f4(int64_t k) { return exc_code_bytes(k, EXC_F4); }
+
 TARGET static void multiply_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE_CODES(wide_codes, EXC_F8_E4M3)
 }
@@ -413,8 +441,10 @@ const exc_tile exc_tile_avx512[EXC_TILES] = {
 
 const exc_tile exc_tile_dot[EXC_TILES] = {
     [EXC_TILE_BF16_BF16] = {ROWS, 2, 2, 64, gather_pairs, multiply_dot, exc_store_avx512, exc_gate_avx512},
-    [EXC_TILE_BF16_F8] = {CODE_ROWS, 2, 2, 32, gather_pairs, dot_f8, exc_store_avx512, exc_gate_avx512},
-    [EXC_TILE_BF16_F4] = {CODE_ROWS, 2, 2, 16, gather_pairs, dot_f4, exc_store_avx512, exc_gate_avx512},
+    [EXC_TILE_BF16_F8] = {CODE_ROWS, 2, 2, 32, gather_pairs, dot_f8, exc_store_avx512, exc_gate_avx512, decode_f8, dot_decoded_f8,
+                          code_bytes_f8},
+    [EXC_TILE_BF16_F4] = {CODE_ROWS, 2, 2, 16, gather_pairs, dot_f4, exc_store_avx512, exc_gate_avx512, decode_f4, dot_decoded_f4,
+                          code_bytes_f4},
 };
 #else
 typedef int exc_no_avx512; /* an empty file is not C */

@@ -46,8 +46,9 @@ EXC_INLINE float exc_grid_draw(const exc_grid *g, float a, uint32_t random) {
 
 /* the code of a number of the grid, without sign */
 EXC_INLINE uint32_t exc_grid_code(const exc_grid *g, float a) {
-    uint32_t small = (uint32_t)(int32_t)((a < g->least ? a : 0.0f) * (1.0f / g->unit));
-    return a < g->least ? small : (exc_to_bits(a) >> g->drop) - g->bias;
+    const float magic = g->unit * 0x1p23f; /* whose last bit is worth one unit */
+    uint32_t u = exc_to_bits(a), small = exc_to_bits(a + magic) - exc_to_bits(magic), normal = (u >> g->drop) - g->bias;
+    return u < exc_to_bits(g->least) ? small : normal;
 }
 
 /* Philox2x32-10 (Salmon et al. 2011): 32 random bits that are a function of key, row and column alone */

@@ -30,7 +30,6 @@ typedef struct tally {
 typedef struct job {
     const struct exc_project_args *a;
     exc_queue *q;
-    exc_grid grid;
     int out;                          /* EXC_SIDE_OUT */
     int64_t along, whole, bands;      /* sizes along R and across; bands of a matrix */
     int64_t first;                    /* matrix of task 0 */
@@ -134,36 +133,55 @@ EXC_INLINE void largest_body(const float *x, int rows, float *most) {
 }
 EXC_DISPATCH(largest, (const float *x, int rows, float *most), (x, rows, most))
 
-/* value = the stored number near v, code = its bits. draw NULL: nearest; else {key, row, column, whether rows lie along} */
+/* value = the stored number near v; code = its bits, or NULL. d NULL: nearest; else {key, row, column, whether rows lie across} */
 typedef struct draw {
     uint32_t key, row, col;
     int turned;
 } draw;
-EXC_INLINE void settle_body(const exc_grid *grid, int dtype, const float *v, const float *inverse, const float *scale, int stride,
-                            int rows, const draw *d, float *value, uint16_t *code) {
-    const exc_grid g = *grid;
-    const int top = dtype == EXC_F8_E4M3 ? 7 : dtype == EXC_F4 ? 3 : 15;
-    for (int h = 0; h < rows; h++, v += BAND, value += BAND, code += BAND, inverse += stride, scale += stride) {
-        float a[BAND];
-        for (int l = 0; l < BAND; l++) a[l] = __builtin_fabsf(v[l] * inverse[l]);
-        if (!d)
-            for (int l = 0; l < BAND; l++) a[l] = exc_grid_near(&g, a[l]);
-        else
-            for (int l = 0; l < BAND; l++) {
-                uint32_t row = d->turned ? d->row + (uint32_t)l : d->row + (uint32_t)h, col = d->turned ? d->col + (uint32_t)h : d->col + (uint32_t)l;
-                a[l] = exc_grid_draw(&g, a[l], exc_philox(d->key, row, col));
-            }
-        for (int l = 0; l < BAND; l++) {
-            uint32_t sign = exc_to_bits(v[l] * inverse[l]) >> 31, c = exc_grid_code(&g, a[l]);
-            c = a[l] != a[l] ? (dtype == EXC_F8_E4M3 ? EXC_NAN_E4M3 : dtype == EXC_F4 ? 0 : dtype == EXC_BF16 ? 0x7fc0 : 0x7e00) : c;
-            code[l] = (uint16_t)(c | sign << top);
-            value[l] = exc_from_bits(exc_to_bits(a[l] * scale[l]) ^ sign << 31);
-        }
+
+EXC_INLINE void draw_row(const exc_grid *g, const draw *d, int h, float *a) {
+    for (int l = 0; l < BAND; l++) {
+        uint32_t row = d->row + (uint32_t)(d->turned ? l : h), col = d->col + (uint32_t)(d->turned ? h : l);
+        a[l] = exc_grid_draw(g, a[l], exc_philox(d->key, row, col));
     }
 }
-EXC_DISPATCH(settle, (const exc_grid *grid, int dtype, const float *v, const float *inverse, const float *scale, int stride, int rows,
-                      const draw *d, float *value, uint16_t *code),
-             (grid, dtype, v, inverse, scale, stride, rows, d, value, code))
+
+/* loops over plain arrays without a choice of path, so that each becomes a few vector instructions */
+EXC_INLINE void settle_rows(const exc_grid g, int top, uint32_t nan, const float *v, const float *inverse, const float *scale, int stride,
+                            int rows, const draw *d, float *value, uint16_t *code) {
+    for (int h = 0; h < rows; h++, v += BAND, value += BAND, inverse += stride, scale += stride) {
+        float a[BAND];
+        uint32_t sign[BAND], c[BAND];
+        for (int l = 0; l < BAND; l++) {
+            a[l] = v[l] * inverse[l];
+            sign[l] = exc_to_bits(a[l]) & 0x80000000u;
+            a[l] = __builtin_fabsf(a[l]);
+        }
+        if (d) draw_row(&g, d, h, a);
+        else
+            for (int l = 0; l < BAND; l++) a[l] = exc_grid_near(&g, a[l]);
+        for (int l = 0; l < BAND; l++) value[l] = exc_from_bits(exc_to_bits(a[l] * scale[l]) ^ sign[l]);
+        if (!code) continue;
+        for (int l = 0; l < BAND; l++) c[l] = exc_to_bits(a[l]) > 0x7f800000u ? nan : exc_grid_code(&g, a[l]);
+        for (int l = 0; l < BAND; l++) code[l] = (uint16_t)(c[l] | sign[l] >> (31 - top));
+        code += BAND;
+    }
+}
+
+EXC_INLINE void settle_body(int dtype, const float *v, const float *inverse, const float *scale, int stride, int rows, const draw *d,
+                            float *value, uint16_t *code) {
+    switch (dtype) { /* constants in each */
+    case EXC_F8_E4M3:
+        settle_rows(exc_grid_of(EXC_F8_E4M3), 7, EXC_NAN_E4M3, v, inverse, scale, stride, rows, d, value, code);
+        break;
+    case EXC_F4: settle_rows(exc_grid_of(EXC_F4), 3, 0, v, inverse, scale, stride, rows, d, value, code); break;
+    case EXC_F16: settle_rows(exc_grid_of(EXC_F16), 15, 0x7e00, v, inverse, scale, stride, rows, d, value, code); break;
+    default: settle_rows(exc_grid_of(EXC_BF16), 15, 0x7fc0, v, inverse, scale, stride, rows, d, value, code);
+    }
+}
+EXC_DISPATCH(settle, (int dtype, const float *v, const float *inverse, const float *scale, int stride, int rows, const draw *d, float *value,
+                      uint16_t *code),
+             (dtype, v, inverse, scale, stride, rows, d, value, code))
 
 /* ------------------------------------------------------------------------------------------------------- load, store */
 
@@ -172,46 +190,57 @@ static int64_t row_bytes(const struct exc_project_args *a) {
     return a->dtype == EXC_F8_E4M3 ? a->cols : a->dtype == EXC_F4 ? a->cols / 2 : a->cols * 2;
 }
 
-static uint16_t read_code(const uint8_t *row, int dtype, int64_t i) {
-    if (dtype == EXC_F8_E4M3) return row[i];
-    if (dtype == EXC_F4) return row[i / 2] >> (i % 2 ? 4 : 0) & 15;
-    uint16_t h;
-    memcpy(&h, row + 2 * i, 2);
-    return h;
+/* a stretch of a stored row; fp4 begins at an even place */
+static void read_row(const uint8_t *row, int dtype, int64_t at, int n, uint16_t *raw) {
+    if (dtype == EXC_F8_E4M3)
+        for (int l = 0; l < n; l++) raw[l] = row[at + l];
+    else if (dtype == EXC_F4)
+        for (int l = 0; l < n; l += 2) {
+            raw[l] = row[(at + l) / 2] & 15;
+            raw[l + 1] = row[(at + l) / 2] >> 4;
+        }
+    else memcpy(raw, row + 2 * at, (size_t)n * 2);
 }
 
-static void write_code(uint8_t *row, int dtype, int64_t i, uint16_t code) {
-    if (dtype == EXC_F8_E4M3) row[i] = (uint8_t)code;
-    else if (dtype == EXC_F4) row[i / 2] = (uint8_t)(i % 2 ? (row[i / 2] & 15) | code << 4 : (row[i / 2] & 0xf0) | code);
-    else memcpy(row + 2 * i, &code, 2);
+static void write_row(uint8_t *row, int dtype, int64_t at, int n, const uint16_t *code) {
+    if (dtype == EXC_F8_E4M3)
+        for (int l = 0; l < n; l++) row[at + l] = (uint8_t)code[l];
+    else if (dtype == EXC_F4)
+        for (int l = 0; l < n; l += 2) row[(at + l) / 2] = (uint8_t)(code[l] | code[l + 1] << 4);
+    else memcpy(row + 2 * at, code, (size_t)n * 2);
 }
 
 static void load_codes(band *b, int64_t h0, int rows) {
     const struct exc_project_args *a = b->j->a;
     const int64_t stride = row_bytes(a);
     if (b->lines < BAND) memset(b->raw, 0, sizeof b->raw);
-    if (b->j->out)
-        for (int h = 0; h < rows; h++) {
-            const uint8_t *row = b->src + (h0 + h) * stride;
-            if (a->dtype == EXC_F8_E4M3)
-                for (int l = 0; l < b->lines; l++) b->raw[h][l] = row[b->at + l];
-            else
-                for (int l = 0; l < b->lines; l++) b->raw[h][l] = read_code(row, a->dtype, b->at + l);
-        }
-    else
-        for (int l = 0; l < b->lines; l++)
-            for (int h = 0; h < rows; h++) b->raw[h][l] = read_code(b->src + (b->at + l) * stride, a->dtype, h0 + h);
+    if (b->j->out) {
+        for (int h = 0; h < rows; h++) read_row(b->src + (h0 + h) * stride, a->dtype, b->at, b->lines, b->raw[h]);
+        return;
+    }
+    for (int l = 0; l < b->lines; l++) {
+        uint16_t line[PIECE];
+        read_row(b->src + (b->at + l) * stride, a->dtype, h0, rows, line);
+        for (int h = 0; h < rows; h++) b->raw[h][l] = line[h];
+    }
 }
 
 static void store_codes(band *b, int64_t h0, int rows) {
     const struct exc_project_args *a = b->j->a;
     const int64_t stride = row_bytes(a);
-    for (int h = 0; h < rows; h++)
-        for (int l = 0; l < b->lines; l++) {
-            if (b->j->out) write_code(b->dst + (h0 + h) * stride, a->dtype, b->at + l, b->code[h][l]);
-            else write_code(b->dst + (b->at + l) * stride, a->dtype, h0 + h, b->code[h][l]);
-            b->t->changed += b->code[h][l] != b->raw[h][l] || b->new_scale[b->j->a->dtype == EXC_F4 ? h : 0][l] != b->old_scale[a->dtype == EXC_F4 ? h : 0][l];
-        }
+    const int each = a->dtype == EXC_F4; /* rows have scales of their own */
+    for (int h = 0; h < rows; h++) {
+        const float *was = b->old_scale[each ? h : 0], *is = b->new_scale[each ? h : 0];
+        int32_t n = 0;
+        for (int l = 0; l < b->lines; l++) n += (b->code[h][l] != b->raw[h][l]) | (exc_to_bits(is[l]) != exc_to_bits(was[l]));
+        b->t->changed += n;
+        if (b->j->out) write_row(b->dst + (h0 + h) * stride, a->dtype, b->at, b->lines, b->code[h]);
+    }
+    for (int l = 0; !b->j->out && l < b->lines; l++) {
+        uint16_t line[PIECE];
+        for (int h = 0; h < rows; h++) line[h] = b->code[h][l];
+        write_row(b->dst + (b->at + l) * stride, a->dtype, h0, rows, line);
+    }
 }
 
 /* where in the matrix's array lies the scale of line l and place h along R */
@@ -230,18 +259,31 @@ static int64_t kept_place(const band *b, int64_t h, int l) {
 
 static float inverse_of(float scale) { return scale != 0.0f ? 1.0f / scale : 0.0f; }
 
-/* scales of a piece, spread over its lines: a row of them for e4m3, one for each of its rows for fp4 */
-static void load_scales(band *b, int64_t h0, int rows, int known) {
+/* one row of scales, each found once for the lines that share it */
+static void spread_scales(band *b, int64_t h0, int h, int known) {
     const struct exc_project_args *a = b->j->a;
-    int n = a->dtype == EXC_F4 ? rows : 1;
-    for (int h = 0; h < n; h++)
-        for (int l = 0; l < BAND; l++) {
-            int inside = l < b->lines;
-            b->old_scale[h][l] = b->coded && inside ? exc_scale_at(b->scale, a->scale_dtype, scale_place(b, h0 + h, l)) : 1.0f;
-            if (!known) continue;
-            b->new_scale[h][l] = b->coded && inside ? b->kept[kept_place(b, h0 + h, l)] : 1.0f;
-            b->inverse[h][l] = inverse_of(b->new_scale[h][l]);
+    const int share = a->dtype == EXC_F8_E4M3 || !b->coded ? BAND : b->j->out ? EXC_GROUP : 1;
+    for (int first = 0; first < BAND; first += share) {
+        int inside = b->coded && first < b->lines;
+        float old = inside ? exc_scale_at(b->scale, a->scale_dtype, scale_place(b, h0 + h, first)) : 1.0f;
+        float now = inside && known ? b->kept[kept_place(b, h0 + h, first)] : 1.0f, inverse = inverse_of(now);
+        for (int l = first; l < first + share; l++) b->old_scale[h][l] = old, b->new_scale[h][l] = now, b->inverse[h][l] = inverse;
+    }
+}
+
+/* scales of a piece: one row of them for e4m3, one for each of its rows for fp4, which are all alike where the piece is a group */
+static void load_scales(band *b, int64_t h0, int rows, int known) {
+    const int alike = !b->j->out;
+    int n = b->j->a->dtype == EXC_F4 ? rows : 1;
+    for (int h = 0; h < n; h++) {
+        if (h == 0 || !alike) {
+            spread_scales(b, h0, h, known);
+            continue;
         }
+        memcpy(b->old_scale[h], b->old_scale[0], sizeof b->old_scale[0]);
+        memcpy(b->new_scale[h], b->new_scale[0], sizeof b->new_scale[0]);
+        memcpy(b->inverse[h], b->inverse[0], sizeof b->inverse[0]);
+    }
 }
 
 static void load_piece(band *b, int64_t h0, int rows, int known) {
@@ -407,7 +449,7 @@ static void sweep_ideal(band *b) {
 }
 
 /* the piece rounded: ideal less R^T lambda */
-static void round_piece(band *b, int64_t h0, int rows, const lane *lambda) {
+static void round_piece(band *b, int64_t h0, int rows, const lane *lambda, int last) {
     const struct exc_project_args *a = b->j->a;
     const float *v = b->ideal[0];
     draw d = {b->key, (uint32_t)(b->j->out ? h0 : b->at), (uint32_t)(b->j->out ? b->at : h0), !b->j->out};
@@ -416,8 +458,8 @@ static void round_piece(band *b, int64_t h0, int rows, const lane *lambda) {
         shift_for()(b->ideal[0], rows, a->basis + h0, b->j->along, a->rank, lambda[0], b->ones, NULL, b->value[0]);
         v = b->value[0];
     }
-    settle_for()(&b->j->grid, a->dtype, v, b->inverse[0], b->new_scale[0], a->dtype == EXC_F4 ? BAND : 0, rows,
-                 a->rounding == EXC_ROUND_SR ? &d : NULL, b->value[0], b->code[0]);
+    settle_for()(a->dtype, v, b->inverse[0], b->new_scale[0], a->dtype == EXC_F4 ? BAND : 0, rows, a->rounding == EXC_ROUND_SR ? &d : NULL,
+                 b->value[0], last ? b->code[0] : NULL);
 }
 
 /* gap = R Q(lambda) - R W' by direction and line */
@@ -426,7 +468,7 @@ static void trial(band *b) {
     clear_acc(b);
     EACH_PIECE(h0, rows) {
         load_piece(b, h0, (int)rows, 1);
-        round_piece(b, h0, (int)rows, (const lane *)b->lambda);
+        round_piece(b, h0, (int)rows, (const lane *)b->lambda, 0);
         dots_for()(b->value[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
     }
     for (int64_t r = 0; r < a->rank; r++)
@@ -492,7 +534,7 @@ static void sweep_result(band *b) {
     clear_acc(b);
     EACH_PIECE(h0, rows) {
         load_piece(b, h0, (int)rows, 1);
-        round_piece(b, h0, (int)rows, b->bare ? NULL : (const lane *)b->best);
+        round_piece(b, h0, (int)rows, b->bare ? NULL : (const lane *)b->best, 1);
         dots_for()(b->value[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
         squares_for()(b->value[0], b->ideal[0], (int)rows, error);
         store_codes(b, h0, (int)rows);
@@ -670,7 +712,7 @@ static exc_status row_norms(job *j) {
 static exc_status run_all(exc_queue *q, const struct exc_project_args *a, const double *factor) {
     int out = a->side == EXC_SIDE_OUT;
     if (!fits(a)) return EXC_ERR_USAGE;
-    job j = {.a = a, .q = q, .grid = exc_grid_of(a->dtype), .out = out, .along = out ? a->rows : a->cols, .whole = out ? a->cols : a->rows,
+    job j = {.a = a, .q = q, .out = out, .along = out ? a->rows : a->cols, .whole = out ? a->cols : a->rows,
              .sums = q->scratch[0], .factor = factor};
     j.bands = (j.whole + BAND - 1) / BAND;
     size_t kept = (size_t)(j.along + BAND) * (BAND / EXC_GROUP) * sizeof(float);

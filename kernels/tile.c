@@ -111,8 +111,12 @@ const exc_tile *exc_tile_for(int act, int weights) {
 
 static int64_t padded(const exc_tile *t, int64_t k) { return (k + t->k_step - 1) / t->k_step * t->k_step; }
 
+/* room for a pair of decoded panels, behind the gathered rows */
+static size_t decoded_bytes(const exc_tile *t, int64_t k) { return t->decode ? 2 * exc_packed_bytes(EXC_PANEL, k, EXC_BF16) : 0; }
+
 int64_t exc_sweep_chunk(const exc_tile *tile, int64_t k, size_t bytes) {
-    size_t row = (size_t)padded(tile, k) * tile->width;
+    size_t row = (size_t)padded(tile, k) * tile->width, decoded = decoded_bytes(tile, k);
+    bytes -= decoded < bytes / 2 ? decoded : 0;
     int64_t fit = (int64_t)((bytes - 64) / row), want = (int64_t)(CHUNK_BYTES / row);
     if (want < EXC_ROW_BLOCK) want = EXC_ROW_BLOCK;
     if (want > EXC_SWEEP_ROWS) want = EXC_SWEEP_ROWS;
@@ -137,8 +141,18 @@ static void gather_chunk(const exc_sweep *s, int64_t first, int64_t rows, size_t
     }
 }
 
+static void decode_pair(const exc_sweep *s, exc_weights *w, uint8_t *room) {
+    size_t panel = exc_packed_bytes(EXC_PANEL, s->k, EXC_BF16);
+    for (int i = 0; i < 2; i++) {
+        w->scale[i] = w->now[i] + s->tile->code_bytes(s->k);
+        s->tile->decode(w->now[i], s->k, room + (size_t)i * panel);
+        w->now[i] = room + (size_t)i * panel;
+    }
+}
+
+/* room: for decoded panels, or NULL */
 static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t rows, size_t row_bytes,
-                       const uint8_t *buffer) {
+                       const uint8_t *buffer, uint8_t *room) {
     float out[EXC_TILE_ROWS][EXC_PAIR] __attribute__((aligned(64)));
     exc_weights w;
     s->pair(s->user, p, w.now);
@@ -147,9 +161,12 @@ static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t row
     /* a panel line a step, spread over the tiles; a single tile is bound by memory, and the processor's own prefetch, which sees
      * two long streams, keeps that busier than we can */
     w.step = tiles > 1 ? (s->tile->line + tiles - 1) / tiles : 0;
+    int decoded = room && tiles > 1;
+    if (decoded) decode_pair(s, &w, room);
     for (int64_t r = 0, n; r < rows; r += n) {
         n = tile_height(s->tile, r, rows);
-        s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);
+        if (decoded) s->tile->multiply_decoded(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);
+        else s->tile->multiply(buffer + (size_t)r * row_bytes, (int)n, &w, s->k, out);
         s->done(s->user, p, first + r, (int)n, (const float (*)[EXC_PAIR])out);
         int64_t ahead = s->k / s->tile->k_step * w.step;
         w.next[0] += ahead;
@@ -160,11 +177,12 @@ static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t row
 void exc_sweep_run(const exc_sweep *s, void *scratch, size_t bytes) {
     int64_t chunk = exc_sweep_chunk(s->tile, s->k, bytes);
     size_t row_bytes = (size_t)padded(s->tile, s->k) * s->tile->width;
-    uint8_t *buffer = scratch;
+    size_t decoded = decoded_bytes(s->tile, s->k);
+    uint8_t *buffer = scratch, *room = decoded && decoded < bytes / 2 ? buffer + (bytes - decoded) / 64 * 64 : NULL;
     for (int64_t first = 0; first < s->rows; first += chunk) {
         int64_t rows = s->rows - first < chunk ? s->rows - first : chunk;
         gather_chunk(s, first, rows, row_bytes, buffer);
-        for (int64_t p = s->first; p < s->last; p++) sweep_pair(s, p, first, rows, row_bytes, buffer);
+        for (int64_t p = s->first; p < s->last; p++) sweep_pair(s, p, first, rows, row_bytes, buffer, room);
     }
 }
 

@@ -21,6 +21,7 @@ typedef struct exc_weights {
     const uint8_t *now[2];
     const uint8_t *next[2]; /* any address; moves on by `step` bytes a step of the kernel */
     int64_t step;
+    const uint8_t *scale[2]; /* of panels that were decoded: their scales */
 } exc_weights;
 
 /* How gate and up of a panel become activations: biases point at the panel's first column, or NULL. */
@@ -46,6 +47,11 @@ typedef struct exc_tile {
      * seen may be NULL */
     void (*gate)(const float (*out)[EXC_PAIR], int rows, int cols, const exc_gated *how, void *mid, int64_t stride,
                  const uint8_t *seen, float *sum);
+    /* quantised weights, where there are several tiles to a panel; NULL: not worth it. The codes of a panel packed from k inputs as
+     * a bf16 panel, the same product from that, bit for bit, and where in a panel the scales begin */
+    void (*decode)(const uint8_t *panel, int64_t k, uint8_t *out);
+    void (*multiply_decoded)(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]);
+    size_t (*code_bytes)(int64_t k);
 } exc_tile;
 
 /* NULL: operands outside the contract (bf16 activations with f32 weights) */

@@ -103,6 +103,15 @@ __device__ inline unsigned two_bf16(float lo, float hi) {
     return bits_of(lo) >> 16 | (bits_of(hi) & 0xffff0000u);
 }
 
+/* `to` is aligned to 16 */
+__device__ inline void store16(void *to, const uint4 &v) {
+#ifdef __CUDA_ARCH__
+    *static_cast<uint4 *>(to) = v;
+#else
+    memcpy(to, &v, sizeof v);
+#endif
+}
+
 template <int W> __device__ inline uint4 eight_codes(const Plane &p, int64_t n, int64_t k) {
     unsigned r[4] = {0, 0, 0, 0};
     if (n < p.rows) {
@@ -157,7 +166,7 @@ template <int W, int BM_, int BN_, int NB, int WARPS_M, int WARPS_N> struct Tens
             const int64_t n = column + r;
             if (is_coded(W)) {
                 const uint4 eight = eight_codes<W>(w[b], n, k0 + part);
-                memcpy(__builtin_assume_aligned(&s.w[b][r][part], 16), &eight, 16);
+                store16(&s.w[b][r][part], eight);
             } else {
                 const bool in = n < w[b].rows;
                 cp_async16(&s.w[b][r][part], w[b].data + (in ? code_offset<EXC_BF16>(w[b], n, k0 + part) : 0),

@@ -292,6 +292,35 @@ static void a_tokenizer_is_kept(void **state) {
     free(text);
 }
 
+/* the model of the folder has no row for the last id */
+static void ids_without_rows_are_refused(void **state) {
+    static const struct {
+        const char *config;
+        bool fits;
+    } rows[] = {{"{\"vocab_size\":512}", true},
+                {"{\"vocab_size\":600}", true}, /* padded rows */
+                {"{\"vocab_size\":511}", false},
+                {"{\"vocab_size\":600,\"text_config\":{\"vocab_size\":500}}", false},
+                {"{\"text_config\":{\"vocab_size\":512}}", true},
+                {"{}", true}};
+    exc_ctx *ctx = test_ctx(1);
+    size_t n;
+    char *text = test_read(test_data("demo/tokenizer.json"), &n);
+    for (size_t i = 0; i < EXC_COUNT(rows); i++) {
+        const char *dir = test_tmpdir();
+        exc_tokenizer *t = NULL;
+        test_write(test_path(dir, "tokenizer.json"), text, n);
+        test_write(test_path(dir, "config.json"), rows[i].config, strlen(rows[i].config));
+        exc_status st = exc_tokenizer_load(ctx, dir, &t);
+        if (!rows[i].fits) test_refused(ctx, st, EXC_ERR_INPUT, "tokenizer.json", "vocab_size", "config.json", "511", NULL);
+        assert_int_equal(st == EXC_OK, rows[i].fits);
+        assert_int_equal(t != NULL, rows[i].fits);
+        exc_tokenizer_free(t);
+    }
+    free(text);
+    exc_ctx_free(ctx);
+}
+
 static void unknown_templates_are_refused(void **state) {
     exc_ctx *ctx = test_ctx(1);
     const char *dir = test_tmpdir(), *prompt = test_path(dir, "p.txt");
@@ -351,6 +380,7 @@ int main(void) {
         cmocka_unit_test(named_formats),
         cmocka_unit_test(formats_match_templates),
         cmocka_unit_test(a_tokenizer_is_kept),
+        cmocka_unit_test(ids_without_rows_are_refused),
         cmocka_unit_test(unknown_templates_are_refused),
         cmocka_unit_test(every_allocation_may_fail),
     };

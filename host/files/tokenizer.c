@@ -375,6 +375,23 @@ static exc_status make_and_keep(exc_ctx *ctx, const source *s, const char key[33
     return EXC_OK;
 }
 
+/* Ids that the model has no row for would be met in the middle of the work: the folder is refused as a whole. A vocabulary
+ * that is smaller than the model's is common, rows are padded. A folder without a model, or one whose config
+ * is not what the model's own reader takes, is not judged here. */
+static exc_status check_rows(exc_ctx *ctx, const char *dir, const char *what, const exc_tokenizer *t) {
+    char *path;
+    json_t *root = NULL;
+    EXC_TRY(exc_path_join(ctx, dir, "config.json", &path));
+    exc_status st = access(path, F_OK) ? EXC_OK : exc_json_load(ctx, path, 0, &root);
+    const json_t *text = json_object_get(root, "text_config"), *rows = json_object_get(text ? text : root, "vocab_size");
+    if (st == EXC_OK && json_is_integer(rows) && json_integer_value(rows) < (json_int_t)t->size)
+        st = exc_fail(ctx, EXC_ERR_INPUT, "%s: vocabulary: expected ids below %lld (vocab_size of %s), found id %lld", what,
+                      (long long)json_integer_value(rows), path, (long long)t->size - 1);
+    json_decref(root);
+    exc_release(path);
+    return st;
+}
+
 /* Reading a large tokenizer takes half a second and a study asks for it six times, so the context keeps the
  * last one. It is known by its bytes: neither a copied folder nor a file written anew within a tick deceives.
  */
@@ -387,7 +404,9 @@ exc_status exc_tokenizer_load(exc_ctx *ctx, const char *model_dir, exc_tokenizer
         *out = ctx->kept.thing;
     else if (st == EXC_OK)
         st = make_and_keep(ctx, &s, key, out);
+    if (st == EXC_OK) st = check_rows(ctx, model_dir, s.path, *out);
     if (st == EXC_OK) (*out)->uses++;
+    else *out = NULL;
     exc_release(s.path);
     exc_release(s.text);
     exc_release(s.config_path);

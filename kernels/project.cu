@@ -11,6 +11,8 @@
 #include "racks.cuh"
 #include "strips.cuh"
 
+exc_status exc_requantise(exc_queue *q, const struct exc_project_args *a, const double *factor); /* requant.cu */
+
 using namespace edit;
 
 namespace {
@@ -252,12 +254,11 @@ template <class T> exc_status project(Call &c) {
 
 extern "C" exc_status exc_cuda_project(exc_queue *q, const struct exc_project_args *a) {
     if (a->count < 0 || a->rows < 0 || a->cols < 0 || a->rank < 1 || a->rank > MOST_RANK) return EXC_ERR_USAGE;
-    if (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32) return EXC_ERR_USAGE;
-    if (a->rounding != EXC_ROUND_RN && a->dtype != EXC_F32) return EXC_ERR_USAGE; /* not on the device yet */
     if (a->norm < EXC_NORM_NONE || a->norm > EXC_NORM_ROW) return EXC_ERR_USAGE;
     if (a->side != EXC_SIDE_OUT && a->side != EXC_SIDE_IN) return EXC_ERR_USAGE;
     if (a->rows > MOST || a->cols > MOST) return EXC_ERR_USAGE;
-    if (a->rounding != EXC_ROUND_RN && a->dtype != EXC_F32) return EXC_ERR_USAGE;
+    const bool coded = a->dtype == EXC_F8_E4M3 || a->dtype == EXC_F4;
+    if (coded || (a->rounding != EXC_ROUND_RN && a->dtype != EXC_F32)) return exc_requantise(q, a, nullptr);
     Call c = {a, q, {}, {}};
     EXC_PASS(exc_enqueued(q, "project", look_at(q->device, &c.d)));
     Job &j = c.j;

@@ -58,7 +58,24 @@ __global__ void scale_matrices(const void *const *src, void *const *dst, const d
     add(overflow, matrix, t.overflow);
 }
 
+exc_status exc_requantise(exc_queue *q, const struct exc_project_args *a, const double *factor); /* requant.cu */
+
+/* the factor goes into the scales: a project without directions */
+static exc_status rescale(exc_queue *q, const struct exc_scale_args *a) {
+    if (a->rows < 0 || a->cols < 1 || a->n != a->rows * a->cols) return EXC_ERR_USAGE;
+    struct exc_project_args p = {};
+    p.src = a->src, p.dst = a->dst, p.dtype = a->dtype, p.count = a->count, p.rows = a->rows, p.cols = a->cols, p.side = EXC_SIDE_OUT;
+    p.changed = a->changed, p.nonfinite = a->nonfinite;
+    p.scale = a->scale, p.scale_to = a->scale_to, p.scale_dtype = a->scale_dtype, p.scale_power = a->scale_power;
+    if (a->overflow) { /* what is too large is the largest, or rescaled */
+        exc_status st = exc_enqueue_fill(q, a->overflow, 0, (size_t)a->count * sizeof *a->overflow);
+        if (st != EXC_OK) return st;
+    }
+    return exc_requantise(q, &p, a->factor);
+}
+
 extern "C" exc_status exc_cuda_scale(exc_queue *q, const struct exc_scale_args *a) {
+    if (a->count >= 0 && (a->dtype == EXC_F8_E4M3 || a->dtype == EXC_F4)) return rescale(q, a);
     if (a->count < 0 || a->n < 0 || (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32)) return EXC_ERR_USAGE;
     int64_t *const counts[] = {a->changed, a->nonfinite, a->overflow};
     for (int64_t *c : counts)

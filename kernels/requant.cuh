@@ -165,9 +165,7 @@ template <int DTYPE, bool OUT> struct Line {
     }
     /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block. All threads call. */
     __device__ void choose(const float (&y)[PIECE], int64_t h0, int rows) const {
-        if (!CODED) return;
-        float largest = 0;
-        if (DTYPE == EXC_F4 && OUT) {
+        if constexpr (DTYPE == EXC_F4 && OUT) {
 #pragma unroll
             for (int h = 0; h < PIECE; h++) {
                 if (h >= rows) continue;
@@ -175,15 +173,16 @@ template <int DTYPE, bool OUT> struct Line {
                 const unsigned group = __reduce_max_sync(ALL_LANES, x == x ? bits_of(x) : 0u);
                 if (in && l % SCALE_GROUP == 0) kept[kept_place(h0 + h)] = next_scale(old_scale(h0 + h), f32_of(group));
             }
-            return;
-        }
+        } else if constexpr (CODED) {
+            float largest = 0;
 #pragma unroll
-        for (int h = 0; h < PIECE; h++)
-            if (h < rows && fabsf(y[h]) > largest) largest = fabsf(y[h]);
-        if (DTYPE == EXC_F4) {
-            if (in) kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
-            return;
+            for (int h = 0; h < PIECE; h++)
+                if (h < rows && fabsf(y[h]) > largest) largest = fabsf(y[h]);
+            if constexpr (DTYPE == EXC_F8_E4M3) choose_of_block(largest, h0);
+            else if (in) kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
         }
+    }
+    __device__ void choose_of_block(float largest, int64_t h0) const {
         unsigned *m = most + h0 / SCALE_BLOCK % 2;
         const unsigned warp = __reduce_max_sync(ALL_LANES, bits_of(largest));
         if (l % WARP == 0) atomicMax(m, warp);
@@ -240,15 +239,13 @@ template <int DTYPE, bool OUT> struct Line {
     }
     /* scales of the band to memory. mend: one that is none becomes 1 */
     __device__ void store_scales(bool mend) const {
-        if (!CODED) return;
-        const int64_t step = DTYPE == EXC_F8_E4M3 ? SCALE_BLOCK : OUT ? 1 : SCALE_GROUP;
         __syncthreads();
-        if (DTYPE == EXC_F8_E4M3) {
-            for (int64_t h = l * step; h < q.along; h += BAND * step) put_scale(scale_place_of(h), kept[h / SCALE_BLOCK], mend);
-            return;
+        if constexpr (DTYPE == EXC_F8_E4M3) {
+            for (int64_t h = l * SCALE_BLOCK; h < q.along; h += BAND * SCALE_BLOCK) put_scale(scale_place_of(h), kept[h / SCALE_BLOCK], mend);
+        } else if constexpr (DTYPE == EXC_F4) {
+            for (int64_t h = 0; in && h < q.along; h += OUT ? 1 : SCALE_GROUP)
+                if (!OUT || l % SCALE_GROUP == 0) put_scale(scale_place(h), kept[kept_place(h)], mend);
         }
-        for (int64_t h = 0; in && h < q.along; h += step)
-            if (!OUT || l % SCALE_GROUP == 0) put_scale(scale_place(h), kept[kept_place(h)], mend);
     }
     /* as scale_place, for any thread: e4m3 has one scale for all lines */
     __device__ int64_t scale_place_of(int64_t h) const {

@@ -107,10 +107,54 @@ static void sample_draws(void **state) {
     assert_int_equal(TWIN_STATUS(sample, &a), EXC_ERR_USAGE);
 }
 
+/* -------------------------------------------------------------------------------------------------------------- moments */
+
+static void moments_sums(void **state) {
+    static const int64_t shapes[][4] = {{0, 2, 4, 8}, {1, 1, 1, 1}, {127, 3, 5, 31}, {700, 2, 3, 127}, {300, 8, 33, 40}};
+    for (size_t s = 0; s < EXC_COUNT(shapes); s++)
+        for (int variant = 0; variant < 8; variant++) {
+            int act = variant & 1 ? EXC_BF16 : EXC_F32, fixed = variant >> 1 & 1, alone = variant >> 2; /* alone: without activations */
+            int64_t T = shapes[s][0], K = shapes[s][1], E = shapes[s][2], I = shapes[s][3], pairs = T * K;
+            if (twin_small() && pairs > 400) continue;
+            size_t size = act == EXC_BF16 ? 2 : 4, n = (size_t)(E * I), p = (size_t)pairs;
+            float *values = normals(pairs * I, s, 1), *weights = normals(pairs, 9, 1);
+            uint16_t *half = malloc((size_t)(pairs * I + 1) * 2);
+            int32_t *ids = malloc((p + 1) * 4);
+            for (int64_t i = 0; i < pairs * I; i++) half[i] = test_bf16(values[i]);
+            for (int64_t i = 0; i < pairs; i++) ids[i] = i / K % 10 == 4 ? -1 : (int32_t)(exc_random_u64(8, s, (uint64_t)i) % (uint64_t)E);
+            const void *mid = act == EXC_BF16 ? (void *)half : (void *)values;
+            int64_t *count[2];
+            double *gate[2], *sum[2];
+            for (int i = 0; i < 2; i++) {
+                count[i] = calloc((size_t)E, 8), gate[i] = calloc((size_t)E, 8), sum[i] = calloc(n, 8);
+                for (int64_t e = 0; e < E; e++) count[i][e] = e, gate[i][e] = 0.25 * (double)e; /* added to */
+                for (size_t k = 0; k < n; k++) sum[i][k] = 0.5 * (double)(k % 7);
+            }
+            struct exc_moments_args a = {ids, weights, alone ? NULL : mid, act, T, K, E, I, count[0], gate[0], alone ? NULL : sum[0]}, b = a;
+            b.ids = twin_up(ids, p * 4), b.weights = twin_up(weights, p * 4), b.count = twin_up(count[1], (size_t)E * 8), b.gate_sum = twin_up(gate[1], (size_t)E * 8);
+            if (!alone) b.mid = twin_up(mid, p * (size_t)I * size), b.mid_sum = twin_up(sum[1], n * 8);
+            twin.cpu->queue.reproducible = twin.gpu->queue.reproducible = fixed;
+            assert_int_equal(exc_cpu_moments(&twin.cpu->queue, &a), EXC_OK);
+            TWIN_RUN(moments, &b);
+            twin.cpu->queue.reproducible = twin.gpu->queue.reproducible = 0;
+            twin_down(count[1], b.count, (size_t)E * 8), twin_down(gate[1], b.gate_sum, (size_t)E * 8);
+            if (!alone) twin_down(sum[1], b.mid_sum, n * 8);
+            assert_memory_equal(count[1], count[0], (size_t)E * 8);
+            assert_memory_equal(gate[1], gate[0], (size_t)E * 8);
+            assert_memory_equal(sum[1], sum[0], n * 8);
+            twin_done();
+            for (int i = 0; i < 2; i++) free(count[i]), free(gate[i]), free(sum[i]);
+            free(values), free(weights), free(half), free(ids);
+        }
+    struct exc_moments_args a = {.tokens = -1, .top_k = 1, .experts = 1};
+    assert_int_equal(TWIN_STATUS(moments, &a), EXC_ERR_USAGE);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(compare_rows),
         cmocka_unit_test(sample_draws),
+        cmocka_unit_test(moments_sums),
     };
     return cmocka_run_group_tests_name("tokens", tests, twin_open, twin_close);
 }

@@ -203,6 +203,7 @@ void hc::check_words(const char *k, int i, const void *value, size_t n, cudaStre
         uintptr_t word;
         memcpy(&word, (const char *)value + at, 8);
         if (word < 0x500000000000u || word > 0x7fffffffffffu) continue;
+        if ((uint32_t)word < 65536) continue; /* a small int, and whatever fills the place beside it */
         if (msync((void *)(word & ~(uintptr_t)4095), 1, MS_ASYNC)) continue; /* nothing there: a number */
         LOCK;
         if (!find((const void *)word))

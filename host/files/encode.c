@@ -269,15 +269,13 @@ exc_status exc_tokenizer_decode(exc_ctx *ctx, const exc_tokenizer *t, const int3
     exc_buf run = {0};
     exc_status st = EXC_OK;
     for (size_t i = 0; i < n && st == EXC_OK; i++) {
-        bool known = ids[i] >= 0 && (uint32_t)ids[i] < t->size && t->tokens[ids[i]].flags;
-        const exc_token *x = known ? t->tokens + ids[i] : NULL;
-        if (!known)
-            st = exc_fail(ctx, EXC_ERR_INPUT,
-                          "token %zu: expected an id of the vocabulary (below %u), found %d", i, t->size,
-                          ids[i]);
-        else if (x->flags & EXC_TOKEN_BYTE)
+        if (ids[i] < 0)
+            st = exc_fail(ctx, EXC_ERR_INPUT, "token %zu: expected an id of 0 or more, found %d", i, ids[i]);
+        if (ids[i] < 0 || (uint32_t)ids[i] >= t->size || !t->tokens[ids[i]].flags) continue; /* padding of a vocabulary */
+        const exc_token *x = t->tokens + ids[i];
+        if (x->flags & EXC_TOKEN_BYTE) {
             exc_buf_put(&run, t->bytes + x->begin, 1);
-        else if (!skip_special || !(x->flags & EXC_TOKEN_SPECIAL)) {
+        } else if (!skip_special || !(x->flags & EXC_TOKEN_SPECIAL)) {
             put_bytes(out, &run);
             exc_buf_put(out, t->bytes + x->begin, x->len);
         }

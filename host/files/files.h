@@ -112,7 +112,8 @@ void exc_tokenizer_free(exc_tokenizer *t);
 typedef struct exc_ids { int32_t *data; size_t len, cap; } exc_ids; /* exc_ids_free */
 /* special: added tokens in the text are matched, post-processor applied; else the text is ordinary text. Appends to ids. */
 exc_status exc_tokenizer_encode(exc_ctx *ctx, const exc_tokenizer *t, const char *text, size_t n, bool special, exc_ids *ids);
-/* appends the bytes of ids to out; skip_special leaves special added tokens out; ids outside the vocabulary are refused */
+/* appends the bytes of ids to out; skip_special leaves special added tokens out; ids that no token has (a vocabulary padded beyond
+ * the tokenizer) give nothing, as in the reference library; negative ones are refused */
 exc_status exc_tokenizer_decode(exc_ctx *ctx, const exc_tokenizer *t, const int32_t *ids, size_t n, bool skip_special, exc_buf *out);
 int32_t exc_tokenizer_id(const exc_tokenizer *t, const char *token); /* added or plain token, -1 if absent */
 int64_t exc_tokenizer_size(const exc_tokenizer *t);                  /* largest id + 1 */
@@ -137,6 +138,7 @@ struct exc_prompts {
     char hash[33];       /* of the file's bytes */
     char *path;          /* the file and, [count], the line of each prompt, for messages; NULL for prompts of no file */
     int64_t *line;
+    int64_t ids; /* size of the tokenizer that texts were read with: must not exceed the model's vocabulary; 0: none was asked */
 };
 exc_status exc_prompts_read(exc_ctx *ctx, const exc_tokenizer *t, const exc_chat *chat, const char *path,
                             const exc_prompt_options *opt, exc_prompts **out);

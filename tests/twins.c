@@ -47,7 +47,7 @@ static void norm_refuses(void **state) {
     assert_int_equal(TWIN_STATUS(norm, &a), EXC_ERR_USAGE);
 }
 
-/* --------------------------------------------------------------------------------------------- embed, lens, rope */
+/* ------------------------------------------------------------------------------------- embed, lens, rope, latent */
 
 static void embed_rows(void **state) {
     static const int64_t shapes[][2] = {{0, 8}, {1, 1}, {5, 31}, {33, 64}, {3, 1028}, {2, 8191}};
@@ -137,6 +137,71 @@ static void rope_rows(void **state) {
             }
             twin_done();
             free(x), free(w), free(freq);
+        }
+}
+
+/* Both forms of the attention, whole tiles and odd sizes, rows that no token owns; the device's bits do not depend on alignment. */
+static void latent_tokens(void **state) {
+    enum { T = 9, ROWS = 10, OUTPUTS = 5 };
+    static const struct { int64_t heads, plain, rotary, latent; int adjacent; } sizes[] = {
+        {1, 1, 2, 1, 1}, {3, 31, 6, 33, 1}, {9, 24, 16, 32, 0}, {2, 132, 64, 132, 1}, {8, 0, 66, 127, 0}, {7, 4, 0, 516, 1}};
+    static const int32_t position[T] = {0, 1, 2, 3, 100, 4095, 40000, 163839, 1048575};
+    static const int64_t cache_row[T] = {3, 4, 5, 6, 0, 1, 2, 9, 8};
+    for (size_t s = 0; s < EXC_COUNT(sizes); s++)
+        for (int variant = 0; variant < 8; variant++) {
+            if (twin_small() && (s % 3 != 1 || variant % 3)) continue;
+            int act = variant & 1 ? EXC_BF16 : EXC_F32, expanded = variant >> 1 & 1, odd = variant >> 2;
+            int64_t H = sizes[s].heads, N = sizes[s].plain, R = sizes[s].rotary, C = sizes[s].latent, U = T * H;
+            int64_t tokens = variant == 5 ? 0 : twin_small() ? 2 : T, qs = H * (N + R) + (odd ? 3 : 4), ks = C + R + 4;
+            int64_t plain_step = expanded ? N + R : N, turned_step = expanded ? N + R : C + R;
+            size_t size = act == EXC_BF16 ? 2 : 4;
+            size_t bytes[OUTPUTS] = {(size_t)(U * plain_step) * size, (size_t)(U * turned_step) * size,
+                                     (size_t)(U * turned_step) * size, (size_t)(ROWS * (C + R)) * size, (size_t)(T * (C + R)) * size};
+            float *q = normals((size_t)(T * qs), 2 * s, 1), *kv = normals((size_t)(T * ks), 2 * s + 1, 3), *w = normals((size_t)C, 3, 1), inv[64] = {0};
+            for (int64_t i = 0; i < R / 2; i++) inv[i] = (float)pow(1e4, -2.0 * (double)i / (double)R);
+            kv[0] = NAN;
+            char *want[OUTPUTS], *got[OUTPUTS];
+            void *on[OUTPUTS];
+            for (int i = 0; i < OUTPUTS; i++) {
+                want[i] = malloc(bytes[i] + 1), got[i] = malloc(bytes[i] + 1);
+                memset(want[i], 0x5a, bytes[i]); /* what nobody writes stays */
+                on[i] = twin_up_at(want[i], bytes[i], odd * size);
+            }
+            struct exc_latent_args a = {.q = q, .q_stride = qs, .kv = kv, .kv_stride = ks, .weight = w, .eps = 1e-6f, .inv_freq = inv,
+                                        .attention_factor = 1.25f, .adjacent = sizes[s].adjacent, .position = position, .cache_row = cache_row,
+                                        .tokens = tokens, .heads = H, .plain = N, .rotary = R, .latent = C, .q_plain = want[0], .plain_step = plain_step,
+                                        .q_turned = want[1], .turned_step = turned_step, .k_turned = expanded ? want[2] : NULL,
+                                        .cache = want[3], .rows = expanded ? want[4] : NULL, .act = act}, g = a;
+            g.q = twin_up_at(q, (size_t)(T * qs) * 4, odd ? 4 : 0);
+            g.kv = twin_up(kv, (size_t)(T * ks) * 4);
+            g.weight = twin_up(w, (size_t)C * 4);
+            g.inv_freq = twin_up(inv, sizeof inv);
+            g.position = twin_up(position, sizeof position);
+            g.cache_row = twin_up(cache_row, sizeof cache_row);
+            g.q_plain = on[0], g.q_turned = on[1], g.k_turned = expanded ? on[2] : NULL, g.cache = on[3], g.rows = expanded ? on[4] : NULL;
+            assert_int_equal(exc_cpu_latent(&twin.cpu->queue, &a), EXC_OK);
+            TWIN_RUN(latent, &g);
+            for (int i = 0; i < OUTPUTS; i++) {
+                twin_down(got[i], on[i], bytes[i]);
+                /* turning and copying are the same step by step; the norm's sum of squares has another order */
+                if (i < 3) assert_memory_equal(got[i], want[i], bytes[i]);
+                else if (act == EXC_F32) twin_close_f32((float *)got[i], (float *)want[i], bytes[i] / 4, 4e-6, 0, "latent");
+                else twin_close_bf16((uint16_t *)got[i], (uint16_t *)want[i], bytes[i] / 2, 1, 100, "latent");
+            }
+            for (int64_t t = 0; t < tokens && expanded; t++)
+                assert_memory_equal(got[4] + (size_t)(t * (C + R)) * size, got[3] + (size_t)(cache_row[t] * (C + R)) * size, (size_t)(C + R) * size);
+            if (!odd && tokens) { /* the same again where no row is aligned */
+                void *apart = twin_up_at(kv, (size_t)(T * ks) * 4, 4);
+                char *again = malloc(bytes[3] + 1);
+                g.kv = apart;
+                TWIN_RUN(latent, &g);
+                twin_down(again, on[3], bytes[3]);
+                assert_memory_equal(again, got[3], bytes[3]);
+                free(again);
+            }
+            twin_done();
+            for (int i = 0; i < OUTPUTS; i++) free(want[i]), free(got[i]);
+            free(q), free(kv), free(w);
         }
 }
 
@@ -250,6 +315,9 @@ static void refusals(void **state) {
     assert_int_equal(TWIN_STATUS(embed, (&(struct exc_embed_args){.tokens = 1, .hidden = 0})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(lens, (&(struct exc_lens_args){.tokens = -1, .hidden = 1})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(rope, (&(struct exc_rope_args){.q_heads = 1, .kv_heads = 1, .head_dim = 4, .rotary = 3})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(latent, (&(struct exc_latent_args){.heads = 1, .plain = 2, .rotary = 3, .latent = 4})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(latent, (&(struct exc_latent_args){.heads = 1, .rotary = 2, .latent = 4, .act = EXC_F16})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(latent, (&(struct exc_latent_args){.heads = 1, .latent = 0, .act = EXC_BF16})), EXC_ERR_USAGE);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- memory, device */
@@ -295,6 +363,7 @@ int main(void) {
         cmocka_unit_test(embed_rows),
         cmocka_unit_test(lens_rows),
         cmocka_unit_test(rope_rows),
+        cmocka_unit_test(latent_tokens),
         cmocka_unit_test(scale_matrices),
         cmocka_unit_test(convert_all),
         cmocka_unit_test(refusals),

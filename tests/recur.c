@@ -96,7 +96,7 @@ static float *run_conv(exc_ctx *ctx, feed f, int64_t channels, int64_t taps, con
         rows_of(&f, x, channels, part, 0);
         for (int64_t r = 0; r < rows; r++) memcpy(xs + r * stride, part + r * channels, (size_t)channels * 4);
         struct exc_conv_args a = {.x = xs, .x_stride = stride, .weight = w, .taps = taps, .channels = channels, .begin = f.begin,
-                                  .length = f.length, .slot = f.slot, .sequences = f.n, .state = state, .state_stride = ring + 5,
+                                  .length = f.length, .slot = f.slot, .sequences = f.n, .tokens = rows, .state = state, .state_stride = ring + 5,
                                   .y = ys, .y_stride = stride};
         assert_int_equal(ctx->ops->conv(&ctx->queue, &a), EXC_OK);
         for (int64_t r = 0; r < rows; r++) memcpy(part + r * channels, ys + r * stride, (size_t)channels * 4);
@@ -167,7 +167,7 @@ static float *run_delta(exc_ctx *ctx, feed f, const shape *s, const float *x, co
         const float *q = part, *k = q + s->k_heads * s->k_dim, *v = k + s->k_heads * s->k_dim, *beta = v + s->v_heads * s->v_dim;
         struct exc_delta_args a = {.q = q, .k = k, .v = v, .stride = W, .beta = beta, .step = beta + s->v_heads, .gate_stride = W,
                                    .a_log = a_log, .dt_bias = bias, .begin = f.begin, .length = f.length, .slot = f.slot,
-                                   .sequences = f.n, .k_heads = s->k_heads, .v_heads = s->v_heads, .k_dim = s->k_dim, .v_dim = s->v_dim,
+                                   .sequences = f.n, .tokens = f.begin[f.n], .k_heads = s->k_heads, .v_heads = s->v_heads, .k_dim = s->k_dim, .v_dim = s->v_dim,
                                    .state = state, .state_stride = stride, .out = got};
         assert_int_equal(ctx->ops->delta(&ctx->queue, &a), EXC_OK);
         guarded(got, total * out);

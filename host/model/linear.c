@@ -96,7 +96,8 @@ static void room(exc_carve *c, exc_session *s) {
     b->state = exc_carve_take(c, slots * (size_t)b->state_step, sizeof *b->state);
 }
 
-static exc_status mix_tokens(exc_session *s, const exc_linear_weights *w, int64_t layer, const exc_step *t) {
+static exc_status mix_tokens(exc_session *s, const exc_linear_weights *w, int64_t layer, const exc_step *t,
+                             int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_linear *l = &p->linear;
     const exc_linear_room *b = &s->linear;
@@ -104,11 +105,11 @@ static exc_status mix_tokens(exc_session *s, const exc_linear_weights *w, int64_
     const float *q = b->qkv, *k = q + keys_of(l), *v = k + keys_of(l);
     EXC_RUN(s, conv, .x = b->in, .x_stride = w->width, .weight = w->conv, .taps = l->taps, .channels = channels,
             .begin = t->begin, .length = s->seq_length, .slot = t->slot, .sequences = t->sequences,
-            .state = b->ring + row * b->ring_step, .state_stride = b->ring_step, .y = b->qkv, .y_stride = channels);
+            .tokens = rows, .state = b->ring + row * b->ring_step, .state_stride = b->ring_step, .y = b->qkv, .y_stride = channels);
     EXC_RUN(s, delta, .q = q, .k = k, .v = v, .stride = channels, .beta = b->gates, .step = b->gates + w->step_at,
             .gate_stride = w->gates_width, .a_log = w->rate, .dt_bias = w->step_bias, .begin = t->begin,
-            .length = s->seq_length, .slot = t->slot, .sequences = t->sequences, .k_heads = l->k_heads,
-            .v_heads = l->v_heads, .k_dim = l->k_dim, .v_dim = l->v_dim, .state = b->state + row * b->state_step,
+            .length = s->seq_length, .slot = t->slot, .sequences = t->sequences, .tokens = rows,
+            .k_heads = l->k_heads, .v_heads = l->v_heads, .k_dim = l->k_dim, .v_dim = l->v_dim, .state = b->state + row * b->state_step,
             .state_stride = b->state_step, .out = b->out);
     return EXC_OK;
 }
@@ -123,7 +124,7 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
             .rows = rows);
     EXC_RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &w->gates, .y = b->gates,
             .y_stride = w->gates_width, .rows = rows);
-    EXC_TRY(mix_tokens(s, w, layer, t));
+    EXC_TRY(mix_tokens(s, w, layer, t, rows));
     EXC_RUN(s, gate, .x = b->out, .x_dtype = EXC_F32, .g = b->in + w->z_at, .g_stride = w->width, .silu = 1,
             .weight = w->norm, .eps = p->eps, .tokens = rows, .heads = l->v_heads, .dim = l->v_dim, .y = b->x, .act = act);
     return exc_write_stream(s, b->x, values_of(l), &y->out, y->out_bias, &y->attn_lens, rows);

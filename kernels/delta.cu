@@ -188,9 +188,9 @@ __device__ void turn_over(const Rule &a, const Kept &t, const Piece &p, int64_t 
 }
 
 __global__ void delta_heads(Rule a) {
-    DYN_SHARED(float, keys); /* [k_dim, C] */
-    SHARED_ARRAY(Room, rooms, 1);
-    Room &r = rooms[0];
+    DYN_SHARED(unsigned char, shared);
+    Room &r = *reinterpret_cast<Room *>(shared);
+    float *keys = reinterpret_cast<float *>(shared + sizeof(Room)); /* [k_dim, C] */
     int64_t sequence = blockIdx.x, head = blockIdx.y, column = (int64_t)blockIdx.z * COLUMNS, c = threadIdx.x % COLUMNS;
     int64_t token = a.begin[sequence], end = a.begin[sequence + 1], position = a.length[sequence] - (end - token);
     bool inside = column + c < a.v_dim, resumed = true;
@@ -245,7 +245,7 @@ extern "C" exc_status exc_cuda_delta(exc_queue *q, const struct exc_delta_args *
             (float)(1.0 / sqrt((double)a->k_dim)), unit_q, unit_k);
     ENQUEUE(q, delta_gates, grid_for(gates, 256), 256, 0, a->beta, a->step, a->gate_stride, a->a_log, a->dt_bias, gates, a->v_heads,
             beta, step);
-    ENQUEUE(q, delta_heads, heads, THREADS, (size_t)(a->k_dim * C) * sizeof(float), r);
+    ENQUEUE(q, delta_heads, heads, THREADS, sizeof(Room) + (size_t)(a->k_dim * C) * sizeof(float), r);
     ENQUEUE(q, delta_keep, dim3((unsigned)a->sequences, (unsigned)a->v_heads), 128, 0, r);
     return EXC_OK;
 }

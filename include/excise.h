@@ -211,6 +211,7 @@ typedef struct exc_plan_options {
     const char *basis;    /* NULL: layer l uses row l+1; "n" or a fraction: that row for all layers */
     const char *norm;     /* NULL or "none", "column", "row" */
     const char *directions; /* path written into the plan, relative to the plan file */
+    const char *round;    /* "rn", "sr", "exact": written into the plan; NULL: left open, which means rn */
 } exc_plan_options;
 #define EXC_PLAN_OPTIONS {sizeof(exc_plan_options)}
 EXC_API exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *stats, const exc_dirs *dirs,

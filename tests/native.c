@@ -296,7 +296,7 @@ static void written_as_bf16(void **state) {
         flip(test_path(out, "model.safetensors"), at);
         test_refused(ctx, exc_verify(ctx, model, out, NULL, NULL), EXC_ERR_INPUT, "down_proj", "difference", NULL);
         o.force = 1;
-        for (int k = 1, done = 0; !done; k += k < 40 ? 1 : 53) { /* every allocation fails once; OUT stays whole or new */
+        for (int k = 1, done = 0; !done; k += k < 12 ? 1 : 101) { /* every allocation fails once; OUT stays whole or new */
             exc_alloc_fail_at(k);
             exc_status st = exc_apply(ctx, model, plan, out, &o, NULL);
             exc_alloc_fail_at(0);
@@ -448,7 +448,7 @@ static void allocations_fail(void **state) {
     assert_int_equal(exc_plan_load(ctx, file, &plan), EXC_OK);
     exc_apply_options o = EXC_APPLY_OPTIONS;
     o.dry_run = 1;
-    for (int n = 1, done = 0; !done; n += n < 60 ? 1 : 41) {
+    for (int n = 1, done = 0; !done; n += n < 20 ? 1 : 97) {
         exc_alloc_fail_at(n);
         exc_status st = exc_apply(ctx, test_data(models[1]), plan, NULL, &o, NULL);
         exc_alloc_fail_at(0);

@@ -245,6 +245,7 @@ static void refusals(void **state) {
         {{.basis = "5"}, EXC_ERR_INPUT, "0..4"},
         {{.basis = "last"}, EXC_ERR_USAGE, "last"},
         {{.norm = "rows"}, EXC_ERR_USAGE, "rows"},
+        {{.round = "up"}, EXC_ERR_USAGE, "exact"},
     };
     exc_plan *p = NULL;
     for (size_t i = 0; i < EXC_COUNT(rows); i++) {
@@ -253,6 +254,11 @@ static void refusals(void **state) {
         test_refused(ctx, exc_plan_make(ctx, demo(""), stats, dirs, &o, &p, NULL), rows[i].st, rows[i].say, NULL);
         assert_null(p);
     }
+    exc_plan_options exact = EXC_PLAN_OPTIONS;
+    exact.round = "exact";
+    assert_int_equal(exc_plan_make(ctx, demo(""), stats, dirs, &exact, &p, NULL), EXC_OK);
+    assert_true(p->has_rounding && p->rounding == EXC_ROUND_EXACT);
+    exc_plan_free(p);
     char kept = stats->fingerprint[0];
     stats->fingerprint[0] = kept == '0' ? '1' : '0';
     test_refused(ctx, exc_plan_make(ctx, demo(""), stats, dirs, NULL, &p, NULL), EXC_ERR_INPUT, "stats", "fingerprint", NULL);

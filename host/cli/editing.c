@@ -24,6 +24,8 @@ int verb_plan(cli *c) {
          "one row of the directions for all layers (a fraction interpolates). Default: layer l uses row l+1"},
         {"--norm", CLI_TEXT, &po.norm, "RULE",
          "lengths to restore: none, column, row (row puts part of the direction back). Default: none"},
+        {"--round", CLI_TEXT, &po.round, "RULE",
+         "how results become storable: rn (nearest), sr (by chance), exact (leaves least; for fp8 and fp4). Default: rn"},
         CLI_END};
     if (cli_begin(c, options, 3, 3)) return c->code;
     if (!out) return cli_usage(c, "expected -o FILE");

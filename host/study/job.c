@@ -6,7 +6,7 @@
  * BOOL, "batch_tokens": N}, "directions": {"method": "mean" | "projected" | "svd" | "whitened", "rank": K,
  * "per_expert": BOOL}, "contrast":   {"alpha": X, "resamples": N, "seed": N}, "plan":       {"roles": TEXT or
  * [TEXT..], "layers": TEXT or [N or TEXT..], "select": TEXT, "strength": X or [X..], "basis": X, "norm":
- * TEXT}, "apply":      {"sidecar": BOOL, "allow_nonfinite": BOOL}, "evaluate":   {"target", "baseline",
+ * TEXT, "round": TEXT}, "apply":      {"sidecar": BOOL, "allow_nonfinite": BOOL, "to": "bf16"}, "evaluate":   {"target", "baseline",
  * "neutral", "markers", "answers": FILE, "system": TEXT, "max_new", "examples", "seed": N}}
  *
  * Everything but the first line may be left out; an unknown key is refused. The whole file and the presence
@@ -178,19 +178,20 @@ static exc_status read_finding(exc_ctx *ctx, exc_job *j) {
 }
 
 static exc_status read_editing(exc_ctx *ctx, exc_job *j) {
-    static const char *const plan[] = {"roles", "layers", "select", "strength", "basis", "norm", NULL};
-    static const char *const apply[] = {"sidecar", "allow_nonfinite", NULL};
+    static const char *const plan[] = {"roles", "layers", "select", "strength", "basis", "norm", "round", NULL};
+    static const char *const apply[] = {"sidecar", "allow_nonfinite", "to", NULL};
     const json_t *o;
     char what[256];
     EXC_TRY(section(ctx, j, "plan", plan, what, &o));
     j->plan = (exc_plan_options)EXC_PLAN_OPTIONS;
     j->plan.directions = "directions.safetensors";
     const char **const lists[] = {&j->plan.roles,    &j->plan.layers, &j->plan.select,
-                                  &j->plan.strength, &j->plan.basis,  &j->plan.norm};
+                                  &j->plan.strength, &j->plan.basis,  &j->plan.norm,   &j->plan.round};
     for (int i = 0; plan[i]; i++) EXC_TRY(get_list(ctx, j, o, what, plan[i], lists[i]));
     EXC_TRY(section(ctx, j, "apply", apply, what, &o));
     j->apply = (exc_apply_options)EXC_APPLY_OPTIONS;
     EXC_TRY(get_flag(ctx, o, what, "sidecar", &j->apply.sidecar));
+    EXC_TRY(exc_json_string_or(ctx, o, what, "to", NULL, &j->apply.to));
     return get_flag(ctx, o, what, "allow_nonfinite", &j->apply.allow_nonfinite);
 }
 

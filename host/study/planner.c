@@ -332,7 +332,12 @@ static exc_status build(planner *k, exc_plan **plan) {
                   "fingerprint", k->a->fingerprint, "directions",
                   k->opt->directions ? k->opt->directions : "directions.safetensors", "edits", k->edits);
     if (!source) return exc_fail(k->ctx, EXC_ERR_MEMORY, "plan: no memory");
-    exc_status st = exc_plan_parse(k->ctx, "plan", source, plan);
+    exc_rounding rounding;
+    exc_status st = !k->opt->round || exc_rounding_find(k->opt->round, &rounding)
+                        ? EXC_OK
+                        : usage(k, "round", "rn, sr or exact", k->opt->round);
+    if (st == EXC_OK && k->opt->round) json_object_set_new(source, "rounding", json_string(k->opt->round));
+    if (st == EXC_OK) st = exc_plan_parse(k->ctx, "plan", source, plan);
     json_decref(source);
     EXC_TRY(st);
     return exc_dirs_copy(k->ctx, k->dirs, &(*plan)->dirs);

@@ -356,6 +356,27 @@ static void test_roles_refused(void **state)
     }
 }
 
+/* what a made plan says it will edit is what apply edits, in tensors of many experts too */
+static void test_made(void **state)
+{
+    const char *dir = golden_dir("gpt_oss_bf16");
+    exc_plan *p = plan_of(4, 64, "{\"op\":\"project\",\"role\":\"expert_down\"}"), *made = NULL;
+    exc_plan_options o = EXC_PLAN_OPTIONS;
+    char *text = NULL;
+    o.roles = "expert_down,attn_out";
+    if (exc_plan_make(ctx, dir, NULL, p->dirs, &o, &made, &text)) fail_msg("%s", exc_ctx_error(ctx));
+    json_t *facts = json_loads(text, 0, NULL);
+    pair w = applied(dir, made);
+    assert_int_equal(json_integer_value(json_object_get(facts, "tensors")), 4 * 4);
+    assert_int_equal(json_integer_value(json_object_get(w.facts, "tensors_edited")), 4 * 4);
+    assert_int_equal(json_integer_value(json_object_get(facts, "experts")), 64);
+    pair_free(&w);
+    json_decref(facts);
+    exc_free(text);
+    exc_plan_free(made);
+    exc_plan_free(p);
+}
+
 static int open_ctx(void **state)
 {
     ctx = test_ctx(2);
@@ -373,7 +394,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_written_bytes), cmocka_unit_test(test_released_size), cmocka_unit_test(test_lengths),
         cmocka_unit_test(test_factors),       cmocka_unit_test(test_router_bias),   cmocka_unit_test(test_three_forms),
-        cmocka_unit_test(test_roles_refused),
+        cmocka_unit_test(test_roles_refused), cmocka_unit_test(test_made),
     };
     return cmocka_run_group_tests(tests, open_ctx, close_ctx);
 }

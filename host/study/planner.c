@@ -348,9 +348,11 @@ static exc_status describe(planner *k, const exc_plan *plan, char **json) {
     exc_compiled *c = NULL;
     EXC_TRY(exc_plan_compile(k->ctx, k->a, plan, &c));
     int64_t edited = 0, experts = 0;
+    const exc_tensor *last = NULL; /* experts that share a tensor follow each other */
     for (size_t i = 0; i < k->a->count; i++) {
         if (!exc_compiled_touches(c, &k->a->items[i])) continue;
-        edited++;
+        edited += k->a->items[i].tensor != last;
+        last = k->a->items[i].tensor;
         experts += k->a->items[i].role == EXC_ROLE_EXPERT_DOWN;
     }
     exc_compiled_free(c);

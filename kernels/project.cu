@@ -6,8 +6,10 @@
  * blocks so few, that what waits fits there (choose()). A thread goes down whole chunks of 64 rows and meets the same weights in
  * both sweeps, so weights held in shared memory are never shared.
  * R on the columns (EXC_SIDE_IN, W [I,H]): a block takes some whole rows to shared memory, edits them there and writes them back.
+ * On Hopper the common edit keeps the strip on the chip, in the shared memory of eight blocks (cluster.cuh).
  * Row norms of EXC_SIDE_OUT span all strips: c of some matrices first, then row by row, while they are in cache.
  * Experts of strength 0 cost no bytes in place. */
+#include "cluster.cuh"
 #include "racks.cuh"
 #include "strips.cuh"
 
@@ -96,6 +98,7 @@ __global__ void __launch_bounds__(64) collect(const Tally *sums, int64_t strips,
 struct Device {
     int processors;
     size_t shared, cache; /* bytes a block may have, of the second-level cache */
+    int major;            /* compute capability */
 };
 
 /* a call under way: what its rounds share */
@@ -111,6 +114,7 @@ cudaError_t look_at(int device, Device *d) {
     cudaError_t e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, device);
     d->shared = (size_t)shared, d->cache = (size_t)cache;
     return e;
 }
@@ -157,6 +161,29 @@ template <class T, int K, bool WIDE> exc_status start_strips(const Call &c, cons
 /* the cut of the kernels that know everything; sums are counted by its strips */
 template <class T> Cut full_cut(const Call &c) { return choose(c.d, c.j.rows, N<T>, c.j.rank, RANKS, true); }
 
+/* the widest strip of which two stages and more fit in a cluster; stages 0: none */
+template <class T> Ring ring_of(const Call &c) {
+    Ring r = {};
+    for (r.lanes = 16; r.lanes >= 4; r.lanes /= 2) {
+        Stage none;
+        r.each = (int)ceil_div(ceil_div(c.j.rows, CHUNK), CLUSTER);
+        for (r.stages = 4; r.stages >= 2; r.stages--) {
+            r.bytes = carve(nullptr, r, N<T>, c.j.rank, &none);
+            if (r.bytes <= c.d.shared) return r;
+        }
+    }
+    r.stages = 0;
+    return r;
+}
+
+template <class T, int K> exc_status start_clusters(const Call &c, const Ring &r) {
+    Job j = c.j;
+    j.strips = ceil_div(j.cols, r.lanes * N<T>);
+    if (c.q->measuring || !j.count || !j.strips) return EXC_OK;
+    EXC_PASS(exc_enqueued(c.q, "clustered", cudaSetDevice(c.q->device)));
+    return exc_enqueued(c.q, "clustered", LAUNCH_CLUSTERS(j.count * j.strips, (clustered<T, K>), THREADS, r.bytes, (cudaStream_t)c.q->stream, j, r));
+}
+
 template <class T> exc_status edit_strips(const Call &c, Mode what) {
     const int rank = c.j.rank;
     const bool plain = !c.j.sums && c.j.norm == EXC_NORM_NONE && rank <= RANKS;
@@ -164,6 +191,11 @@ template <class T> exc_status edit_strips(const Call &c, Mode what) {
     return wide_and_narrow(c.j, (size_t)c.j.cols * sizeof(T), [&](auto is_wide) {
         constexpr bool WIDE = decltype(is_wide)::value;
         if constexpr (WIDE) {
+            const Ring r = plain && c.d.major >= 9 ? ring_of<T>(c) : Ring();
+            if (r.stages && rank == 1) return start_clusters<T, 1>(c, r);
+            if (r.stages && rank == 2) return start_clusters<T, 2>(c, r);
+            if (r.stages && rank == 3) return start_clusters<T, 3>(c, r);
+            if (r.stages && rank == 4) return start_clusters<T, 4>(c, r);
             if (plain && rank == 1) return start_strips<T, 1, WIDE>(c, few, what);
             if (plain && rank == 2) return start_strips<T, 2, WIDE>(c, few, what);
             if (plain && rank == 3) return start_strips<T, 3, WIDE>(c, few, what);

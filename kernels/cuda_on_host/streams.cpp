@@ -259,7 +259,7 @@ API cudaGetDevice(int *d) {
 API cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "CUDA on the host");
-    p->major = 8;
+    p->major = (int)cfg().major;
     p->minor = 0;
     p->warpSize = 32;
     p->multiProcessorCount = (int)cfg().sms;
@@ -282,7 +282,7 @@ API cudaDeviceGetAttribute(int *v, cudaDeviceAttr a, int) {
         *v = (int)cfg().cache << 10;
         break;
     case cudaDevAttrComputeCapabilityMajor:
-        *v = 8;
+        *v = (int)cfg().major;
         break;
     case cudaDevAttrComputeCapabilityMinor:
         *v = 0;

@@ -141,6 +141,10 @@ static void files(void **state)
     test_refused(ctx, exc_write_file(ctx, path, "x", 1, false), EXC_ERR_USAGE, path, "--force", NULL);
     exc_clear(ctx);
     assert_int_equal(exc_write_file(ctx, path, "hello!", 6, true), EXC_OK);
+    char *pipe = test_path(test_tmpdir(), "pipe"); /* what is no file is not replaced by one, whatever is forced */
+    assert_int_equal(mkfifo(pipe, 0600), 0);
+    test_refused(ctx, exc_write_file(ctx, pipe, "x", 1, true), EXC_ERR_USAGE, "device, pipe", NULL);
+    exc_clear(ctx);
     assert_int_equal(exc_read_file(ctx, path, 0, &data, &n), EXC_OK);
     assert_int_equal(n, 6);
     assert_string_equal(data, "hello!");

@@ -61,6 +61,10 @@ check "an output that exists is told before the work" 2 "--force" timeout 20 $ex
 check "an output in no folder" 1 "its folder" $excise capture $demo --target "$out/none.txt" --baseline "$out/b.txt" -o "$out/no/s"
 check "a folder where a file should go" 2 "found a folder" $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" -o "$out" --force
 check "a folder where replies should go" 2 "found a folder" $excise generate $demo --prompts "$out/t.txt" -o "$out" --force
+mkfifo "$out/pipe"
+check "a pipe where a file should go" 2 "device, pipe" $excise generate $demo --prompts "$out/t.txt" -o "$out/pipe" --force
+check "a pipe where a table should go" 2 "device, pipe" $excise contrast "$out/s.safetensors" -o "$out/pipe" --force
+check "and it stays a pipe" 0 "" test -p "$out/pipe"
 check "help to a full disk" 1 "write failed" bash -c "exec $excise -h >/dev/full"
 check "results to a full disk" 1 "write failed" bash -c "exec $excise inspect $demo >/dev/full"
 check "sets that are equal" 3 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/t.txt" -o "$out/s2.safetensors"

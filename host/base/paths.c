@@ -62,8 +62,10 @@ static exc_status check_here(exc_ctx *ctx, const char *path, bool force)
 {
     struct stat sb;
     EXC_TRY(exc_check_output(ctx, path, force));
-    if (lstat(path, &sb) || !S_ISDIR(sb.st_mode)) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_USAGE, "%s: expected a file to overwrite, found a folder", path);
+    /* the new file is renamed over the old one, which would take away a device's node */
+    if (lstat(path, &sb) || S_ISREG(sb.st_mode) || S_ISLNK(sb.st_mode)) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_USAGE, "%s: expected a file to overwrite, found %s", path,
+                    S_ISDIR(sb.st_mode) ? "a folder" : "a device, pipe or socket");
 }
 
 exc_status exc_check_file(exc_ctx *ctx, const char *path, bool force)

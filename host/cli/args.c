@@ -216,10 +216,11 @@ int cli_begin(cli *c, const cli_option *options, int least, int most) {
 int cli_output(cli *c, const char *path) {
     struct stat sb;
     if (!lstat(path, &sb)) {
-        if (c->force && !S_ISDIR(sb.st_mode)) return 0;
+        if (c->force && (S_ISREG(sb.st_mode) || S_ISLNK(sb.st_mode))) return 0;
         fprintf(stderr, "excise %s: %s: %s\n", c->verb->name, path,
-                c->force ? "expected a file to overwrite, found a folder"
-                         : "output exists; nothing is overwritten without --force");
+                !c->force              ? "output exists; nothing is overwritten without --force"
+                : S_ISDIR(sb.st_mode) ? "expected a file to overwrite, found a folder"
+                                       : "expected a file to overwrite, found a device, pipe or socket");
         return c->code = 2;
     }
     const char *slash = strrchr(path, '/');

@@ -135,6 +135,10 @@ BODY void gather_words(const void *const *row, int rows, int64_t halves, int64_t
         __m512i v[16];
         int64_t left = halves - 2 * w;
         __mmask32 some = left >= 32 ? 0xffffffffu : left > 0 ? (1u << left) - 1 : 0;
+        if (rows == 1) { /* nothing to turn, and decoding one sequence does it for every task */
+            _mm512_storeu_si512(tile + w, _mm512_maskz_loadu_epi16(some, (const uint16_t *)row[0] + 2 * w));
+            continue;
+        }
         for (int r = 0; r < 16; r++)
             v[r] = r < rows ? _mm512_maskz_loadu_epi16(some, (const uint16_t *)row[r] + 2 * w) : _mm512_setzero_si512();
         transpose(v);

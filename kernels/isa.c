@@ -2,8 +2,8 @@
  *
  * The processor must offer the instructions and the operating system must save their registers (XCR0), else the first
  * context switch would lose them. AMX also has to be asked for: Linux hands out the 8 KB of tile state on request only.
- * EXCISE_ISA lowers the level, never raises it; it is read at every call, so that one test program can walk
- * through all levels. */
+ * EXCISE_ISA lowers the level, never raises it. It is read once, as some op asks for the level every microsecond; a test program
+ * that walks through all levels calls exc_isa_lower(). */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,15 +48,17 @@ static enum exc_isa find(void) {
 static enum exc_isa find(void) { return EXC_ISA_GENERIC; }
 #endif
 
-enum exc_isa exc_isa_level(void) {
-    static _Atomic int known; /* level + 1 */
-    int level = atomic_load_explicit(&known, memory_order_relaxed) - 1;
-    if (level < 0) {
-        level = (int)find();
-        atomic_store_explicit(&known, level + 1, memory_order_relaxed);
-    }
-    const char *wish = getenv("EXCISE_ISA");
-    for (int i = 0; wish && i < level; i++)
-        if (!strcmp(wish, names[i])) return (enum exc_isa)i;
+static _Atomic int known; /* level + 1 */
+
+enum exc_isa exc_isa_lower(const char *name) {
+    int level = (int)find();
+    for (int i = 0; name && i < level; i++)
+        if (!strcmp(name, names[i])) level = i;
+    atomic_store_explicit(&known, level + 1, memory_order_relaxed);
     return (enum exc_isa)level;
+}
+
+enum exc_isa exc_isa_level(void) {
+    int level = atomic_load_explicit(&known, memory_order_relaxed) - 1;
+    return level < 0 ? exc_isa_lower(getenv("EXCISE_ISA")) : (enum exc_isa)level;
 }

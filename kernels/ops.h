@@ -71,9 +71,11 @@ static inline void *exc_edit_dst(const struct exc_project_args *a, int64_t i) {
 }
 
 /* Run-time choice of instructions (kernels/isa.c): the best level this processor and operating system offer. The
- * environment variable EXCISE_ISA (avx2, avx512, avx512bf16, amx) may lower it, for tests. */
+ * environment variable EXCISE_ISA (generic, avx2, avx512, avx512bf16) may lower it. It is read once; exc_isa_lower(name) lowers
+ * it from the best anew, for tests; NULL or a name that is no lower: the best. */
 enum exc_isa { EXC_ISA_GENERIC, EXC_ISA_AVX2, EXC_ISA_AVX512, EXC_ISA_AVX512BF16, EXC_ISA_AMX };
 enum exc_isa exc_isa_level(void);
+enum exc_isa exc_isa_lower(const char *name);
 const char *exc_isa_name(enum exc_isa level);
 
 #ifdef __cplusplus

@@ -12,7 +12,7 @@
 static const char *const levels[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 static int level_count(void) {
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     return (int)exc_isa_level() + 1;
 }
 
@@ -142,7 +142,7 @@ static void one_edit(const edit *e) {
     for (int level = 0, most = level_count(); level < most; level++)
         for (int threads = 1; threads <= 3; threads += 2)
             for (int in_place = 0; in_place < 2; in_place++) {
-                setenv("EXCISE_ISA", levels[level], 1);
+                exc_isa_lower(levels[level]);
                 void *out = get(bytes), *still = get(bytes);
                 memcpy(still, w, bytes);
                 if (in_place) memcpy(out, w, bytes);
@@ -177,7 +177,7 @@ static void one_edit(const edit *e) {
                 if (first) assert_memory_equal(out, first, bytes), free(out);
                 else first = out;
             }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     free(first), free(w), free(want), free(basis), free(c);
 }
 
@@ -249,7 +249,7 @@ static void row_norms_scale_the_plain_edit(void **state) {
     for (int level = 0; level < level_count(); level++)
         for (int64_t rank = 1; rank <= 9; rank++) {
             float *basis = orthonormal(rank, H, 9);
-            setenv("EXCISE_ISA", levels[level], 1);
+            exc_isa_lower(levels[level]);
             struct exc_project_args a = {.src = (const void *[]){w}, .dst = (void *[]){plain}, .dtype = EXC_F32, .count = 1, .rows = H,
                                          .cols = I, .basis = basis, .rank = rank, .strength = (float[]){0.7f}};
             assert_int_equal(exc_cpu_project(&ctx_of(2)->queue, &a), EXC_OK);
@@ -271,7 +271,7 @@ static void row_norms_scale_the_plain_edit(void **state) {
             }
             free(basis);
         }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     free(w), free(plain), free(scaled);
 }
 
@@ -414,7 +414,7 @@ static void subspace_meets_jacobi(void **state) {
             }
         for (int level = 0, most = level_count(); level < most; level++)
             for (int threads = 1; threads < 3; threads++) {
-                setenv("EXCISE_ISA", levels[level], 1);
+                exc_isa_lower(levels[level]);
                 float *basis = get((size_t)(2 * rank * d) * sizeof *basis), singular[32];
                 double energy[2], residual[2];
                 assert_int_equal(find(ctx_of(threads), x, 2, n, d, rank, basis, singular, energy, residual), EXC_OK);
@@ -427,7 +427,7 @@ static void subspace_meets_jacobi(void **state) {
                 if (threads == 1) first = basis;
                 else assert_memory_equal(first, basis, (size_t)(2 * rank * d) * sizeof *basis), free(basis), free(first);
             }
-        unsetenv("EXCISE_ISA");
+        exc_isa_lower(NULL);
         free(x), free(dirs);
     }
 }

@@ -12,14 +12,14 @@ static const char *const levels[] = {"generic", "avx2", "avx512", "avx512bf16", 
 
 /* runs body(level) for every level that exists here */
 static void at_every_level(void (*body)(void)) {
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     int best = (int)exc_isa_level();
     for (int i = 0; i <= best; i++) {
-        setenv("EXCISE_ISA", levels[i], 1);
+        exc_isa_lower(levels[i]);
         assert_int_equal(exc_isa_level(), i);
         body();
     }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
 }
 
 static exc_queue *queue_of(int threads) {

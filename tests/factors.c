@@ -70,10 +70,10 @@ static void scale_op(void **state) {
 static void every_isa(void **state) {
     static const char *const levels[] = {"generic", "avx2", "avx512"};
     for (int i = 0; i < 3; i++) {
-        setenv("EXCISE_ISA", levels[i], 1);
+        exc_isa_lower(levels[i]);
         scale_op(state);
     }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     scale_op(state);
 }
 

@@ -12,13 +12,13 @@
 static const char *const levels[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
 
 static void at_every_level(void (*body)(void)) {
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     int best = (int)exc_isa_level();
     for (int i = 0; i <= best; i++) {
-        setenv("EXCISE_ISA", levels[i], 1);
+        exc_isa_lower(levels[i]);
         body();
     }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
 }
 
 static exc_ctx *ctx_of(int threads) {

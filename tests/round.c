@@ -349,7 +349,7 @@ static void exact_leaves_little(void **state) {
 /* the same bits at every instruction level */
 static void levels_agree(void **state) {
     static const char *const levels[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
     int best = (int)exc_isa_level();
     for (int k = 0; k < KINDS; k++)
         for (int rounding = 0; rounding < 3; rounding++) {
@@ -357,7 +357,7 @@ static void levels_agree(void **state) {
             float *basis = directions(2, 140, 32);
             said first = {0};
             for (int i = 0; i <= best; i++) {
-                setenv("EXCISE_ISA", levels[i], 1);
+                exc_isa_lower(levels[i]);
                 said s = edit(&m, EXC_SIDE_OUT, basis, 2, 1, 0, rounding, 1, 0);
                 if (i) assert_memory_equal(first.code, s.code, m.bytes);
                 if (i) assert_memory_equal(first.scale, s.scale, m.scale_bytes);
@@ -368,7 +368,7 @@ static void levels_agree(void **state) {
             free(basis);
             drop(&m);
         }
-    unsetenv("EXCISE_ISA");
+    exc_isa_lower(NULL);
 }
 
 static void nan_is_counted(void **state) {

@@ -137,7 +137,7 @@ printf '{"model":"%s","target":"t.txt","baseline":"b.txt","out":"other","plan":{
 check "what would be 2 for the verb is 3 in a job file" 3 "foo.json: plan: roles" $excise run "$out/foo.json"
 check "none of these wrote anything" 0 "" bash -c "! ls '$out' | grep none | grep -v none.json"
 cp -r $demo "$out/bigger"; sed -i 's/"id": 511/"id": 700/' "$out/bigger/tokenizer.json"
-check "a tokenizer with ids beyond the model's" 3 "at most 512 ids" $excise generate "$out/bigger" --prompts "$out/t.txt" -o "$out/none"
+check "a tokenizer with ids beyond the model's" 3 "expected ids below 512" $excise generate "$out/bigger" --prompts "$out/t.txt" -o "$out/none"
 check "evaluate" 0 "perplexity" $excise evaluate "$out/new" --against $demo --neutral $demo/prompts/neutral.txt
 check "evaluate through a plan" 0 "perplexity" $excise evaluate $demo --plan "$out/p.json" --neutral $demo/prompts/neutral.txt --virtual
 printf '{"excise_plan":1,"edits":[]}' >"$out/none.json"

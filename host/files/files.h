@@ -138,7 +138,6 @@ struct exc_prompts {
     char hash[33];       /* of the file's bytes */
     char *path;          /* the file and, [count], the line of each prompt, for messages; NULL for prompts of no file */
     int64_t *line;
-    int64_t ids; /* size of the tokenizer that texts were read with: must not exceed the model's vocabulary; 0: none was asked */
 };
 exc_status exc_prompts_read(exc_ctx *ctx, const exc_tokenizer *t, const exc_chat *chat, const char *path,
                             const exc_prompt_options *opt, exc_prompts **out);

@@ -20,7 +20,6 @@ typedef struct source {
     const exc_chat *chat;
     exc_chat *own; /* chat, where this file loaded it */
     bool fits;     /* the format's markers were found in the tokenizer */
-    bool asked;    /* a line had text */
 } source;
 
 /* one line of a file, without its line end */
@@ -106,8 +105,7 @@ void exc_lines_free(char **lines, size_t count) {
 /* --------------------------------------------------------------------------------------------------- one
  * prompt to ids */
 
-static exc_status need_tokenizer(source *s, const char *what) {
-    s->asked = true;
+static exc_status need_tokenizer(const source *s, const char *what) {
     if (s->t) return EXC_OK;
     return exc_fail(s->ctx, EXC_ERR_INPUT,
                     "%s: text needs tokenizer.json%s%s, found none; give {\"tokens\":[..]}", what,
@@ -334,7 +332,6 @@ static exc_status hand_over(gathering *g, exc_prompts *p) {
     p->content = (uint8_t *)g->content.data;
     p->line = (int64_t *)(void *)g->lines.data;
     p->count = g->count;
-    p->ids = g->s->asked ? exc_tokenizer_size(g->s->t) : 0;
     g->ids = (exc_ids){0};
     g->begins = g->texts = g->content = g->lines = (exc_buf){0};
     return EXC_OK;

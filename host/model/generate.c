@@ -53,10 +53,6 @@ static void name_prompt(const exc_prompts *p, int64_t i, char *out, size_t n) {
 exc_status exc_prompts_check(exc_ctx *ctx, const exc_model *m, const exc_prompts *p, int64_t extra) {
     const exc_shape *s = &m->atlas->shape;
     char name[512];
-    if (p->ids > s->vocab)
-        return exc_fail(ctx, EXC_ERR_INPUT,
-                        "%s: tokenizer: expected at most %lld ids (vocab_size of config.json), found %lld; the model's own?",
-                        m->dir, (long long)s->vocab, (long long)p->ids);
     for (int64_t i = 0; i < p->count; i++) {
         int64_t n = prompt_length(p, i);
         name_prompt(p, i, name, sizeof name);

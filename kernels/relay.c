@@ -6,7 +6,7 @@
  * sweeps that only read and only write leave the memory bus half idle, hence the relay: row by row the finished strip leaves the
  * buffer and the next strip takes its place, so that every step reads one row piece from memory and writes one to it.
  *
- * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 9 to 10, this one 13
+ * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 9, this one 13
  * at rank 1, of which 9 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly
  * (pace). Whole matrices through the last-level cache in the order of memory take 14, as reads of the two levels do not overlap.
  * At rank 3 the 12 multiply-adds of a line, one a cycle, and 13 other operations take 16.5.

@@ -104,6 +104,7 @@ double spec_flop(const spec *s, double tokens, double visible); /* one forward p
 /* ---- the rows */
 void flow_rows(bench *b);    /* flow.c: ops of the forward pass */
 void latent_rows(bench *b);  /* latents.c: ops of multi-head latent attention */
+void delta_rows(bench *b);   /* deltas.c: ops of the gated delta net */
 void sums_rows(bench *b);    /* sums.c: ops of statistics and comparison */
 void edits_rows(bench *b);   /* edits.c: weight edits and subspaces */
 void coded_rows(bench *b);   /* coded.c: fp8 and fp4 weights, multiplied and edited as they are stored */

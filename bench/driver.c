@@ -262,6 +262,7 @@ int main(int argc, char **argv)
     coded_rows(&run);
     sums_rows(&run);
     flow_rows(&run);
+    delta_rows(&run);
     latent_rows(&run);
     engine_rows(&run);
     disk_rows(&run);

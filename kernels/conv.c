@@ -9,6 +9,7 @@
 #include "lanes.h"
 
 #define BLOCK 512 /* channels of a unit */
+#define MOST_TAPS 64
 
 typedef struct unit {
     int64_t row, rows; /* of the batch */
@@ -25,17 +26,26 @@ EXC_INLINE const float *input(const struct exc_conv_args *a, const unit *u, int6
 
 EXC_INLINE void block_body(const struct exc_conv_args *a, const unit *u) {
     int64_t n = u->channels;
+    const float *x[MOST_TAPS], *w[MOST_TAPS];
     for (int64_t r = 0; r < u->rows; r++) {
         float *y = a->y + (u->row + r) * a->y_stride + u->channel;
-        int64_t last = u->before + r;
-        for (int64_t i = 0; i < n; i++) y[i] = 0;
-        for (int64_t j = 0; j < a->taps; j++) {
-            int64_t position = last - (a->taps - 1) + j;
-            if (position < 0) continue;
-            const float *x = input(a, u, position), *w = a->weight + j * a->channels + u->channel;
-            for (int64_t i = 0; i < n; i++) y[i] += w[i] * x[i];
+        int64_t oldest = u->before + r - (a->taps - 1), i = 0;
+        int taps = 0;
+        for (int64_t j = oldest < 0 ? -oldest : 0; j < a->taps; j++, taps++) {
+            x[taps] = input(a, u, oldest + j);
+            w[taps] = a->weight + j * a->channels + u->channel;
         }
-        for (int64_t i = 0; i < n; i++) y[i] = exc_swish(y[i], 1.0f);
+        for (; i + LANES <= n; i += LANES) {
+            float sum[LANES] = {0};
+            for (int j = 0; j < taps; j++)
+                for (int l = 0; l < LANES; l++) sum[l] += w[j][i + l] * x[j][i + l];
+            for (int l = 0; l < LANES; l++) y[i + l] = sum[l] * exc_sigmoid(sum[l]);
+        }
+        for (; i < n; i++) {
+            float sum = 0;
+            for (int j = 0; j < taps; j++) sum += w[j][i] * x[j][i];
+            y[i] = sum * exc_sigmoid(sum);
+        }
     }
     int64_t end = u->before + u->rows, kept = exc_least(a->taps - 1, u->rows);
     for (int64_t p = end - kept; p < end; p++)
@@ -62,7 +72,7 @@ static void run(void *arg, size_t task, int worker) {
 }
 
 exc_status exc_cpu_conv(exc_queue *q, const struct exc_conv_args *a) {
-    if (a->sequences < 0 || a->channels < 1 || a->taps < 1 || a->taps > 64) return EXC_ERR_USAGE;
+    if (a->sequences < 0 || a->channels < 1 || a->taps < 1 || a->taps > MOST_TAPS) return EXC_ERR_USAGE;
     job j = {.a = a, .block = block_for(), .blocks = (a->channels + BLOCK - 1) / BLOCK};
     q->parallel(q, (size_t)(a->sequences * j.blocks), run, &j);
     return EXC_OK;

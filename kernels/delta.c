@@ -29,7 +29,7 @@ typedef struct job {
 /* what a slot keeps of one key head: keys as columns, and of each of its value heads S, corrections, decays */
 typedef struct kept {
     float *keys; /* [k_dim, C] */
-    float *s;    /* [group][k_dim, wide] */
+    float *s;    /* [group], each in columns of 64 (the last perhaps fewer): [wide/64][k_dim, 64], so that it is read as one stream */
     float *d;    /* [group][C, wide] */
     double *since; /* [group][C] */
 } kept;
@@ -113,6 +113,23 @@ static void product(const job *j, const float *a, int64_t a_stride, int64_t rows
                               c_stride, (int)(exc_least(64, columns - at) / LANES), add);
 }
 
+/* The same with S on one side: its columns lie in blocks. */
+static void times_state(const job *j, const float *a, int64_t a_stride, int64_t rows, const float *s, float *c, int64_t c_stride) {
+    int64_t D = j->a->k_dim;
+    for (int64_t at = 0; at < j->wide; at += 64) {
+        int64_t n = exc_least(64, j->wide - at);
+        product(j, a, a_stride, rows, s + at * D, n, D, c + at, c_stride, n, 0);
+    }
+}
+
+static void add_to_state(const job *j, const float *keys, const float *x, float *s, int add) {
+    int64_t D = j->a->k_dim;
+    for (int64_t at = 0; at < j->wide; at += 64) {
+        int64_t n = exc_least(64, j->wide - at);
+        product(j, keys, C, D, x + at, j->wide, C, s + at * D, n, n, add);
+    }
+}
+
 /* to[r] += sum of the corrections that row first + r sees, `own` of them from row `first` on beyond r: 0 the rows before it,
  * 1 itself too */
 static void apply(const job *j, const float *coefficients, const float *d, int64_t first, int64_t rows, int64_t own, float *to) {
@@ -175,18 +192,18 @@ static void turn_over(const job *j, const kept *t, room *r, float *s, const floa
     for (int64_t i = 0; i < C; i++)
         for (int64_t c = 0; c < j->wide; c++) r->x[i * j->wide + c] = left[i] * d[i * j->wide + c];
     if (!fresh) j->with->scale(s, j->a->k_dim * j->wide, all);
-    product(j, t->keys, C, j->a->k_dim, r->x, j->wide, C, s, j->wide, j->wide, !fresh);
+    add_to_state(j, t->keys, r->x, s, !fresh);
 }
 
 /* ks, qs = keys and queries times S; a single token's two rows go together, so that S is read once */
 static void read_state(const job *j, const room *r, const float *s, int64_t rows) {
-    int64_t D = j->a->k_dim, wide = j->wide;
+    int64_t D = j->a->k_dim;
     if (rows == 1) {
-        product(j, r->q, r->k - r->q, 2, s, wide, D, r->qs, r->ks - r->qs, wide, 0);
+        times_state(j, r->q, r->k - r->q, 2, s, r->qs, r->ks - r->qs);
         return;
     }
-    product(j, r->k, D, rows, s, wide, D, r->ks, wide, wide, 0);
-    product(j, r->q, D, rows, s, wide, D, r->qs, wide, wide, 0);
+    times_state(j, r->k, D, rows, s, r->ks, j->wide);
+    times_state(j, r->q, D, rows, s, r->qs, j->wide);
 }
 
 /* rows first.. of a chunk, which is the sequence's first one when `fresh`: S is zero and was never written */

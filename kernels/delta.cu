@@ -28,7 +28,7 @@ struct Rule {
 /* the state of a slot, as delta.c lays it out */
 struct Kept {
     float *keys; /* [k_dim, C] of the key head */
-    float *s;    /* [k_dim, wide] of the value head */
+    float *s;    /* of the value head: [k_dim, 64] for every 64 columns, the last perhaps fewer */
     float *d;    /* [C, wide] */
     double *since; /* [C] */
 };
@@ -123,13 +123,13 @@ __device__ void mix_rows(const Rule &a, const Piece &p, int64_t head, const floa
 __device__ void read_state(const Rule &a, const Kept &t, const Piece &p, int64_t head, int64_t column, bool inside, const float *keys,
                            Room &r) {
     int64_t c = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS, each = ceil_div(a.k_dim, PARTS),
-            key_head = head / (a.v_heads / a.k_heads), from = part * each, to = from + each < a.k_dim ? from + each : a.k_dim;
+            width = a.wide - column < COLUMNS ? a.wide - column : COLUMNS, key_head = head / (a.v_heads / a.k_heads), from = part * each, to = from + each < a.k_dim ? from + each : a.k_dim;
     for (int64_t row = 0; row < p.rows; row += TOGETHER) {
         int64_t n = p.rows - row < TOGETHER ? p.rows - row : TOGETHER;
         const float *q = a.q + ((p.token + row) * a.k_heads + key_head) * a.k_dim;
         float ks[TOGETHER] = {}, qs[TOGETHER] = {};
         for (int64_t d = from; d < to; d++) {
-            float s = inside ? t.s[d * a.wide + column + c] : 0;
+            float s = inside ? t.s[column * a.k_dim + d * width + c] : 0;
 #pragma unroll
             for (int i = 0; i < TOGETHER; i++)
                 if (i < n) {
@@ -172,13 +172,13 @@ __device__ void correct(const Rule &a, const Piece &p, int64_t head, int64_t col
 
 /* S takes up the whole chunk */
 __device__ void turn_over(const Rule &a, const Kept &t, const Piece &p, int64_t column, bool inside, const float *keys, const Room &r) {
-    int64_t c = threadIdx.x % COLUMNS;
+    int64_t c = threadIdx.x % COLUMNS, width = a.wide - column < COLUMNS ? a.wide - column : COLUMNS;
     if (inside) {
         float x[C], all = r.decay[C - 1];
 #pragma unroll
         for (int i = 0; i < C; i++) x[i] = expf((float)(r.since[C - 1] - r.since[i])) * r.d[i][c];
         for (int64_t d = threadIdx.x / COLUMNS; d < a.k_dim; d += PARTS) {
-            float *to = t.s + d * a.wide + column + c, s = p.fresh ? 0 : all * *to;
+            float *to = t.s + column * a.k_dim + d * width + c, s = p.fresh ? 0 : all * *to;
 #pragma unroll
             for (int i = 0; i < C; i++) s = fmaf(keys[d * C + i], x[i], s);
             *to = s;

@@ -29,9 +29,9 @@ EXC_INLINE void rows_body(const struct exc_gate_args *a, int64_t first, int64_t 
             exc_load_row((const uint8_t *)a->x + (size_t)at * size, a->x_dtype, D, work);
             if (a->weight) norm_head(a, work);
             if (a->silu)
-                for (int64_t i = 0; i < D; i++) work[i] *= exc_swish(g[i], 1.0f);
+                for (int64_t i = 0; i < D; i++) work[i] *= g[i] * exc_sigmoid(g[i]);
             else
-                for (int64_t i = 0; i < D; i++) work[i] /= 1.0f + exc_exp(-g[i]);
+                for (int64_t i = 0; i < D; i++) work[i] *= exc_sigmoid(g[i]);
             if (a->act == EXC_F32) {
                 __builtin_memcpy((float *)a->y + at, work, (size_t)D * sizeof *work);
             } else {

@@ -50,6 +50,12 @@ EXC_INLINE float exc_exp_down(float x) {
     return x < -87.0f ? 0.0f : e;
 }
 
+/* 1 / (1 + exp(-x)), relative error below 4e-7 */
+EXC_INLINE float exc_sigmoid(float x) {
+    float e = exc_exp_down(x > 0.0f ? -x : x);
+    return (x > 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
 /* log(1 + exp(x)), relative error below 4e-7, 0 below -87: max(x, 0) + log(1 + u), u = exp(-|x|), the logarithm as 2 atanh(u / (2 + u)) whose
  * series in the square of at most 1/9 needs eight terms */
 EXC_INLINE float exc_softplus(float x) {

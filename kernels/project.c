@@ -21,6 +21,7 @@
 #define RANKS 3    /* directions whose sums share registers */
 #define STRIP 128  /* columns of a strip; row stride of c */
 #define AHEAD 24   /* rows asked for before they are needed */
+#define STRETCH 64 /* elements of a row that are turned at once */
 #define TURNED 16  /* rows of a transposed tile */
 #define MOST_RANK 64
 #define TASKS 64   /* at most, so that a task has strips to look ahead to */
@@ -345,25 +346,48 @@ static void out_run(void *arg, size_t task, int worker) {
     }
 }
 
-/* rows of W <-> columns of an f32 tile [along, TURNED] */
-static void turn(const char *w, int dtype, int64_t rows, int64_t along, float *tile) {
-    size_t size = dtype == EXC_F32 ? 4 : 2;
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t h = 0; h < along; h++) tile[h * TURNED + i] = load_one(w + (size_t)(i * along) * size, (int)h, dtype);
+/* Rows of W <-> columns of an f32 tile [along, TURNED]: a stretch of a row is converted at once, then spread. */
+EXC_INLINE void stretch_in(const char *w, int dtype, int64_t n, float *tile) {
+    float x[STRETCH];
+    for (int i = 0; i < n; i++) x[i] = load_one(w, i, dtype);
+    for (int64_t i = 0; i < n; i++) tile[i * TURNED] = x[i];
 }
-static int64_t turn_back(const float *tile, int dtype, int64_t rows, int64_t along, const char *old, char *w) {
+EXC_INLINE void stretch_out(const float *tile, int dtype, int64_t n, char *w) {
+    float x[STRETCH];
+    for (int64_t i = 0; i < n; i++) x[i] = tile[i * TURNED];
+    for (int i = 0; i < n; i++) store_one(w, i, x[i], dtype);
+}
+EXC_INLINE void turn_body(const char *w, int dtype, int64_t rows, int64_t along, float *tile) {
     size_t size = dtype == EXC_F32 ? 4 : 2;
-    int64_t changed = 0;
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t h = 0; h < along; h++) {
-            char one[4];
-            size_t at = (size_t)(i * along + h) * size;
-            store_one(one, 0, tile[h * TURNED + i], dtype);
-            changed += memcmp(one, old + at, size) != 0;
-            memcpy(w + at, one, size);
+        for (int64_t h = 0; h < along; h += STRETCH) {
+            const char *from = w + (size_t)(i * along + h) * size;
+            float *to = tile + h * TURNED + i;
+            int64_t n = exc_least(STRETCH, along - h);
+            if (dtype == EXC_BF16) stretch_in(from, EXC_BF16, n, to);
+            else if (dtype == EXC_F16) stretch_in(from, EXC_F16, n, to);
+            else stretch_in(from, EXC_F32, n, to);
         }
-    return changed;
 }
+EXC_DISPATCH(turn, (const char *w, int dtype, int64_t rows, int64_t along, float *tile), (w, dtype, rows, along, tile))
+
+#define BACK_PARAMS (const float *tile, int dtype, int64_t rows, int64_t along, const char *old, char *w, int64_t *changed)
+EXC_INLINE void back_body BACK_PARAMS {
+    size_t size = dtype == EXC_F32 ? 4 : 2;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t h = 0; h < along; h += STRETCH) {
+            char now[STRETCH * 4] __attribute__((aligned(64)));
+            size_t at = (size_t)(i * along + h) * size;
+            const float *from = tile + h * TURNED + i;
+            int64_t n = exc_least(STRETCH, along - h);
+            if (dtype == EXC_BF16) stretch_out(from, EXC_BF16, n, now);
+            else if (dtype == EXC_F16) stretch_out(from, EXC_F16, n, now);
+            else stretch_out(from, EXC_F32, n, now);
+            *changed += exc_differing(now, old + at, (int)n, dtype);
+            memcpy(w + at, now, (size_t)n * size);
+        }
+}
+EXC_DISPATCH(back, BACK_PARAMS, (tile, dtype, rows, along, old, w, changed))
 
 static void in_run(void *arg, size_t task, int worker) {
     const job *j = arg;
@@ -386,16 +410,16 @@ static void in_run(void *arg, size_t task, int worker) {
     int idle = s.strength == 0.0f;
     if (idle && dst != src) memcpy(dst, src, bytes);
     if (idle && !a->before && !a->after && !a->c && !a->nonfinite) return;
-    turn(src, a->dtype, rows, j->along, tile);
+    turn_for()(src, a->dtype, rows, j->along, tile);
     if (a->nonfinite) t->nonfinite = bad_values(&s, s.src, EXC_F32);
     if (idle) j->sweep(&s, SWEEP_DOTS);
     else {
         edit_strip(j, &s, m);
-        t->changed = turn_back(tile, a->dtype, rows, j->along, src, dst);
+        back_for()(tile, a->dtype, rows, j->along, src, dst, &t->changed);
     }
     t->before = t->after = square_sum(m->c, s.rank, rows);
     if (a->after && !idle) {
-        turn(dst, a->dtype, rows, j->along, tile);
+        turn_for()(dst, a->dtype, rows, j->along, tile);
         j->sweep(&s, SWEEP_AFTER);
         t->after = square_sum(m->after, s.rank, rows);
     }

@@ -1,16 +1,19 @@
-/* cluster.cuh - the common edit on Hopper: one read and one write of memory, nothing through the second-level cache.
+/* cluster.cuh - the common edit on Hopper: one read and one write of memory, nothing through the second-level
+ * cache.
  *
- * Eight blocks, a cluster, share a strip of 64 to 256 bytes of all rows: each holds an eighth of its chunks in shared memory, in one
- * of 2 to 4 stages, and the strips to come are on their way while one is worked on. Every block takes the partial sums of its
- * chunks and sends them to the block that owns their columns, an eighth of the strip's (distributed shared memory); the owner adds
- * a column's partial sums in ascending order, the canonical one, and sends c to all. Two cluster barriers a strip, which the
- * loads under way cover. Weights leave from registers, 16 bytes a thread and whole row pieces a warp.
+ * Eight blocks, a cluster, share a strip of 64 to 256 bytes of all rows: each holds an eighth of its chunks
+ * in shared memory, in one of 2 to 4 stages, and the strips to come are on their way while one is worked on.
+ * Every block takes the partial sums of its chunks and sends them to the block that owns their columns, an
+ * eighth of the strip's (distributed shared memory); the owner adds a column's partial sums in ascending
+ * order, the canonical one, and sends c to all. Two cluster barriers a strip, which the loads under way
+ * cover. Weights leave from registers, 16 bytes a thread and whole row pieces a warp.
  *
- * Loads are cp.async: 16 bytes a thread, any pointer whose rows begin at multiples of 16 bytes, no tensor map a matrix, and no
- * asynchronous proxy to order against the stores in place. What a remote store must not meet: a block that has not begun (the
- * barrier at the start), one that has ended (none follow the last barrier), and sums or c still being read: sums are read
- * between the barriers of a strip and written outside, c is written between them and read outside. On the host a launch is one
- * cluster, whose blocks run at once (tensor.cuh), so this source is tested there. */
+ * Loads are cp.async: 16 bytes a thread, any pointer whose rows begin at multiples of 16 bytes, no tensor map
+ * a matrix, and no asynchronous proxy to order against the stores in place. What a remote store must not
+ * meet: a block that has not begun (the barrier at the start), one that has ended (none follow the last
+ * barrier), and sums or c still being read: sums are read between the barriers of a strip and written
+ * outside, c is written between them and read outside. On the host a launch is one cluster, whose blocks run
+ * at once (tensor.cuh), so this source is tested there. */
 #ifndef EXC_CLUSTER_CUH
 #define EXC_CLUSTER_CUH
 
@@ -20,16 +23,16 @@ namespace edit {
 
 /* how strips lie in a cluster */
 struct Ring {
-    int lanes;      /* 16-byte pieces of a row of the strip: 4, 8 or 16 */
-    int each;       /* chunks of a block, the last ones may have fewer or none */
+    int lanes; /* 16-byte pieces of a row of the strip: 4, 8 or 16 */
+    int each;  /* chunks of a block, the last ones may have fewer or none */
     int stages;
-    size_t bytes;   /* of shared memory */
+    size_t bytes; /* of shared memory */
 };
 
 struct Stage {
-    uint4 *tile;        /* [stages][each * CHUNK, lanes] */
-    float *partial;     /* [directions, chunks of all blocks, own columns] */
-    float *c;           /* [directions, columns] */
+    uint4 *tile;    /* [stages][each * CHUNK, lanes] */
+    float *partial; /* [directions, chunks of all blocks, own columns] */
+    float *c;       /* [directions, columns] */
 };
 
 __host__ __device__ inline size_t carve(unsigned char *base, const Ring &r, int n, int rank, Stage *s) {
@@ -46,9 +49,9 @@ template <class T> struct Share {
     const Job &j;
     const Ring &r;
     Stage s;
-    int rank;           /* of the block in its cluster */
-    int chunks, rows;   /* of all blocks; rows of this one */
-    int64_t first;      /* its first row */
+    int rank;         /* of the block in its cluster */
+    int chunks, rows; /* of all blocks; rows of this one */
+    int64_t first;    /* its first row */
     int64_t pitch;
 
     __device__ uint4 *tile(int64_t turn) const { return s.tile + turn % r.stages * r.each * CHUNK * r.lanes; }
@@ -58,7 +61,8 @@ template <class T> struct Share {
     __device__ int64_t next(int64_t task, int64_t step) const {
         for (; task < j.count * j.strips; task += step) {
             const char *src = src_of(j, matrix(task)), *dst = dst_of(j, matrix(task));
-            if (wide(src, dst, pitch) && (j.strength[matrix(task)] != 0.0f || src != dst || j.looked_at)) return task;
+            if (wide(src, dst, pitch) && (j.strength[matrix(task)] != 0.0f || src != dst || j.looked_at))
+                return task;
         }
         return -1;
     }
@@ -75,7 +79,8 @@ template <class T> struct Share {
     }
 };
 
-/* partial sums of this block's chunks to the owners of the columns. A thread takes 4 bytes of a row, down a chunk. */
+/* partial sums of this block's chunks to the owners of the columns. A thread takes 4 bytes of a row, down a
+ * chunk. */
 template <class T, int K> __device__ inline void partial_sums(const Share<T> &b, const uint4 *tile) {
     constexpr int U = 4 / sizeof(T);
     const int words = b.r.lanes * 4, own = words * U / CLUSTER, chunks = (b.rows + CHUNK - 1) / CHUNK;
@@ -97,7 +102,8 @@ template <class T, int K> __device__ inline void partial_sums(const Share<T> &b,
         const int column = word * U, at = b.rank * b.r.each + chunk;
         for (int r = 0; r < K; r++)
             for (int u = 0; u < U; u++)
-                cluster_store(b.s.partial + (r * b.r.each * CLUSTER + at) * own + (column + u) % own, (column + u) / own, p[r][u]);
+                cluster_store(b.s.partial + (r * b.r.each * CLUSTER + at) * own + (column + u) % own,
+                              (column + u) / own, p[r][u]);
     }
 }
 
@@ -115,13 +121,16 @@ template <class T, int K> __device__ inline void fold(const Share<T> &b, int64_t
     if (b.j.c && at < b.j.cols) b.j.c[(task / b.j.strips * K + r) * b.j.cols + at] = c;
 }
 
-template <class T, int K> __device__ inline void subtract(const Share<T> &b, const uint4 *tile, int64_t task) {
+template <class T, int K>
+__device__ inline void subtract(const Share<T> &b, const uint4 *tile, int64_t task) {
     const int lane = threadIdx.x % b.r.lanes, columns = b.r.lanes * N<T>;
     const int64_t at = b.column(task) + lane * N<T>;
     const float strength = b.j.strength[b.matrix(task)];
     char *dst = dst_of(b.j, b.matrix(task)) + b.first * b.pitch + at * (int64_t)sizeof(T);
     const bool idle = strength == 0.0f;
-    if (at >= b.j.cols || (idle && dst == src_of(b.j, b.matrix(task)) + b.first * b.pitch + at * (int64_t)sizeof(T))) return;
+    if (at >= b.j.cols ||
+        (idle && dst == src_of(b.j, b.matrix(task)) + b.first * b.pitch + at * (int64_t)sizeof(T)))
+        return;
     float c[K][N<T>];
     for (int r = 0; r < K; r++)
         for (int i = 0; i < N<T>; i++) c[r][i] = b.s.c[r * columns + lane * N<T> + i];
@@ -146,7 +155,14 @@ template <class T, int K> __global__ void __launch_bounds__(THREADS, 1) clustere
     DYN_SHARED(unsigned char, base);
     const int64_t clusters = gridDim.x / CLUSTER;
     const int rank = cluster_rank();
-    Share<T> b = {j, r, {}, rank, (int)((j.rows + CHUNK - 1) / CHUNK), 0, (int64_t)rank * r.each * CHUNK, j.cols * (int64_t)sizeof(T)};
+    Share<T> b = {j,
+                  r,
+                  {},
+                  rank,
+                  (int)((j.rows + CHUNK - 1) / CHUNK),
+                  0,
+                  (int64_t)rank * r.each * CHUNK,
+                  j.cols * (int64_t)sizeof(T)};
     b.rows = (int)max((int64_t)0, min((int64_t)r.each * CHUNK, j.rows - b.first));
     carve(base, r, N<T>, K, &b.s);
     cluster_begin(base);
@@ -158,9 +174,12 @@ template <class T, int K> __global__ void __launch_bounds__(THREADS, 1) clustere
     for (; task >= 0; turn++) {
         b.ask(asked, turn + r.stages - 1); /* into the stage of the turn before, which all have left */
         if (asked >= 0) asked = b.next(asked + clusters, clusters);
-        if (r.stages == 2) cp_async_wait<1>();
-        else if (r.stages == 3) cp_async_wait<2>();
-        else cp_async_wait<3>();
+        if (r.stages == 2)
+            cp_async_wait<1>();
+        else if (r.stages == 3)
+            cp_async_wait<2>();
+        else
+            cp_async_wait<3>();
         __syncthreads();
         partial_sums<T, K>(b, b.tile(turn));
         cluster_sync();

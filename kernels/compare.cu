@@ -1,8 +1,10 @@
-/* compare.cu - two sets of logits, row by row, on the device, the twin of compare.c: KL divergence, equal argmax, -log-probabilities.
+/* compare.cu - two sets of logits, row by row, on the device, the twin of compare.c: KL divergence, equal
+ * argmax, -log-probabilities.
  *
- * A block takes a row and reads it once. A thread goes through it 8 logits at a time: their maximum first, earlier sums are
- * rescaled when it is a new one, and the sums of 8 in f32 are added to f64. Then the threads' sums meet under the row's
- * maximum. Sums and their order differ from the CPU's: log-probabilities and KL are good to 1e-6, as there. */
+ * A block takes a row and reads it once. A thread goes through it 8 logits at a time: their maximum first,
+ * earlier sums are rescaled when it is a new one, and the sums of 8 in f32 are added to f64. Then the
+ * threads' sums meet under the row's maximum. Sums and their order differ from the CPU's: log-probabilities
+ * and KL are good to 1e-6, as there. */
 #include "softmax.cuh"
 
 namespace {
@@ -98,7 +100,9 @@ template <bool BOTH> __global__ void __launch_bounds__(THREADS) compare(exc_comp
 extern "C" exc_status exc_cuda_compare(exc_queue *q, const struct exc_compare_args *a) {
     if (a->rows < 0 || a->vocab < 1 || ((a->nll_p || a->nll_q) && !a->next)) return EXC_ERR_USAGE;
     if (!a->q && (a->kl || a->same_top || a->nll_q)) return EXC_ERR_USAGE;
-    if (a->q) ENQUEUE(q, compare<true>, (unsigned)a->rows, THREADS, 0, *a);
-    else ENQUEUE(q, compare<false>, (unsigned)a->rows, THREADS, 0, *a);
+    if (a->q)
+        ENQUEUE(q, compare<true>, (unsigned)a->rows, THREADS, 0, *a);
+    else
+        ENQUEUE(q, compare<false>, (unsigned)a->rows, THREADS, 0, *a);
     return EXC_OK;
 }

@@ -1,9 +1,11 @@
-/* contrast.cu - log-ratios of routing and their bootstrap on the device, the twin of contrast.c: the same draws, the same order of sums.
+/* contrast.cu - log-ratios of routing and their bootstrap on the device, the twin of contrast.c: the same
+ * draws, the same order of sums.
  *
- * A block takes a resample: it draws prompts (256 at a time, into shared memory) and adds their counts as integers, exactly; so do the
- * counts themselves, as the resample that takes every prompt once. The deviations of all resamples go to scratch, [resamples,
- * experts], and are added as the CPU adds them: 16 stretches, each in order, then the 16. log and erfc are the device's, a few ulp
- * from the CPU's; all else has its bits. */
+ * A block takes a resample: it draws prompts (256 at a time, into shared memory) and adds their counts as
+ * integers, exactly; so do the counts themselves, as the resample that takes every prompt once. The
+ * deviations of all resamples go to scratch, [resamples, experts], and are added as the CPU adds them: 16
+ * stretches, each in order, then the 16. log and erfc are the device's, a few ulp from the CPU's; all else
+ * has its bits. */
 #include "cuda.cuh"
 
 namespace {
@@ -24,18 +26,21 @@ __device__ inline int64_t drawn(uint64_t key, int64_t prompts, int64_t i, int64_
 }
 
 /* counts of a resample's prompts by expert: sum [E], shared memory; all threads call */
-__device__ inline void add_up(const exc_contrast_args &a, int which, int64_t resample, unsigned long long *sum, int64_t *pick) {
+__device__ inline void add_up(const exc_contrast_args &a, int which, int64_t resample,
+                              unsigned long long *sum, int64_t *pick) {
     const uint32_t *counts = which ? a.baseline : a.target;
     const int64_t prompts = which ? a.baseline_prompts : a.target_prompts;
     uint64_t key = mix(mix(a.seed + 0x9e3779b97f4a7c15u) ^ mix(a.stream * DRAW_SETS + (uint64_t)which + 1));
     key = mix(key ^ (uint64_t)resample);
-    const int64_t across = a.experts < THREADS ? ceil_div(a.experts, WARP) * WARP : THREADS; /* experts side by side */
+    const int64_t across =
+        a.experts < THREADS ? ceil_div(a.experts, WARP) * WARP : THREADS; /* experts side by side */
     const int groups = (int)(THREADS / across), group = (int)(threadIdx.x / across);
     for (int64_t e = threadIdx.x; e < a.experts; e += THREADS) sum[e] = 0;
     for (int64_t first = 0; first < prompts; first += THREADS) {
         const int64_t count = prompts - first < THREADS ? prompts - first : THREADS;
         __syncthreads();
-        if (threadIdx.x < count) pick[threadIdx.x] = drawn(key, prompts, first + threadIdx.x, resample) * a.stride;
+        if (threadIdx.x < count)
+            pick[threadIdx.x] = drawn(key, prompts, first + threadIdx.x, resample) * a.stride;
         __syncthreads();
         for (int64_t e = threadIdx.x % across; group < groups && e < a.experts; e += across) {
             unsigned long long mine = 0;
@@ -47,7 +52,8 @@ __device__ inline void add_up(const exc_contrast_args &a, int which, int64_t res
 }
 
 /* sum over experts; every thread gets it */
-__device__ inline double all_of(const exc_contrast_args &a, const unsigned long long *sum, unsigned long long *room) {
+__device__ inline double all_of(const exc_contrast_args &a, const unsigned long long *sum,
+                                unsigned long long *room) {
     unsigned long long mine = 0;
     for (int64_t e = threadIdx.x; e < a.experts; e += THREADS) mine += sum[e];
     return (double)block_sum(mine, room);
@@ -87,12 +93,13 @@ __global__ void __launch_bounds__(THREADS) resample(exc_contrast_args a, double 
         all[which] = all_of(a, sum + which * a.experts, room);
     }
     for (int64_t e : block_stride(a.experts))
-        deviation[blockIdx.x * a.experts + e] = log_share((double)sum[e], all[0], a.alpha, a.experts) -
-                                                log_share((double)sum[a.experts + e], all[1], a.alpha, a.experts) - a.log_ratio[e];
+        deviation[blockIdx.x * a.experts + e] =
+            log_share((double)sum[e], all[0], a.alpha, a.experts) -
+            log_share((double)sum[a.experts + e], all[1], a.alpha, a.experts) - a.log_ratio[e];
 }
 
-/* 16 experts a block, 16 stretches of resamples each. Without two resamples, or two prompts to tell apart, nothing is known: z 0,
- * p 1. */
+/* 16 experts a block, 16 stretches of resamples each. Without two resamples, or two prompts to tell apart,
+ * nothing is known: z 0, p 1. */
 __global__ void __launch_bounds__(TASKS * 16) judge(exc_contrast_args a, const double *deviation) {
     SHARED_ARRAY(double, part, TASKS * 16 * 2);
     const int task = threadIdx.x / 16, at = threadIdx.x % 16;
@@ -117,8 +124,10 @@ __global__ void __launch_bounds__(TASKS * 16) judge(exc_contrast_args a, const d
 } // namespace
 
 extern "C" exc_status exc_cuda_contrast(exc_queue *q, const struct exc_contrast_args *a) {
-    const int64_t E = a->experts, most = a->target_prompts > a->baseline_prompts ? a->target_prompts : a->baseline_prompts;
-    if (E < 0 || a->target_prompts < 0 || a->baseline_prompts < 0 || a->resamples < 0 || !(a->alpha >= 0)) return EXC_ERR_USAGE;
+    const int64_t E = a->experts,
+                  most = a->target_prompts > a->baseline_prompts ? a->target_prompts : a->baseline_prompts;
+    if (E < 0 || a->target_prompts < 0 || a->baseline_prompts < 0 || a->resamples < 0 || !(a->alpha >= 0))
+        return EXC_ERR_USAGE;
     if (a->stride < E || most >= (int64_t)1 << 31 || a->resamples >= (int64_t)1 << 31) return EXC_ERR_USAGE;
     if (!E) return EXC_OK;
     const size_t shared = (size_t)(2 * E) * sizeof(uint64_t);

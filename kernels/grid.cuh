@@ -1,7 +1,9 @@
-/* grid.cuh - codes below 16 bits and the numbers a stored dtype has, on the device: codes.h and grid.h, bit for bit.
+/* grid.cuh - codes below 16 bits and the numbers a stored dtype has, on the device: codes.h and grid.h, bit
+ * for bit.
  *
- * A positive number is rounded by what it loses of an f32: `drop` low bits, or, below the least normal number, what lies under a
- * multiple of `unit`. Beyond `most` stands `over`. Random bits are a function of key, row and column alone (Philox2x32-10). */
+ * A positive number is rounded by what it loses of an f32: `drop` low bits, or, below the least normal
+ * number, what lies under a multiple of `unit`. Beyond `most` stands `over`. Random bits are a function of
+ * key, row and column alone (Philox2x32-10). */
 #ifndef EXC_GRID_CUH
 #define EXC_GRID_CUH
 
@@ -10,8 +12,12 @@
 constexpr int SCALE_BLOCK = 128, SCALE_GROUP = 32; /* EXC_BLOCK, EXC_GROUP */
 constexpr uint32_t NAN_E4M3 = 0x7f;
 
-__device__ inline float from_e4m3(uint32_t code) { return f32_of((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f; }
-__device__ inline float from_e2m1(uint32_t code) { return f32_of((code & 8) << 28 | (code & 7) << 22) * 0x1p126f; }
+__device__ inline float from_e4m3(uint32_t code) {
+    return f32_of((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
+}
+__device__ inline float from_e2m1(uint32_t code) {
+    return f32_of((code & 8) << 28 | (code & 7) << 22) * 0x1p126f;
+}
 __device__ inline float from_e8m0(uint32_t code) {
     const uint32_t u = code << 23;
     return f32_of(code == 255 ? 0x7fc00000u : u > 0x00400000u ? u : 0x00400000u);
@@ -25,9 +31,12 @@ __device__ inline float scale_at(const void *scale, int dtype, int64_t i) {
 }
 __device__ inline void scale_put(void *scale, int dtype, int64_t i, float s) {
     const uint32_t u = bits_of(s);
-    if (dtype == EXC_F32) static_cast<uint32_t *>(scale)[i] = u;
-    else if (dtype == EXC_BF16) static_cast<uint16_t *>(scale)[i] = (uint16_t)(u >> 16);
-    else static_cast<uint8_t *>(scale)[i] = (uint8_t)(u >> 23);
+    if (dtype == EXC_F32)
+        static_cast<uint32_t *>(scale)[i] = u;
+    else if (dtype == EXC_BF16)
+        static_cast<uint16_t *>(scale)[i] = (uint16_t)(u >> 16);
+    else
+        static_cast<uint8_t *>(scale)[i] = (uint8_t)(u >> 23);
 }
 
 struct Grid {

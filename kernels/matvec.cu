@@ -1,20 +1,26 @@
-/* matvec.cu - f64 products with a packed weight matrix on the device, the twin of matvec.c: y [rows,n] = x [rows,k] W^T.
+/* matvec.cu - f64 products with a packed weight matrix on the device, the twin of matvec.c: y [rows,n] = x
+ * [rows,k] W^T.
  *
- * A warp takes four outputs and up to four rows of x, so that a weight is read once and an x four times from the first-level
- * cache. A lane adds its 16-byte pieces in ascending order, the lanes are added as a tree: the bits of an output depend on its
- * row of W and its x alone, and differ from the CPU's single chain by the rounding of k f64 additions. */
+ * A warp takes four outputs and up to four rows of x, so that a weight is read once and an x four times from
+ * the first-level cache. A lane adds its 16-byte pieces in ascending order, the lanes are added as a tree:
+ * the bits of an output depend on its row of W and its x alone, and differ from the CPU's single chain by the
+ * rounding of k f64 additions. */
 #include "cuda.cuh"
 
 namespace {
 
 constexpr int OUTPUTS = 4, ROWS = 4, WARPS = 4;
 
-template <class T> __global__ void __launch_bounds__(WARPS * WARP) matvec(const double *x, const T *w, int64_t n, int64_t k,
-                                                                         int64_t stride, int64_t rows, double *y) {
+template <class T>
+__global__ void __launch_bounds__(WARPS *WARP)
+    matvec(const double *x, const T *w, int64_t n, int64_t k, int64_t stride, int64_t rows, double *y) {
     constexpr int EACH = 16 / sizeof(T);
-    struct alignas(16) Piece { T v[EACH]; };
+    struct alignas(16) Piece {
+        T v[EACH];
+    };
     const int lane = threadIdx.x % WARP;
-    const int64_t first = ((int64_t)blockIdx.x * WARPS + threadIdx.x / WARP) * OUTPUTS, row = (int64_t)blockIdx.y * ROWS;
+    const int64_t first = ((int64_t)blockIdx.x * WARPS + threadIdx.x / WARP) * OUTPUTS,
+                  row = (int64_t)blockIdx.y * ROWS;
     const int count = (int)min((int64_t)ROWS, rows - row);
     double sum[OUTPUTS][ROWS] = {};
     for (int64_t at = (int64_t)lane * EACH; at < stride && first < n; at += WARP * EACH) {
@@ -46,7 +52,8 @@ template <class T> __global__ void __launch_bounds__(WARPS * WARP) matvec(const 
 template <class T> exc_status run(exc_queue *q, const struct exc_matvec_args *a) {
     const int64_t stride = ceil_div(a->w->k, 32) * 32;
     const dim3 grid((unsigned)ceil_div(a->w->n, OUTPUTS * WARPS), (unsigned)ceil_div(a->rows, ROWS));
-    ENQUEUE(q, matvec<T>, grid, WARPS * WARP, 0, a->x, (const T *)a->w->data, a->w->n, a->w->k, stride, a->rows, a->y);
+    ENQUEUE(q, matvec<T>, grid, WARPS * WARP, 0, a->x, (const T *)a->w->data, a->w->n, a->w->k, stride,
+            a->rows, a->y);
     return EXC_OK;
 }
 

@@ -1,8 +1,10 @@
-/* moments.cu - per-expert sums from someone else's forward pass on the device, the twin of moments.c: the same order, the same bits.
+/* moments.cu - per-expert sums from someone else's forward pass on the device, the twin of moments.c: the
+ * same order, the same bits.
  *
- * Pairs (token, choice) are grouped by expert in token order (permute.cu). Blocks of 64 rows of an expert are summed side by side, in
- * f32, each as the CPU sums it; then one thread a column adds an expert's blocks to f64 in order. On reproducible queues the rows
- * are added in fixed point (fixed.cuh), whose sums know no order. Gate sums: a warp an expert, weight after weight. */
+ * Pairs (token, choice) are grouped by expert in token order (permute.cu). Blocks of 64 rows of an expert are
+ * summed side by side, in f32, each as the CPU sums it; then one thread a column adds an expert's blocks to
+ * f64 in order. On reproducible queues the rows are added in fixed point (fixed.cuh), whose sums know no
+ * order. Gate sums: a warp an expert, weight after weight. */
 #include "fixed.cuh"
 
 extern "C" exc_status exc_cuda_permute(exc_queue *q, const struct exc_permute_args *a); /* permute.cu */
@@ -17,10 +19,12 @@ __device__ inline float number(const void *mid, int64_t i, int act) {
 }
 
 /* first [E+1]: the first block of each expert. One block of threads. */
-__global__ void __launch_bounds__(1024) number_blocks(const int64_t *offset, int64_t experts, int64_t *first) {
+__global__ void __launch_bounds__(1024)
+    number_blocks(const int64_t *offset, int64_t experts, int64_t *first) {
     SHARED_ARRAY(int64_t, part, 1024);
     const int n = blockDim.x, i = threadIdx.x;
-    const int64_t each = ceil_div(experts, n), from = each * i, to = from + each < experts ? from + each : experts; /* may be none */
+    const int64_t each = ceil_div(experts, n), from = each * i,
+                  to = from + each < experts ? from + each : experts; /* may be none */
     int64_t mine = 0, before = 0;
     for (int64_t e = from; e < to; e++) mine += ceil_div(offset[e + 1] - offset[e], BLOCK);
     part[i] = mine;
@@ -34,17 +38,22 @@ __global__ void __launch_bounds__(1024) number_blocks(const int64_t *offset, int
 }
 
 /* part [blocks, I]: the sum of a block's rows; S float, or double in fixed point */
-template <class S> __global__ void __launch_bounds__(COLUMNS) add_rows(exc_moments_args a, const int64_t *offset, const int64_t *first,
-                                                                      const int32_t *pair_of, S *part) {
+template <class S>
+__global__ void __launch_bounds__(COLUMNS) add_rows(exc_moments_args a, const int64_t *offset,
+                                                    const int64_t *first, const int32_t *pair_of, S *part) {
     const int64_t block = blockIdx.x, col = (int64_t)blockIdx.y * COLUMNS + threadIdx.x;
     if (block >= first[a.experts]) return;
-    int64_t low = 0, high = a.experts; /* the expert whose block this is: the last that begins here or before, and has rows */
+    int64_t low = 0, high = a.experts; /* the expert whose block this is: the last that begins here or before,
+                                          and has rows */
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
-        if (first[middle] <= block) low = middle;
-        else high = middle;
+        if (first[middle] <= block)
+            low = middle;
+        else
+            high = middle;
     }
-    const int64_t begin = offset[low] + (block - first[low]) * BLOCK, end = begin + BLOCK < offset[low + 1] ? begin + BLOCK : offset[low + 1];
+    const int64_t begin = offset[low] + (block - first[low]) * BLOCK,
+                  end = begin + BLOCK < offset[low + 1] ? begin + BLOCK : offset[low + 1];
     if (col >= a.inner) return;
     S sum = 0;
 #pragma unroll 8
@@ -55,7 +64,9 @@ template <class S> __global__ void __launch_bounds__(COLUMNS) add_rows(exc_momen
     part[block * a.inner + col] = sum;
 }
 
-template <class S> __global__ void __launch_bounds__(COLUMNS) add_blocks(exc_moments_args a, const int64_t *first, const S *part) {
+template <class S>
+__global__ void __launch_bounds__(COLUMNS)
+    add_blocks(exc_moments_args a, const int64_t *first, const S *part) {
     const int64_t e = blockIdx.x, col = (int64_t)blockIdx.y * COLUMNS + threadIdx.x;
     if (col >= a.inner || first[e] == first[e + 1]) return;
     double sum = a.mid_sum[e * a.inner + col];
@@ -64,7 +75,8 @@ template <class S> __global__ void __launch_bounds__(COLUMNS) add_blocks(exc_mom
 }
 
 /* counts and gate sums, a warp an expert */
-__global__ void __launch_bounds__(128) tally(exc_moments_args a, const int64_t *offset, const int32_t *pair_of, int fixed) {
+__global__ void __launch_bounds__(128)
+    tally(exc_moments_args a, const int64_t *offset, const int32_t *pair_of, int fixed) {
     const int64_t e = (int64_t)blockIdx.x * (128 / WARP) + threadIdx.x / WARP;
     const int lane = threadIdx.x % WARP;
     if (e >= a.experts) return;
@@ -82,9 +94,9 @@ __global__ void __launch_bounds__(128) tally(exc_moments_args a, const int64_t *
 
 /* what lies in the scratch: the grouping, then the blocks, then what permute takes for itself */
 struct Plan {
-    int64_t *offset, *first; /* [E+1] */
+    int64_t *offset, *first;   /* [E+1] */
     int32_t *row_of, *pair_of; /* [pairs] */
-    void *part;              /* [blocks, I] */
+    void *part;                /* [blocks, I] */
     int64_t blocks, strips;
 };
 
@@ -103,9 +115,10 @@ exc_status grouped(exc_queue *q, const struct exc_moments_args *a, const Plan &p
 
 template <class S> exc_status add(exc_queue *q, const struct exc_moments_args *a, const Plan &p) {
     ENQUEUE(q, number_blocks, 1, 256, 0, (const int64_t *)p.offset, a->experts, p.first);
-    ENQUEUE(q, add_rows<S>, dim3((unsigned)p.blocks, (unsigned)p.strips), COLUMNS, 0, *a, (const int64_t *)p.offset, (const int64_t *)p.first,
-            (const int32_t *)p.pair_of, (S *)p.part);
-    ENQUEUE(q, add_blocks<S>, dim3((unsigned)a->experts, (unsigned)p.strips), COLUMNS, 0, *a, (const int64_t *)p.first, (const S *)p.part);
+    ENQUEUE(q, add_rows<S>, dim3((unsigned)p.blocks, (unsigned)p.strips), COLUMNS, 0, *a,
+            (const int64_t *)p.offset, (const int64_t *)p.first, (const int32_t *)p.pair_of, (S *)p.part);
+    ENQUEUE(q, add_blocks<S>, dim3((unsigned)a->experts, (unsigned)p.strips), COLUMNS, 0, *a,
+            (const int64_t *)p.first, (const S *)p.part);
     return EXC_OK;
 }
 
@@ -129,7 +142,8 @@ extern "C" exc_status exc_cuda_moments(exc_queue *q, const struct exc_moments_ar
     if (work.status != EXC_OK) return work.status;
     const exc_status st = grouped(q, a, p, work.at);
     if (st != EXC_OK || !pairs) return st;
-    ENQUEUE(q, tally, (unsigned)ceil_div(a->experts, 128 / WARP), 128, 0, *a, (const int64_t *)p.offset, (const int32_t *)p.pair_of, q->reproducible);
+    ENQUEUE(q, tally, (unsigned)ceil_div(a->experts, 128 / WARP), 128, 0, *a, (const int64_t *)p.offset,
+            (const int32_t *)p.pair_of, q->reproducible);
     if (!sums) return EXC_OK;
     return q->reproducible ? add<double>(q, a, p) : add<float>(q, a, p);
 }

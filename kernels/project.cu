@@ -1,27 +1,32 @@
-/* project.cu - orthogonalises weight matrices on the device: W <- W - s R^T (R W), rounded once, with the bits of project.c.
+/* project.cu - orthogonalises weight matrices on the device: W <- W - s R^T (R W), rounded once, with the
+ * bits of project.c.
  *
- * Memory bound. R on the rows (EXC_SIDE_OUT, W [H,I]): a block owns a strip of all H rows and 64 or 128 bytes of them. One sweep
- * takes c = R W, a second subtracts. The rows that fit stay in shared memory between the two, the rest is found again in the
- * second-level cache: the first sweep asks the cache to keep it, the second to drop it. Strips are chosen so narrow, and
- * blocks so few, that what waits fits there (choose()). A thread goes down whole chunks of 64 rows and meets the same weights in
- * both sweeps, so weights held in shared memory are never shared.
- * R on the columns (EXC_SIDE_IN, W [I,H]): a block takes some whole rows to shared memory, edits them there and writes them back.
- * On Hopper the common edit keeps the strip on the chip, in the shared memory of eight blocks (cluster.cuh).
- * Row norms of EXC_SIDE_OUT span all strips: c of some matrices first, then row by row, while they are in cache.
- * Experts of strength 0 cost no bytes in place. */
+ * Memory bound. R on the rows (EXC_SIDE_OUT, W [H,I]): a block owns a strip of all H rows and 64 or 128 bytes
+ * of them. One sweep takes c = R W, a second subtracts. The rows that fit stay in shared memory between the
+ * two, the rest is found again in the second-level cache: the first sweep asks the cache to keep it, the
+ * second to drop it. Strips are chosen so narrow, and blocks so few, that what waits fits there (choose()). A
+ * thread goes down whole chunks of 64 rows and meets the same weights in both sweeps, so weights held in
+ * shared memory are never shared. R on the columns (EXC_SIDE_IN, W [I,H]): a block takes some whole rows to
+ * shared memory, edits them there and writes them back. On Hopper the common edit keeps the strip on the
+ * chip, in the shared memory of eight blocks (cluster.cuh). Row norms of EXC_SIDE_OUT span all strips: c of
+ * some matrices first, then row by row, while they are in cache. Experts of strength 0 cost no bytes in
+ * place. */
 #include "cluster.cuh"
 #include "racks.cuh"
 #include "strips.cuh"
 
-exc_status exc_requantise(exc_queue *q, const struct exc_project_args *a, const double *factor); /* requant.cu */
+exc_status exc_requantise(exc_queue *q, const struct exc_project_args *a,
+                          const double *factor); /* requant.cu */
 
 using namespace edit;
 
 namespace {
 
-/* --------------------------------------------------------------------------------------- R on the rows, norms of rows */
+/* --------------------------------------------------------------------------------------- R on the rows,
+ * norms of rows */
 
-/* |x|^2 of a row in the order of project.c: 16 threads hold a sum each, then the tail, then the sums in order */
+/* |x|^2 of a row in the order of project.c: 16 threads hold a sum each, then the tail, then the sums in order
+ */
 template <class Value> __device__ inline double lane_square(int n, int lane, unsigned mask, Value value) {
     const int whole = n / 16 * 16;
     double sum = 0, total = 0;
@@ -73,15 +78,18 @@ template <class T> __global__ void __launch_bounds__(THREADS) rescaled(Job j, in
         }
         if (!changed) continue;
         moved = __reduce_add_sync(mask, moved);
-        if (lane == 0) atomicAdd(reinterpret_cast<unsigned long long *>(changed + matrix), (unsigned long long)moved);
+        if (lane == 0)
+            atomicAdd(reinterpret_cast<unsigned long long *>(changed + matrix), (unsigned long long)moved);
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ the op */
+/* ------------------------------------------------------------------------------------------------------ the
+ * op */
 
 /* sums of a matrix from those of its strips, in order */
-__global__ void __launch_bounds__(64) collect(const Tally *sums, int64_t strips, int64_t count, double *before, double *after,
-                                              int64_t *changed, int64_t *nonfinite) {
+__global__ void __launch_bounds__(64)
+    collect(const Tally *sums, int64_t strips, int64_t count, double *before, double *after, int64_t *changed,
+            int64_t *nonfinite) {
     const int64_t m = (int64_t)blockIdx.x * 64 + threadIdx.x;
     if (m >= count) return;
     Tally all = {};
@@ -112,25 +120,26 @@ struct Call {
 cudaError_t look_at(int device, Device *d) {
     int shared = 0, cache = 0;
     cudaError_t e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
-    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, device);
     d->shared = (size_t)shared, d->cache = (size_t)cache;
     return e;
 }
 
-/* Strips of 128 bytes, or of 64 and fewer blocks, until what waits between the sweeps takes at most half the cache: lines are
- * kept in both halves of it. */
+/* Strips of 128 bytes, or of 64 and fewer blocks, until what waits between the sweeps takes at most half the
+ * cache: lines are kept in both halves of it. */
 Cut choose(const Device &d, int64_t rows, int n, int rank, int at_once, bool extra) {
-    static const struct {
-        int lanes, blocks;
-    } ways[] = {{8, 2}, {4, 2}, {4, 1}};
+    static const struct { int lanes, blocks; } ways[] = {{8, 2}, {4, 2}, {4, 1}};
     const int chunks = (int)ceil_div(rows, CHUNK);
     Cut k = {};
     for (auto &way : ways) {
         Room none;
-        const size_t room = way.blocks == 1 ? d.shared : (d.shared + 1024) / 2 - 1024; /* a block's own kilobyte */
-        const size_t fixed = carve(nullptr, way.lanes, n, 0, rank, at_once, extra, &none), chunk = (size_t)CHUNK * way.lanes * 16;
+        const size_t room =
+            way.blocks == 1 ? d.shared : (d.shared + 1024) / 2 - 1024; /* a block's own kilobyte */
+        const size_t fixed = carve(nullptr, way.lanes, n, 0, rank, at_once, extra, &none),
+                     chunk = (size_t)CHUNK * way.lanes * 16;
         const int fit = room > fixed ? (int)((room - fixed) / chunk) : 0;
         k = Cut{way.lanes, fit < chunks ? fit : chunks, way.blocks * d.processors, 0};
         k.bytes = fixed + k.held * chunk;
@@ -139,10 +148,11 @@ Cut choose(const Device &d, int64_t rows, int n, int rank, int at_once, bool ext
     return k;
 }
 
-/* One launch over the matrices whose rows begin at multiples of 16 bytes, one over the others; where the addresses are known here,
- * one of them is enough. */
+/* One launch over the matrices whose rows begin at multiples of 16 bytes, one over the others; where the
+ * addresses are known here, one of them is enough. */
 template <class Launch> exc_status wide_and_narrow(const Job &j, size_t row_bytes, Launch launch) {
-    const uintptr_t all = (uintptr_t)j.src_base | (uintptr_t)j.dst_base | (uintptr_t)j.src_stride | (uintptr_t)j.dst_stride;
+    const uintptr_t all =
+        (uintptr_t)j.src_base | (uintptr_t)j.dst_base | (uintptr_t)j.src_stride | (uintptr_t)j.dst_stride;
     const bool known = !j.src, can = row_bytes % 16 == 0 && (!known || all % 16 == 0);
     exc_status st = can ? launch(std::true_type()) : EXC_OK;
     return st == EXC_OK && !(known && can) ? launch(std::false_type()) : st;
@@ -154,7 +164,8 @@ template <class T, int K, bool WIDE> exc_status start_strips(const Call &c, cons
     Job j = c.j;
     j.strips = strips_of(j, k, N<T>);
     const int64_t tasks = j.count * j.strips;
-    ENQUEUE(c.q, (strips<T, K, WIDE>), (unsigned)(tasks < k.blocks ? tasks : k.blocks), THREADS, k.bytes, j, k, what);
+    ENQUEUE(c.q, (strips<T, K, WIDE>), (unsigned)(tasks < k.blocks ? tasks : k.blocks), THREADS, k.bytes, j,
+            k, what);
     return EXC_OK;
 }
 
@@ -176,12 +187,30 @@ template <class T> Ring ring_of(const Call &c) {
     return r;
 }
 
-template <class T, int K> exc_status start_clusters(const Call &c, const Ring &r) {
+template <class T, int K> cudaError_t start_clusters(const Call &c, const Ring &r) {
     Job j = c.j;
     j.strips = ceil_div(j.cols, r.lanes * N<T>);
-    if (c.q->measuring || !j.count || !j.strips) return EXC_OK;
-    EXC_PASS(exc_enqueued(c.q, "clustered", cudaSetDevice(c.q->device)));
-    return exc_enqueued(c.q, "clustered", LAUNCH_CLUSTERS(j.count * j.strips, (clustered<T, K>), THREADS, r.bytes, (cudaStream_t)c.q->stream, j, r));
+    if (c.q->measuring || !j.count || !j.strips) return cudaSuccess;
+    const cudaError_t e = cudaSetDevice(c.q->device);
+    return e != cudaSuccess ? e
+                            : LAUNCH_CLUSTERS(j.count * j.strips, (clustered<T, K>), THREADS, r.bytes,
+                                              (cudaStream_t)c.q->stream, j, r);
+}
+
+/* false: not on this device, or no cluster fits on what is left of it (a partition) */
+template <class T> bool by_clusters(const Call &c, exc_status *st) {
+    const Ring r = c.d.major >= 9 ? ring_of<T>(c) : Ring();
+    if (!r.stages) return false;
+    const cudaError_t e = c.j.rank == 1   ? start_clusters<T, 1>(c, r)
+                          : c.j.rank == 2 ? start_clusters<T, 2>(c, r)
+                          : c.j.rank == 3 ? start_clusters<T, 3>(c, r)
+                                          : start_clusters<T, 4>(c, r);
+    if (e == cudaErrorInvalidConfiguration) {
+        cudaGetLastError();
+        return false;
+    }
+    *st = exc_enqueued(c.q, "clustered", e);
+    return true;
 }
 
 template <class T> exc_status edit_strips(const Call &c, Mode what) {
@@ -191,11 +220,8 @@ template <class T> exc_status edit_strips(const Call &c, Mode what) {
     return wide_and_narrow(c.j, (size_t)c.j.cols * sizeof(T), [&](auto is_wide) {
         constexpr bool WIDE = decltype(is_wide)::value;
         if constexpr (WIDE) {
-            const Ring r = plain && c.d.major >= 9 ? ring_of<T>(c) : Ring();
-            if (r.stages && rank == 1) return start_clusters<T, 1>(c, r);
-            if (r.stages && rank == 2) return start_clusters<T, 2>(c, r);
-            if (r.stages && rank == 3) return start_clusters<T, 3>(c, r);
-            if (r.stages && rank == 4) return start_clusters<T, 4>(c, r);
+            exc_status st;
+            if (plain && by_clusters<T>(c, &st)) return st;
             if (plain && rank == 1) return start_strips<T, 1, WIDE>(c, few, what);
             if (plain && rank == 2) return start_strips<T, 2, WIDE>(c, few, what);
             if (plain && rank == 3) return start_strips<T, 3, WIDE>(c, few, what);
@@ -220,7 +246,8 @@ template <class T> exc_status edit_rows(const Call &c) {
     const int tall = tall_of<T>(c, &bytes);
     const int64_t tasks = c.j.count * c.j.strips, most = (int64_t)c.d.processors * 3;
     return wide_and_narrow(c.j, (size_t)c.j.cols * sizeof(T), [&](auto is_wide) {
-        ENQUEUE(c.q, (rows<T, decltype(is_wide)::value>), (unsigned)(tasks < most ? tasks : most), THREADS, bytes, c.j, tall);
+        ENQUEUE(c.q, (rows<T, decltype(is_wide)::value>), (unsigned)(tasks < most ? tasks : most), THREADS,
+                bytes, c.j, tall);
         return EXC_OK;
     });
 }
@@ -229,8 +256,9 @@ template <class T> exc_status edit_rows(const Call &c) {
 exc_status give(const Call &c, double *before, double *after, int64_t *changed, int64_t *nonfinite) {
     const int64_t f = c.j.first;
     if (!c.j.sums) return EXC_OK;
-    ENQUEUE(c.q, collect, grid_for(c.j.count, 64), 64, 0, (const Tally *)c.j.sums, c.j.strips, c.j.count, before ? before + f : nullptr,
-            after ? after + f : nullptr, changed ? changed + f : nullptr, nonfinite ? nonfinite + f : nullptr);
+    ENQUEUE(c.q, collect, grid_for(c.j.count, 64), 64, 0, (const Tally *)c.j.sums, c.j.strips, c.j.count,
+            before ? before + f : nullptr, after ? after + f : nullptr, changed ? changed + f : nullptr,
+            nonfinite ? nonfinite + f : nullptr);
     return EXC_OK;
 }
 
@@ -239,7 +267,8 @@ template <class T> exc_status rescale(Call &c) {
     const struct exc_project_args *a = c.a;
     EXC_PASS(edit_strips<T>(c, DOTS));
     EXC_PASS(give(c, a->before, nullptr, a->changed, a->nonfinite));
-    ENQUEUE(c.q, (rescaled<T>), grid_for(c.j.count * c.j.rows, THREADS / 16, 1, c.d.processors * 8), THREADS, 0, c.j, a->changed);
+    ENQUEUE(c.q, (rescaled<T>), grid_for(c.j.count * c.j.rows, THREADS / 16, 1, c.d.processors * 8), THREADS,
+            0, c.j, a->changed);
     if (!a->after) return EXC_OK;
     Call left = c;
     left.j.nonfinite = 0;
@@ -285,7 +314,8 @@ template <class T> exc_status project(Call &c) {
 } // namespace
 
 extern "C" exc_status exc_cuda_project(exc_queue *q, const struct exc_project_args *a) {
-    if (a->count < 0 || a->rows < 0 || a->cols < 0 || a->rank < 1 || a->rank > MOST_RANK) return EXC_ERR_USAGE;
+    if (a->count < 0 || a->rows < 0 || a->cols < 0 || a->rank < 1 || a->rank > MOST_RANK)
+        return EXC_ERR_USAGE;
     if (a->norm < EXC_NORM_NONE || a->norm > EXC_NORM_ROW) return EXC_ERR_USAGE;
     if (a->side != EXC_SIDE_OUT && a->side != EXC_SIDE_IN) return EXC_ERR_USAGE;
     if (a->rows > MOST || a->cols > MOST) return EXC_ERR_USAGE;

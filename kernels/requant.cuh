@@ -1,10 +1,12 @@
-/* requant.cuh - project where rounding is more than nearest even, on the device: requant.c, bit for bit, a thread a line.
+/* requant.cuh - project where rounding is more than nearest even, on the device: requant.c, bit for bit, a
+ * thread a line.
  *
- * A block takes a band: 128 lines across R (columns for EXC_SIDE_OUT, rows for EXC_SIDE_IN), which is a whole number of scale
- * blocks; a thread goes down its line in pieces of 32, held in registers. Sweeps as in requant.c: R W; lengths; the ideal result and
- * with it the new scales; for exact rounding 12 trials; the result. What a line keeps by direction lies in shared memory,
- * [direction, line], or in the block's scratch where there is too much of it; new scales lie in the scratch, as old ones are
- * needed until the end. Lines meet only where they share a scale. */
+ * A block takes a band: 128 lines across R (columns for EXC_SIDE_OUT, rows for EXC_SIDE_IN), which is a whole
+ * number of scale blocks; a thread goes down its line in pieces of 32, held in registers. Sweeps as in
+ * requant.c: R W; lengths; the ideal result and with it the new scales; for exact rounding 12 trials; the
+ * result. What a line keeps by direction lies in shared memory, [direction, line], or in the block's scratch
+ * where there is too much of it; new scales lie in the scratch, as old ones are needed until the end. Lines
+ * meet only where they share a scale. */
 #ifndef EXC_REQUANT_CUH
 #define EXC_REQUANT_CUH
 
@@ -23,21 +25,23 @@ struct Requantised {
 
 struct Requant {
     exc_project_args a;
-    const double *factor;   /* [count] or NULL: W' = factor W instead */
-    int64_t first, count;   /* matrices of the round */
+    const double *factor; /* [count] or NULL: W' = factor W instead */
+    int64_t first, count; /* matrices of the round */
     int64_t along, whole, bands;
-    const float *row_gain;  /* [matrices of the round, along] or NULL */
-    Requantised *sums;      /* [matrices of the round, bands] */
-    char *scratch;          /* a part a block: new scales, then what lines keep unless it is in shared memory */
+    const float *row_gain; /* [matrices of the round, along] or NULL */
+    Requantised *sums;     /* [matrices of the round, bands] */
+    char *scratch; /* a part a block: new scales, then what lines keep unless it is in shared memory */
     int64_t scratch_bytes, kept_bytes;
-    int shared_lines;       /* what lines keep is in shared memory */
+    int shared_lines; /* what lines keep is in shared memory */
 };
 
 /* what a line keeps by direction: arrays [rank, BAND], this thread's column */
 struct Keep {
     double *acc, *target;
     float *coef, *lambda, *past, *best, *past_gap;
-    __host__ __device__ static size_t bytes(int64_t rank, bool exact) { return (size_t)rank * BAND * (exact ? 36 : 12); }
+    __host__ __device__ static size_t bytes(int64_t rank, bool exact) {
+        return (size_t)rank * BAND * (exact ? 36 : 12);
+    }
     __device__ Keep(char *base, int64_t rank, bool exact) {
         const int64_t n = rank * BAND;
         acc = reinterpret_cast<double *>(base) + threadIdx.x;
@@ -54,7 +58,7 @@ template <int DTYPE, bool OUT> struct Line {
     Keep k;
     int64_t matrix, at; /* first line of the band */
     int lines, l;
-    bool in;            /* this line is inside the matrix */
+    bool in; /* this line is inside the matrix */
     const uint8_t *src;
     uint8_t *dst;
     const uint8_t *scale;
@@ -62,7 +66,7 @@ template <int DTYPE, bool OUT> struct Line {
     uint32_t key;
     float base, gain;
     float *kept;
-    unsigned *most;     /* shared, [2] */
+    unsigned *most; /* shared, [2] */
     const float *row_gain;
 
     __device__ int64_t row(int64_t h) const { return OUT ? h : at + l; }
@@ -83,13 +87,16 @@ template <int DTYPE, bool OUT> struct Line {
         if (DTYPE == EXC_F8_E4M3) return h / SCALE_BLOCK;
         return OUT ? h * (BAND / SCALE_GROUP) + l / SCALE_GROUP : h / SCALE_GROUP * BAND + l;
     }
-    __device__ float old_scale(int64_t h) const { return CODED && in ? scale_at(scale, a.scale_dtype, scale_place(h)) : 1.0f; }
+    __device__ float old_scale(int64_t h) const {
+        return CODED && in ? scale_at(scale, a.scale_dtype, scale_place(h)) : 1.0f;
+    }
     __device__ float new_scale(int64_t h) const { return CODED && in ? kept[kept_place(h)] : 1.0f; }
     /* whether the scale at h is another than at h - 1 */
     __device__ static bool turns(int h) { return DTYPE == EXC_F4 && OUT ? true : h == 0; }
 
     __device__ static float decode(uint32_t code, float scale) {
-        if (DTYPE == EXC_F8_E4M3) return (code & 0x7f) == NAN_E4M3 ? f32_of(0x7fc00000u) : from_e4m3(code) * scale;
+        if (DTYPE == EXC_F8_E4M3)
+            return (code & 0x7f) == NAN_E4M3 ? f32_of(0x7fc00000u) : from_e4m3(code) * scale;
         if (DTYPE == EXC_F4) return from_e2m1(code) * scale;
         return DTYPE == EXC_BF16 ? widen(bf16{(uint16_t)code}) : widen(f16{(uint16_t)code});
     }
@@ -119,7 +126,8 @@ template <int DTYPE, bool OUT> struct Line {
         for (int64_t r = 0; r < a.rank; r++) k.acc[r * BAND] = 0;
     }
     /* y = by * (x - R^T coef) */
-    __device__ void shift(const float (&x)[PIECE], int64_t h0, int rows, const float *coef, float by, const float *by_row, float (&y)[PIECE]) const {
+    __device__ void shift(const float (&x)[PIECE], int64_t h0, int rows, const float *coef, float by,
+                          const float *by_row, float (&y)[PIECE]) const {
         float d[PIECE] = {};
         for (int64_t r = 0; r < a.rank; r++) {
             const float c = coef[r * BAND];
@@ -128,9 +136,12 @@ template <int DTYPE, bool OUT> struct Line {
                 if (h < rows) d[h] = fmaf(__ldg(a.basis + r * q.along + h0 + h), c, d[h]);
         }
 #pragma unroll
-        for (int h = 0; h < PIECE; h++) y[h] = (x[h] - d[h]) * (by * (by_row && h < rows ? by_row[h0 + h] : 1.0f));
+        for (int h = 0; h < PIECE; h++)
+            y[h] = (x[h] - d[h]) * (by * (by_row && h < rows ? by_row[h0 + h] : 1.0f));
     }
-    __device__ void ideal(const float (&x)[PIECE], int64_t h0, int rows, float (&y)[PIECE]) const { shift(x, h0, rows, k.coef, gain, row_gain, y); }
+    __device__ void ideal(const float (&x)[PIECE], int64_t h0, int rows, float (&y)[PIECE]) const {
+        shift(x, h0, rows, k.coef, gain, row_gain, y);
+    }
     __device__ static void squares(const float (&x)[PIECE], const float (&y)[PIECE], int rows, double *sum) {
         float s = 0;
 #pragma unroll
@@ -163,7 +174,8 @@ template <int DTYPE, bool OUT> struct Line {
         }
         return a.scale_dtype == EXC_BF16 ? f32_of((bits_of(s) + 0xffffu) & 0xffff0000u) : s;
     }
-    /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block. All threads call. */
+    /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block. All threads call.
+     */
     __device__ void choose(const float (&y)[PIECE], int64_t h0, int rows) const {
         if constexpr (DTYPE == EXC_F4 && OUT) {
 #pragma unroll
@@ -171,15 +183,18 @@ template <int DTYPE, bool OUT> struct Line {
                 if (h >= rows) continue;
                 const float x = fabsf(y[h]);
                 const unsigned group = __reduce_max_sync(ALL_LANES, x == x ? bits_of(x) : 0u);
-                if (in && l % SCALE_GROUP == 0) kept[kept_place(h0 + h)] = next_scale(old_scale(h0 + h), f32_of(group));
+                if (in && l % SCALE_GROUP == 0)
+                    kept[kept_place(h0 + h)] = next_scale(old_scale(h0 + h), f32_of(group));
             }
         } else if constexpr (CODED) {
             float largest = 0;
 #pragma unroll
             for (int h = 0; h < PIECE; h++)
                 if (h < rows && fabsf(y[h]) > largest) largest = fabsf(y[h]);
-            if constexpr (DTYPE == EXC_F8_E4M3) choose_of_block(largest, h0);
-            else if (in) kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
+            if constexpr (DTYPE == EXC_F8_E4M3)
+                choose_of_block(largest, h0);
+            else if (in)
+                kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
         }
     }
     __device__ void choose_of_block(float largest, int64_t h0) const {
@@ -189,15 +204,20 @@ template <int DTYPE, bool OUT> struct Line {
         if (h0 % SCALE_BLOCK + PIECE < SCALE_BLOCK && h0 + PIECE < q.along) return;
         __syncthreads();
         if (l == 0) kept[h0 / SCALE_BLOCK] = next_scale(old_scale(h0), f32_of(*m));
-        if (l == 0) most[(h0 / SCALE_BLOCK + 1) % 2] = 0; /* all have left it: it was read before the last barrier */
+        if (l == 0)
+            most[(h0 / SCALE_BLOCK + 1) % 2] = 0; /* all have left it: it was read before the last barrier */
         __syncthreads();
     }
 
     /* ---- rounding: v -> the stored number near it, and its code */
-    __device__ void settle(const float (&v)[PIECE], int64_t h0, int rows, float (&value)[PIECE], uint16_t (&code)[PIECE]) const {
+    __device__ void settle(const float (&v)[PIECE], int64_t h0, int rows, float (&value)[PIECE],
+                           uint16_t (&code)[PIECE]) const {
         constexpr Grid g = grid_of<DTYPE>();
         constexpr int top = DTYPE == EXC_F8_E4M3 ? 7 : DTYPE == EXC_F4 ? 3 : 15;
-        constexpr uint32_t nan = DTYPE == EXC_F8_E4M3 ? NAN_E4M3 : DTYPE == EXC_F4 ? 0 : DTYPE == EXC_BF16 ? 0x7fc0 : 0x7e00;
+        constexpr uint32_t nan = DTYPE == EXC_F8_E4M3 ? NAN_E4M3
+                                 : DTYPE == EXC_F4    ? 0
+                                 : DTYPE == EXC_BF16  ? 0x7fc0
+                                                      : 0x7e00;
         float s = 1, inverse = 1;
 #pragma unroll
         for (int h = 0; h < PIECE; h++) {
@@ -206,14 +226,17 @@ template <int DTYPE, bool OUT> struct Line {
             if (turns(h)) s = new_scale(h0 + h), inverse = s != 0.0f ? 1.0f / s : 0.0f;
             const float x = v[h] * inverse;
             float r = fabsf(x);
-            if (a.rounding == EXC_ROUND_SR) r = grid_draw(g, r, philox(key, (uint32_t)row(h0 + h), (uint32_t)col(h0 + h)));
-            else r = grid_near(g, r);
+            if (a.rounding == EXC_ROUND_SR)
+                r = grid_draw(g, r, philox(key, (uint32_t)row(h0 + h), (uint32_t)col(h0 + h)));
+            else
+                r = grid_near(g, r);
             const uint32_t sign = bits_of(x) >> 31;
             code[h] = (uint16_t)((r != r ? nan : grid_code(g, r)) | sign << top);
             value[h] = f32_of(bits_of(r * s) ^ sign << 31);
         }
     }
-    /* codes of a piece to memory; returns how many changed. All threads call: neighbours share bytes of fp4. */
+    /* codes of a piece to memory; returns how many changed. All threads call: neighbours share bytes of fp4.
+     */
     __device__ int store(int64_t h0, int rows, const uint16_t (&code)[PIECE]) const {
         int changed = 0;
         bool rescaled = false;
@@ -233,7 +256,8 @@ template <int DTYPE, bool OUT> struct Line {
                 if (in && h % 2) dst[i / 2] = (uint8_t)(code[h - 1] | code[h] << 4);
             } else if (DTYPE == EXC_F8_E4M3) {
                 if (in) dst[i] = (uint8_t)code[h];
-            } else if (in) reinterpret_cast<uint16_t *>(dst)[i] = code[h];
+            } else if (in)
+                reinterpret_cast<uint16_t *>(dst)[i] = code[h];
         }
         return changed;
     }
@@ -241,7 +265,8 @@ template <int DTYPE, bool OUT> struct Line {
     __device__ void store_scales(bool mend) const {
         __syncthreads();
         if constexpr (DTYPE == EXC_F8_E4M3) {
-            for (int64_t h = l * SCALE_BLOCK; h < q.along; h += BAND * SCALE_BLOCK) put_scale(scale_place_of(h), kept[h / SCALE_BLOCK], mend);
+            for (int64_t h = l * SCALE_BLOCK; h < q.along; h += BAND * SCALE_BLOCK)
+                put_scale(scale_place_of(h), kept[h / SCALE_BLOCK], mend);
         } else if constexpr (DTYPE == EXC_F4) {
             for (int64_t h = 0; in && h < q.along; h += OUT ? 1 : SCALE_GROUP)
                 if (!OUT || l % SCALE_GROUP == 0) put_scale(scale_place(h), kept[kept_place(h)], mend);
@@ -254,7 +279,8 @@ template <int DTYPE, bool OUT> struct Line {
     }
     __device__ void put_scale(int64_t i, float s, bool mend) const {
         const float old = scale_at(scale, a.scale_dtype, i);
-        if (bits_of(old) != bits_of(s) && (old == old || mend)) scale_put(scale_to, a.scale_dtype, i, s);
+        if (bits_of(old) != bits_of(s) && (old == old || mend))
+            scale_put(scale_to, a.scale_dtype, i, s);
         else if (scale != scale_to) {
             const int unit = a.scale_dtype == EXC_F32 ? 4 : a.scale_dtype == EXC_BF16 ? 2 : 1;
             for (int b = 0; b < unit; b++) scale_to[i * unit + b] = scale[i * unit + b];
@@ -276,7 +302,8 @@ template <int DTYPE, bool OUT> struct Line {
         return s;
     }
     /* what rounding makes of ideal less R^T lambda */
-    __device__ void rounded(const float (&y)[PIECE], int64_t h0, int rows, const float *lambda, float (&value)[PIECE], uint16_t (&code)[PIECE]) const {
+    __device__ void rounded(const float (&y)[PIECE], int64_t h0, int rows, const float *lambda,
+                            float (&value)[PIECE], uint16_t (&code)[PIECE]) const {
         if (!lambda) {
             settle(y, h0, rows, value, code);
             return;
@@ -286,7 +313,6 @@ template <int DTYPE, bool OUT> struct Line {
         settle(v, h0, rows, value, code);
     }
 };
-
 
 /* ---- one lambda for a line and direction, as in requant.c */
 __device__ inline float step_of(float lambda, float gap, float past, float past_gap, bool first) {
@@ -300,14 +326,19 @@ struct Bracket {
     float low[2], high[2];
     __device__ float next(float lambda, float gap, float past, float past_gap, bool first) {
         const bool side = gap < 0; /* false: lambda is too small */
-        if (side) high[0] = lambda, high[1] = gap;
-        else low[0] = lambda, low[1] = gap;
+        if (side)
+            high[0] = lambda, high[1] = gap;
+        else
+            low[0] = lambda, low[1] = gap;
         if (!first && (past_gap < 0) == side) {
-            if (side) low[1] *= 0.5f;
-            else high[1] *= 0.5f;
+            if (side)
+                low[1] *= 0.5f;
+            else
+                high[1] *= 0.5f;
         }
         const bool both = low[1] > 0 && high[1] < 0;
-        const float to = both ? low[0] + (high[0] - low[0]) * (low[1] / (low[1] - high[1])) : step_of(lambda, gap, past, past_gap, first);
+        const float to = both ? low[0] + (high[0] - low[0]) * (low[1] / (low[1] - high[1]))
+                              : step_of(lambda, gap, past, past_gap, first);
         return gap == 0 ? lambda : to;
     }
 };
@@ -316,7 +347,8 @@ template <int DTYPE, bool OUT> __device__ inline void solve(const Line<DTYPE, OU
     const Keep &k = b.k;
     Bracket bracket = {};
     double best = INFINITY;
-    for (int64_t r = 0; r < b.a.rank; r++) k.target[r * BAND] = k.acc[r * BAND], k.lambda[r * BAND] = 0, k.best[r * BAND] = 0;
+    for (int64_t r = 0; r < b.a.rank; r++)
+        k.target[r * BAND] = k.acc[r * BAND], k.lambda[r * BAND] = 0, k.best[r * BAND] = 0;
     for (int i = 0; i < TRIALS; i++) {
         b.clear();
         b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
@@ -346,7 +378,8 @@ template <int DTYPE, bool OUT> __device__ inline void solve(const Line<DTYPE, OU
 }
 
 /* R W, and what is known before the edit; `own` is added to */
-template <int DTYPE, bool OUT> __device__ inline void first_sweep(const Line<DTYPE, OUT> &b, double *length, Requantised *own) {
+template <int DTYPE, bool OUT>
+__device__ inline void first_sweep(const Line<DTYPE, OUT> &b, double *length, Requantised *own) {
     const float none[PIECE] = {};
     b.clear();
     b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
@@ -367,9 +400,12 @@ template <int DTYPE, bool OUT> __device__ inline void first_sweep(const Line<DTY
 template <int DTYPE, bool OUT> __device__ inline void copy_line(const Line<DTYPE, OUT> &b) {
     for (int64_t h = 0; b.in && b.src != b.dst && h < b.q.along; h++) {
         const int64_t i = b.row(h) * b.a.cols + b.col(h);
-        if (DTYPE == EXC_F8_E4M3) b.dst[i] = b.src[i];
-        else if (DTYPE != EXC_F4) reinterpret_cast<uint16_t *>(b.dst)[i] = reinterpret_cast<const uint16_t *>(b.src)[i];
-        else if (i % 2 == 0) b.dst[i / 2] = b.src[i / 2];
+        if (DTYPE == EXC_F8_E4M3)
+            b.dst[i] = b.src[i];
+        else if (DTYPE != EXC_F4)
+            reinterpret_cast<uint16_t *>(b.dst)[i] = reinterpret_cast<const uint16_t *>(b.src)[i];
+        else if (i % 2 == 0)
+            b.dst[i / 2] = b.src[i / 2];
     }
 }
 
@@ -378,13 +414,15 @@ template <int DTYPE, bool OUT> __device__ inline void keep_scales(const Line<DTY
     const int64_t step = DTYPE == EXC_F8_E4M3 ? SCALE_BLOCK : DTYPE == EXC_F4 && OUT ? 1 : SCALE_GROUP;
     for (int64_t h = 0; Line<DTYPE, OUT>::CODED && b.in && h < b.q.along; h += step) {
         const float s = b.old_scale(h);
-        if (DTYPE == EXC_F8_E4M3 ? b.l == 0 : !OUT || b.l % SCALE_GROUP == 0) b.kept[b.kept_place(h)] = mend && !(fabsf(s) < INFINITY) ? 1.0f : s;
+        if (DTYPE == EXC_F8_E4M3 ? b.l == 0 : !OUT || b.l % SCALE_GROUP == 0)
+            b.kept[b.kept_place(h)] = mend && !(fabsf(s) < INFINITY) ? 1.0f : s;
     }
     b.store_scales(mend);
 }
 
 /* scales, the size of the edit, where exact rounding is to lead; then the result */
-template <int DTYPE, bool OUT> __device__ inline void edit_line(Line<DTYPE, OUT> &b, double length, bool exact, Requantised *own) {
+template <int DTYPE, bool OUT>
+__device__ inline void edit_line(Line<DTYPE, OUT> &b, double length, bool exact, Requantised *own) {
     double left = 0, moved = 0, error = 0;
     const float none[PIECE] = {};
     if (b.a.norm != EXC_NORM_NONE && !b.row_gain) {
@@ -422,7 +460,8 @@ template <int DTYPE, bool OUT> __device__ inline void edit_line(Line<DTYPE, OUT>
 }
 
 /* factor 0: +0 whatever was there */
-template <int DTYPE, bool OUT> __device__ inline void clear_line(const Line<DTYPE, OUT> &b, Requantised *own) {
+template <int DTYPE, bool OUT>
+__device__ inline void clear_line(const Line<DTYPE, OUT> &b, Requantised *own) {
     const uint16_t zero[PIECE] = {};
     keep_scales(b, false); /* `kept` as old: codes alone count as changes */
     __syncthreads();
@@ -440,11 +479,14 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(R
     const bool exact = a.rounding == EXC_ROUND_EXACT;
     char *scratch = q.scratch + blockIdx.x * q.scratch_bytes;
     for (int64_t task = blockIdx.x; task < q.count * q.bands; task += gridDim.x) {
-        Line<DTYPE, OUT> b = {q, a, Keep(q.shared_lines ? lines_kept : scratch + q.kept_bytes, a.rank, exact)};
+        Line<DTYPE, OUT> b = {q, a,
+                              Keep(q.shared_lines ? lines_kept : scratch + q.kept_bytes, a.rank, exact)};
         b.matrix = q.first + task / q.bands, b.at = task % q.bands * BAND, b.l = (int)threadIdx.x;
         b.lines = (int)min((int64_t)BAND, q.whole - b.at), b.in = b.l < b.lines;
-        b.src = static_cast<const uint8_t *>(a.src ? a.src[b.matrix] : static_cast<const uint8_t *>(a.src_base) + b.matrix * a.src_stride * 2);
-        b.dst = static_cast<uint8_t *>(a.src ? a.dst[b.matrix] : static_cast<uint8_t *>(a.dst_base) + b.matrix * a.dst_stride * 2);
+        b.src = static_cast<const uint8_t *>(
+            a.src ? a.src[b.matrix] : static_cast<const uint8_t *>(a.src_base) + b.matrix * a.src_stride * 2);
+        b.dst = static_cast<uint8_t *>(
+            a.src ? a.dst[b.matrix] : static_cast<uint8_t *>(a.dst_base) + b.matrix * a.dst_stride * 2);
         b.scale = b.CODED ? static_cast<const uint8_t *>(a.scale[b.matrix]) : nullptr;
         b.scale_to = b.CODED ? static_cast<uint8_t *>(a.scale_to[b.matrix]) : nullptr;
         b.key = philox_key(a.seed, a.stream ? a.stream[b.matrix] : (uint64_t)b.matrix);
@@ -452,7 +494,8 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(R
         b.base = b.powers_only() && f > 0 ? f32_of(bits_of(f) & 0x7f800000u) : f;
         b.gain = 1, b.kept = reinterpret_cast<float *>(scratch), b.most = most;
         const bool idle = q.factor ? q.factor[b.matrix] == 1 : a.strength[b.matrix] == 0.0f;
-        b.row_gain = q.row_gain && !idle && !dots_alone ? q.row_gain + (b.matrix - q.first) * q.along : nullptr;
+        b.row_gain =
+            q.row_gain && !idle && !dots_alone ? q.row_gain + (b.matrix - q.first) * q.along : nullptr;
         if (threadIdx.x < 2) most[threadIdx.x] = 0;
         __syncthreads();
         Requantised own = {};
@@ -462,11 +505,14 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(R
         if (idle) {
             copy_line(b);
             if (b.CODED && b.scale != b.scale_to) keep_scales(b, false);
-        } else if (q.factor && q.factor[b.matrix] == 0) clear_line(b, &own);
-        else edit_line(b, length, exact, &own);
+        } else if (q.factor && q.factor[b.matrix] == 0)
+            clear_line(b, &own);
+        else
+            edit_line(b, length, exact, &own);
         double *const part[] = {&own.before, &own.after, &own.moved, &own.error, &own.size};
         for (double *x : part) *x = block_sum(*x, room);
-        own.changed = (long long)block_sum((double)own.changed, room), own.nonfinite = (long long)block_sum((double)own.nonfinite, room);
+        own.changed = (long long)block_sum((double)own.changed, room),
+        own.nonfinite = (long long)block_sum((double)own.nonfinite, room);
         if (threadIdx.x == 0) q.sums[task] = own;
         __syncthreads();
     }
@@ -479,18 +525,25 @@ template <int DTYPE> __global__ void __launch_bounds__(BAND) row_gains(Requant q
     const int64_t row = (int64_t)blockIdx.x * (BAND / WARP) + threadIdx.x / WARP;
     if (row >= q.count * q.along) return;
     const int64_t matrix = q.first + row / q.along, h = row % q.along;
-    const uint8_t *src = static_cast<const uint8_t *>(a.src ? a.src[matrix] : static_cast<const uint8_t *>(a.src_base) + matrix * a.src_stride * 2);
+    const uint8_t *src = static_cast<const uint8_t *>(
+        a.src ? a.src[matrix] : static_cast<const uint8_t *>(a.src_base) + matrix * a.src_stride * 2);
     double before = 0, after = 0;
     for (int64_t i = lane; i < a.cols; i += WARP) {
         const int64_t at = h * a.cols + i;
         float x, d = 0;
         if (DTYPE == EXC_F8_E4M3)
-            x = Line<DTYPE, true>::decode(src[at], scale_at(a.scale[matrix], a.scale_dtype, h / SCALE_BLOCK * ceil_div(a.cols, SCALE_BLOCK) + i / SCALE_BLOCK));
+            x = Line<DTYPE, true>::decode(
+                src[at], scale_at(a.scale[matrix], a.scale_dtype,
+                                  h / SCALE_BLOCK * ceil_div(a.cols, SCALE_BLOCK) + i / SCALE_BLOCK));
         else if (DTYPE == EXC_F4)
-            x = Line<DTYPE, true>::decode(src[at / 2] >> (at % 2 ? 4 : 0) & 15, scale_at(a.scale[matrix], a.scale_dtype, h * (a.cols / SCALE_GROUP) + i / SCALE_GROUP));
-        else x = Line<DTYPE, true>::decode(reinterpret_cast<const uint16_t *>(src)[at], 1);
+            x = Line<DTYPE, true>::decode(
+                src[at / 2] >> (at % 2 ? 4 : 0) & 15,
+                scale_at(a.scale[matrix], a.scale_dtype, h * (a.cols / SCALE_GROUP) + i / SCALE_GROUP));
+        else
+            x = Line<DTYPE, true>::decode(reinterpret_cast<const uint16_t *>(src)[at], 1);
         for (int64_t r = 0; r < a.rank; r++)
-            d = fmaf(__ldg(a.basis + r * q.along + h), a.strength[matrix] * a.c[(matrix * a.rank + r) * q.whole + i], d);
+            d = fmaf(__ldg(a.basis + r * q.along + h),
+                     a.strength[matrix] * a.c[(matrix * a.rank + r) * q.whole + i], d);
         const float y = x - d;
         before += (double)x * (double)x;
         after += (double)y * (double)y;
@@ -505,7 +558,8 @@ __global__ static void requantised(Requant q) {
     Requantised all = {};
     for (int64_t s = 0; s < q.bands; s++) {
         const Requantised &t = q.sums[i * q.bands + s];
-        all.before += t.before, all.after += t.after, all.moved += t.moved, all.error += t.error, all.size += t.size;
+        all.before += t.before, all.after += t.after, all.moved += t.moved, all.error += t.error,
+            all.size += t.size;
         all.changed += t.changed, all.nonfinite += t.nonfinite;
     }
     double *const sums[] = {q.a.before, q.a.after, q.a.moved, q.a.error, q.a.size};

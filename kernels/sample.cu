@@ -1,9 +1,11 @@
-/* sample.cu - next tokens from logits [rows,V] on the device, the twin of sample.c: the largest, or a draw from the nucleus.
+/* sample.cu - next tokens from logits [rows,V] on the device, the twin of sample.c: the largest, or a draw
+ * from the nucleus.
  *
- * A block takes a row. Probabilities p_i = exp((x_i - max) / temperature) have the CPU's bits; masses are added as whole multiples
- * of 2^-45, so that no order of adding changes them. The value at which the set ends is found digit by digit, 8 bits of
- * p a sweep, from masses by digit; of those equal to it the lowest ids are in. Then masses by chunk of ids, the chunk in which
- * the draw falls, the id in it. A draw may differ from the CPU's where it is within V * 2^-45 of a border. */
+ * A block takes a row. Probabilities p_i = exp((x_i - max) / temperature) have the CPU's bits; masses are
+ * added as whole multiples of 2^-45, so that no order of adding changes them. The value at which the set ends
+ * is found digit by digit, 8 bits of p a sweep, from masses by digit; of those equal to it the lowest ids are
+ * in. Then masses by chunk of ids, the chunk in which the draw falls, the id in it. A draw may differ from
+ * the CPU's where it is within V * 2^-45 of a border. */
 #include "softmax.cuh"
 
 namespace {
@@ -42,7 +44,8 @@ __device__ inline Nucleus cut(const Row &row, float top_p, mass_t *digit) {
         for (int64_t i : block_stride(row.n)) {
             const float p = row.power(i);
             const uint32_t u = bits_of(p);
-            if (shift == 24 || u >> (shift + 8) == edge >> (shift + 8)) atomicAdd(digit + (u >> shift & 255), mass_of(p));
+            if (shift == 24 || u >> (shift + 8) == edge >> (shift + 8))
+                atomicAdd(digit + (u >> shift & 255), mass_of(p));
         }
         __syncthreads();
         if (shift == 24) {
@@ -64,7 +67,8 @@ __device__ inline void by_chunk(const Row &row, uint32_t edge, int chunks, mass_
     for (int c = threadIdx.x / WARP; c < chunks; c += THREADS / WARP) {
         mass_t m = 0;
         unsigned t = 0;
-        for (int64_t i = (int64_t)c * CHUNK + threadIdx.x % WARP; i < row.n && i < (int64_t)(c + 1) * CHUNK; i += WARP) {
+        for (int64_t i = (int64_t)c * CHUNK + threadIdx.x % WARP; i < row.n && i < (int64_t)(c + 1) * CHUNK;
+             i += WARP) {
             const float p = row.power(i);
             if (bits_of(p) > edge) m += mass_of(p);
             t += bits_of(p) == edge;
@@ -76,8 +80,10 @@ __device__ inline void by_chunk(const Row &row, uint32_t edge, int chunks, mass_
     __syncthreads();
 }
 
-/* the id at which the masses of the set, added by id, pass `target`; warp 0 calls, with what comes before chunk c */
-__device__ inline int64_t within(const Row &row, const Nucleus &set, int c, mass_t before, mass_t ties, mass_t target) {
+/* the id at which the masses of the set, added by id, pass `target`; warp 0 calls, with what comes before
+ * chunk c */
+__device__ inline int64_t within(const Row &row, const Nucleus &set, int c, mass_t before, mass_t ties,
+                                 mass_t target) {
     const int lane = threadIdx.x % WARP;
     for (int64_t first = (int64_t)c * CHUNK; first < row.n; first += WARP) {
         const int64_t i = first + lane;
@@ -99,7 +105,8 @@ __device__ inline int64_t within(const Row &row, const Nucleus &set, int c, mass
 }
 
 /* a draw from the set, -1: it has no mass; threads of warp 0 get it */
-__device__ inline int64_t draw(const Row &row, float top_p, double random, mass_t *digit, mass_t *mass, unsigned *ties) {
+__device__ inline int64_t draw(const Row &row, float top_p, double random, mass_t *digit, mass_t *mass,
+                               unsigned *ties) {
     const int chunks = (int)ceil_div(row.n, CHUNK);
     Nucleus set = {0, ~(mass_t)0};
     if (top_p < 1.0f) set = cut(row, top_p, digit);
@@ -116,7 +123,8 @@ __device__ inline int64_t draw(const Row &row, float top_p, double random, mass_
     mass_t target = (mass_t)(random * (double)kept);
     if (target >= kept) target = kept - 1;
     int c = 0;
-    while (before + chunk_mass(c, met_before) <= target) before += chunk_mass(c, met_before), met_before += ties[c++];
+    while (before + chunk_mass(c, met_before) <= target)
+        before += chunk_mass(c, met_before), met_before += ties[c++];
     return within(row, set, c, before, met_before, target);
 }
 
@@ -132,7 +140,9 @@ __global__ void __launch_bounds__(THREADS) sample(exc_sample_args a) {
     const Largest top = block_largest(mine, best);
     const float peak = peak_of(top);
     int64_t id = -1;
-    if (a.temperature > 0) id = draw({x, a.vocab, peak, 1.0f / a.temperature}, a.top_p, a.random01[blockIdx.x], digit, mass, ties);
+    if (a.temperature > 0)
+        id = draw({x, a.vocab, peak, 1.0f / a.temperature}, a.top_p, a.random01[blockIdx.x], digit, mass,
+                  ties);
     if (id < 0) id = top.id < 0 ? 0 : top.id;
     double sum = 0;
     if (a.logprob)

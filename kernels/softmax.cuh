@@ -1,7 +1,8 @@
-/* softmax.cuh - what compare.cu and sample.cu share: the exponential of lanes.h to the bit, and the largest of a row.
+/* softmax.cuh - what compare.cu and sample.cu share: the exponential of lanes.h to the bit, and the largest
+ * of a row.
  *
- * The largest is kept with its id: NaN loses against numbers, equal numbers go to the lower id, so the order in which threads
- * and blocks meet the row does not matter. */
+ * The largest is kept with its id: NaN loses against numbers, equal numbers go to the lower id, so the order
+ * in which threads and blocks meet the row does not matter. */
 #ifndef EXC_SOFTMAX_CUH
 #define EXC_SOFTMAX_CUH
 
@@ -50,6 +51,8 @@ __device__ inline Largest block_largest(Largest mine, Largest *room) {
 }
 
 /* what exp(x - m) is taken from: the largest number, but no less than -FLT_MAX */
-__device__ inline float peak_of(const Largest &l) { return l.id >= 0 && l.value > -MOST_FLOAT ? l.value : -MOST_FLOAT; }
+__device__ inline float peak_of(const Largest &l) {
+    return l.id >= 0 && l.value > -MOST_FLOAT ? l.value : -MOST_FLOAT;
+}
 
 #endif

@@ -1,8 +1,10 @@
-/* strips.cuh - edits with R on the rows: a block owns a strip of all rows and 64 or 128 bytes of them (project.cu says why).
+/* strips.cuh - edits with R on the rows: a block owns a strip of all rows and 64 or 128 bytes of them
+ * (project.cu says why).
  *
- * Two sweeps: sums(), in waves of chunks, and update(). A thread takes the same chunks of the same 16 bytes in every sweep, so the
- * weights held in shared memory, and what it has written, are its own and need no barrier. `plain` is the common edit, with the
- * directions in registers; `full` does all that may be asked for, sweep after sweep over the same strip. */
+ * Two sweeps: sums(), in waves of chunks, and update(). A thread takes the same chunks of the same 16 bytes
+ * in every sweep, so the weights held in shared memory, and what it has written, are its own and need no
+ * barrier. `plain` is the common edit, with the directions in registers; `full` does all that may be asked
+ * for, sweep after sweep over the same strip. */
 #ifndef EXC_STRIPS_CUH
 #define EXC_STRIPS_CUH
 
@@ -12,33 +14,34 @@ namespace edit {
 
 /* how strips are cut, and what a block keeps in shared memory */
 struct Cut {
-    int lanes;      /* pieces of a row of the strip: 4 or 8 */
-    int held;       /* leading chunks that stay in shared memory */
-    int blocks;     /* of the grid */
-    size_t bytes;   /* of shared memory */
+    int lanes;    /* pieces of a row of the strip: 4 or 8 */
+    int held;     /* leading chunks that stay in shared memory */
+    int blocks;   /* of the grid */
+    size_t bytes; /* of shared memory */
 };
 
 /* this thread's part of a strip */
 struct Part {
-    const char *src;    /* its piece of row 0 */
+    const char *src; /* its piece of row 0 */
     char *dst;
-    int64_t pitch;    /* bytes between rows */
-    int n;              /* weights of its piece inside the matrix, 0: none */
-    int group, groups;  /* it takes chunks group, group + groups, ... */
+    int64_t pitch;     /* bytes between rows */
+    int n;             /* weights of its piece inside the matrix, 0: none */
+    int group, groups; /* it takes chunks group, group + groups, ... */
     int lane, lanes;
     int rows, chunks, held;
 };
 
 /* shared memory of a block, carved alike by host and device */
 struct Room {
-    uint4 *held;        /* [held * CHUNK, lanes] */
-    float *partial;     /* [sums at once, groups, columns] */
-    float *c;           /* [rank, columns] */
+    uint4 *held;                 /* [held * CHUNK, lanes] */
+    float *partial;              /* [sums at once, groups, columns] */
+    float *c;                    /* [rank, columns] */
     float *length, *left, *gain; /* [columns] */
-    double *fold;       /* [WARP] */
+    double *fold;                /* [WARP] */
 };
 
-__host__ __device__ inline size_t carve(unsigned char *base, int lanes, int n, int held, int rank, int at_once, bool extra, Room *m) {
+__host__ __device__ inline size_t carve(unsigned char *base, int lanes, int n, int held, int rank,
+                                        int at_once, bool extra, Room *m) {
     const size_t columns = (size_t)lanes * n;
     size_t at = 0;
     lay(m->held, base, at, (size_t)held * CHUNK * lanes * 16);
@@ -60,16 +63,18 @@ template <class T, bool WIDE> __device__ inline uint4 fetch(const Part &t, int h
 }
 
 template <class T, bool WIDE> __device__ inline void put(const Part &t, int h, const uint4 &v) {
-    if (!WIDE) scatter<T>(t.dst + h * t.pitch, v, t.n);
-    else if (t.n) store_drop(t.dst + h * t.pitch, v);
+    if (!WIDE)
+        scatter<T>(t.dst + h * t.pitch, v, t.n);
+    else if (t.n)
+        store_drop(t.dst + h * t.pitch, v);
 }
 
 /* pieces that a thread asks for at once beside k directions' sums: what registers allow */
 __host__ __device__ constexpr int ahead(int k) { return k == 0 ? 2 : k < 4 ? 8 : 4; }
 
-/* The canonical sums of a strip: out[i, column] = sum over rows of what term() adds to p[i]. row(h, chunk) gives the
- * weights, meet(h, chunk, v) sees them on their way. Waves of `groups` chunks; after each, one thread a sum folds the wave's
- * partial sums, in ascending order. */
+/* The canonical sums of a strip: out[i, column] = sum over rows of what term() adds to p[i]. row(h, chunk)
+ * gives the weights, meet(h, chunk, v) sees them on their way. Waves of `groups` chunks; after each, one
+ * thread a sum folds the wave's partial sums, in ascending order. */
 template <class T, int SUMS, int AHEAD, class Row, class Meet, class Term>
 __device__ inline void sums(const Part &t, float *partial, float *out, Row row, Meet meet, Term term) {
     const int columns = t.lanes * N<T>, mine = threadIdx.x;
@@ -98,7 +103,8 @@ __device__ inline void sums(const Part &t, float *partial, float *out, Row row, 
             for (int i = 0; i < SUMS; i++)
 #pragma unroll
                 for (int k = 0; k < N<T>; k += 4)
-                    *reinterpret_cast<float4 *>(partial + (i * t.groups + t.group) * columns + t.lane * N<T> + k) =
+                    *reinterpret_cast<float4 *>(partial + (i * t.groups + t.group) * columns + t.lane * N<T> +
+                                                k) =
                         make_float4(p[i][k], p[i][k + 1], p[i][k + 2], p[i][k + 3]);
         }
         __syncthreads();
@@ -115,21 +121,23 @@ __device__ inline void sums(const Part &t, float *partial, float *out, Row row, 
 
 /* c of SUMS directions */
 template <class T, int SUMS, class Row, class Meet>
-__device__ inline void dots(const Part &t, float *partial, float *out, const float *basis, Row row, Meet meet) {
-    sums<T, SUMS, ahead(SUMS)>(t, partial, out, row, meet, [&](int h, const float(&x)[N<T>], float(&p)[SUMS][N<T>]) {
+__device__ inline void dots(const Part &t, float *partial, float *out, const float *basis, Row row,
+                            Meet meet) {
+    sums<T, SUMS, ahead(SUMS)>(t, partial, out, row, meet,
+                               [&](int h, const float(&x)[N<T>], float(&p)[SUMS][N<T>]) {
 #pragma unroll
-        for (int r = 0; r < SUMS; r++) {
-            const float b = __ldg(basis + (size_t)r * t.rows + h);
+                                   for (int r = 0; r < SUMS; r++) {
+                                       const float b = __ldg(basis + (size_t)r * t.rows + h);
 #pragma unroll
-            for (int i = 0; i < N<T>; i++) p[r][i] = fmaf(b, x[i], p[r][i]);
-        }
-    });
+                                       for (int i = 0; i < N<T>; i++) p[r][i] = fmaf(b, x[i], p[r][i]);
+                                   }
+                               });
 }
 
 /* what is subtracted from a piece of row h: the sum over directions of (strength * basis) c, from +0 */
 template <class T, int K>
-__device__ inline void delta(const Job &j, const Part &t, float strength, const float (&held)[K ? K : 1][N<T>], const float *c, int h,
-                             float (&d)[N<T>]) {
+__device__ inline void delta(const Job &j, const Part &t, float strength,
+                             const float (&held)[K ? K : 1][N<T>], const float *c, int h, float (&d)[N<T>]) {
     const int columns = t.lanes * N<T>;
 #pragma unroll
     for (int i = 0; i < N<T>; i++) d[i] = 0;
@@ -186,15 +194,18 @@ __device__ inline int update(const Job &j, const Part &t, float strength, const 
         for (; h < end; h++) one(h, row(h));
     };
     for (int chunk = t.group; chunk < t.chunks; chunk += t.groups) {
-        if (chunk < t.held) down(chunk, [&](int h) { return m.held[h * t.lanes + t.lane]; });
-        else down(chunk, [&](int h) { return fetch<T, WIDE>(t, h, true); });
+        if (chunk < t.held)
+            down(chunk, [&](int h) { return m.held[h * t.lanes + t.lane]; });
+        else
+            down(chunk, [&](int h) { return fetch<T, WIDE>(t, h, true); });
     }
     return changed;
 }
 
 /* |column|^2 of the strip before the edit, or after it but for the gain */
 template <class T, bool EDITED, class Row>
-__device__ inline void squares(const Job &j, const Part &t, float strength, const Room &m, float *out, Row row) {
+__device__ inline void squares(const Job &j, const Part &t, float strength, const Room &m, float *out,
+                               Row row) {
     const float none[1][N<T>] = {};
     auto pass = [](int, int, const uint4 &) {};
     sums<T, 1, 1>(t, m.partial, out, row, pass, [&](int h, const float(&x)[N<T>], float(&p)[1][N<T>]) {
@@ -223,12 +234,15 @@ __device__ inline void keep(const Job &j, const Room &m, int columns, int64_t ma
 
 template <class T, bool WIDE> __device__ inline void copy(const Part &t) {
     for (int chunk = t.group; chunk < t.chunks; chunk += t.groups)
-        for (int h = chunk * CHUNK; h < min((chunk + 1) * CHUNK, t.rows); h++) put<T, WIDE>(t, h, fetch<T, WIDE>(t, h, true));
+        for (int h = chunk * CHUNK; h < min((chunk + 1) * CHUNK, t.rows); h++)
+            put<T, WIDE>(t, h, fetch<T, WIDE>(t, h, true));
 }
 
-/* c of all directions, RANKS at a time. begin: the first sweep over the strip, which fills what is held; returns the NaN and
- * infinities that this thread then meets, where they are counted. Not inlined: it is large, and used twice. */
-template <class T, bool WIDE> __device__ __attribute__((noinline)) int all_dots(const Job &j, const Part &t, const Room &m, bool begin) {
+/* c of all directions, RANKS at a time. begin: the first sweep over the strip, which fills what is held;
+ * returns the NaN and infinities that this thread then meets, where they are counted. Not inlined: it is
+ * large, and used twice. */
+template <class T, bool WIDE>
+__device__ __attribute__((noinline)) int all_dots(const Job &j, const Part &t, const Room &m, bool begin) {
     int bad = 0;
     for (int r = 0; r < j.rank; r += RANKS) {
         const float *basis = j.basis + (size_t)r * t.rows;
@@ -241,10 +255,14 @@ template <class T, bool WIDE> __device__ __attribute__((noinline)) int all_dots(
             if (first && chunk < t.held) m.held[h * t.lanes + t.lane] = v;
             if (first && j.nonfinite) bad += special<T>(v, t.n);
         };
-        if (j.rank - r >= 4) dots<T, 4>(t, m.partial, out, basis, row, meet);
-        else if (j.rank - r == 3) dots<T, 3>(t, m.partial, out, basis, row, meet);
-        else if (j.rank - r == 2) dots<T, 2>(t, m.partial, out, basis, row, meet);
-        else dots<T, 1>(t, m.partial, out, basis, row, meet);
+        if (j.rank - r >= 4)
+            dots<T, 4>(t, m.partial, out, basis, row, meet);
+        else if (j.rank - r == 3)
+            dots<T, 3>(t, m.partial, out, basis, row, meet);
+        else if (j.rank - r == 2)
+            dots<T, 2>(t, m.partial, out, basis, row, meet);
+        else
+            dots<T, 1>(t, m.partial, out, basis, row, meet);
     }
     return bad;
 }
@@ -260,17 +278,22 @@ __device__ inline void plain(const Job &j, const Part &t, const Room &m, int64_t
     };
     dots<T, K>(t, m.partial, m.c, j.basis, row, hold);
     keep(j, m, t.lanes * N<T>, matrix, column);
-    if (j.strength[matrix] != 0.0f) update<T, K, WIDE>(j, t, j.strength[matrix], m, nullptr);
-    else if (t.src != t.dst) copy<T, WIDE>(t);
+    if (j.strength[matrix] != 0.0f)
+        update<T, K, WIDE>(j, t, j.strength[matrix], m, nullptr);
+    else if (t.src != t.dst)
+        copy<T, WIDE>(t);
 }
 
 /* one strip, any rank, and everything that may be asked for */
 template <class T, bool WIDE>
-__device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t matrix, int64_t column, Mode what) {
+__device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t matrix, int64_t column,
+                             Mode what) {
     const float strength = j.strength[matrix];
     const int columns = t.lanes * N<T>;
     int changed = 0;
-    auto row = [&](int h, int chunk) { return chunk < t.held ? m.held[h * t.lanes + t.lane] : fetch<T, WIDE>(t, h, false); };
+    auto row = [&](int h, int chunk) {
+        return chunk < t.held ? m.held[h * t.lanes + t.lane] : fetch<T, WIDE>(t, h, false);
+    };
     const int bad = all_dots<T, WIDE>(j, t, m, true);
     if (what != AFTER) keep(j, m, columns, matrix, column);
     double before = j.before || j.after ? square_sum(j, m, columns) : 0, after = before;
@@ -279,7 +302,8 @@ __device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t
         if (j.norm != EXC_NORM_NONE) {
             squares<T, false>(j, t, strength, m, m.length, row);
             squares<T, true>(j, t, strength, m, m.left, row);
-            for (int i = threadIdx.x; i < columns; i += THREADS) m.gain[i] = gain_of((double)m.length[i], (double)m.left[i]);
+            for (int i = threadIdx.x; i < columns; i += THREADS)
+                m.gain[i] = gain_of((double)m.length[i], (double)m.left[i]);
             __syncthreads();
         }
         changed = update<T, 0, WIDE>(j, t, strength, m, j.norm != EXC_NORM_NONE ? m.gain : nullptr);
@@ -290,16 +314,19 @@ __device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t
             after = square_sum(j, m, columns);
         }
     }
-    const double many = j.sums ? block_sum((double)bad, m.fold) : 0, moved = j.sums ? block_sum((double)changed, m.fold) : 0;
+    const double many = j.sums ? block_sum((double)bad, m.fold) : 0,
+                 moved = j.sums ? block_sum((double)changed, m.fold) : 0;
     return Tally{before, after, (int64_t)moved, (int64_t)many};
 }
 
-template <class T, int K, bool WIDE> __global__ void __launch_bounds__(THREADS, 2) strips(Job j, Cut k, Mode what) {
+template <class T, int K, bool WIDE>
+__global__ void __launch_bounds__(THREADS, 2) strips(Job j, Cut k, Mode what) {
     DYN_SHARED(unsigned char, base);
     Room m;
     carve(base, k.lanes, N<T>, k.held, j.rank, K ? K : RANKS, K == 0, &m);
     Part t;
-    t.lanes = k.lanes, t.lane = threadIdx.x % k.lanes, t.group = threadIdx.x / k.lanes, t.groups = THREADS / k.lanes;
+    t.lanes = k.lanes, t.lane = threadIdx.x % k.lanes, t.group = threadIdx.x / k.lanes,
+    t.groups = THREADS / k.lanes;
     t.rows = (int)j.rows, t.chunks = (t.rows + CHUNK - 1) / CHUNK, t.held = k.held;
     t.pitch = j.cols * sizeof(T);
     for (int64_t task = blockIdx.x; task < j.count * j.strips; task += gridDim.x) {

@@ -1,47 +1,54 @@
-/* subspace.cu - leading right singular vectors of uncentred samples on the device, the twin of subspace.c, all layers side by side.
+/* subspace.cu - leading right singular vectors of uncentred samples on the device, the twin of subspace.c,
+ * all layers side by side.
  *
- * Block power iteration in f64, A = X^T X applied as two products: q [m, width] holds m >= rank + 8 vectors, z = A q. Every
- * sweep ends in Rayleigh-Ritz: q z^T is diagonalised by one block a layer (Jacobi, in shared memory), q and z are turned to
- * the Ritz vectors, their residuals and the bound of their angle are taken, and z, made orthonormal by two rounds of Cholesky QR
- * (rows scaled first), is the next q. Where one side is small its Gram matrix is diagonalised for a start that is the answer.
- * Nothing waits for the host: a fixed number of sweeps is enqueued, and the kernels of a layer that is `done` return at once.
- * The scratch is carved from the queue; a->work is the CPU's. */
+ * Block power iteration in f64, A = X^T X applied as two products: q [m, width] holds m >= rank + 8 vectors,
+ * z = A q. Every sweep ends in Rayleigh-Ritz: q z^T is diagonalised by one block a layer (Jacobi, in shared
+ * memory), q and z are turned to the Ritz vectors, their residuals and the bound of their angle are taken,
+ * and z, made orthonormal by two rounds of Cholesky QR (rows scaled first), is the next q. Where one side is
+ * small its Gram matrix is diagonalised for a start that is the answer. Nothing waits for the host: a fixed
+ * number of sweeps is enqueued, and the kernels of a layer that is `done` return at once. The scratch is
+ * carved from the queue; a->work is the CPU's. */
 #include "cuda.cuh"
 
 extern "C" exc_status exc_cuda_gram(exc_queue *q, const struct exc_gram_args *a); /* gram.cu */
 
 namespace {
 
-constexpr int SPARE = 8, SIDE = 16; /* vectors beyond the rank, at least; their number is a multiple of SIDE */
-constexpr int DIRECT = 96;          /* a side up to this is diagonalised */
+constexpr int SPARE = 8,
+              SIDE = 16;   /* vectors beyond the rank, at least; their number is a multiple of SIDE */
+constexpr int DIRECT = 96; /* a side up to this is diagonalised */
 constexpr int SWEEPS = 120, DIRECT_SWEEPS = 2;
 constexpr double ANGLE = 5e-7, NUMERICAL_RANK = 3e-7; /* as in subspace.c */
 constexpr double DEPENDENT = 1e-14; /* what is left of a row's square when it depends on those before it */
 constexpr int ROTATIONS = 40, SMALL = 256;
-constexpr size_t ROUND_BYTES = (size_t)256 << 20; /* layers at once: what they need of the scratch is bounded */
+constexpr size_t ROUND_BYTES = (size_t)256
+                               << 20; /* layers at once: what they need of the scratch is bounded */
 
 /* one layer's arrays, f64; all layers lie one after the other */
 struct Space {
-    double *q, *z;     /* [m, width] */
-    double *y;         /* [m, samples] */
-    double *g, *u;     /* [side, side], side = max(m, DIRECT) */
-    double *value;     /* [side] */
-    double *residual;  /* [1] */
-    int *done;         /* [1] */
+    double *q, *z;    /* [m, width] */
+    double *y;        /* [m, samples] */
+    double *g, *u;    /* [side, side], side = max(m, DIRECT) */
+    double *value;    /* [side] */
+    double *residual; /* [1] */
+    int *done;        /* [1] */
     int64_t m, width, samples;
     __host__ __device__ int64_t small() const { return m > DIRECT ? m : DIRECT; }
 };
 
-/* ------------------------------------------------------------------------------------------------------- products */
+/* -------------------------------------------------------------------------------------------------------
+ * products */
 
 constexpr int TILE = 64, DEEP = 16;
 
-/* OF_ROWS: out[j, i] = sum over columns k of x[i, k] v[j, k]; else out[j, i] = sum over samples k of x[k, i] v[j, k]. v [m, depth],
- * out [m, size]. A block: 64 i and 16 j, four by four a thread. */
-template <bool OF_ROWS> __global__ void __launch_bounds__(64) product(const float *x, int64_t layer_stride, int64_t row_stride, int64_t size,
-                                                                     int64_t depth, int64_t m, const double *v, double *out, const int *done) {
-    SHARED_ARRAY(double, a, DEEP * (TILE + 1));
-    SHARED_ARRAY(double, b, DEEP * (SIDE + 1));
+/* OF_ROWS: out[j, i] = sum over columns k of x[i, k] v[j, k]; else out[j, i] = sum over samples k of x[k, i]
+ * v[j, k]. v [m, depth], out [m, size]. A block: 64 i and 16 j, four by four a thread. */
+template <bool OF_ROWS>
+__global__ void __launch_bounds__(64)
+    product(const float *x, int64_t layer_stride, int64_t row_stride, int64_t size, int64_t depth, int64_t m,
+            const double *v, double *out, const int *done) {
+    SHARED_ARRAY(double, a, DEEP *(TILE + 1));
+    SHARED_ARRAY(double, b, DEEP *(SIDE + 1));
     const int64_t layer = blockIdx.z, first = (int64_t)blockIdx.x * TILE, vector = (int64_t)blockIdx.y * SIDE;
     if (done[layer]) return;
     x += layer * layer_stride, v += (layer * m + vector) * depth, out += (layer * m + vector) * size;
@@ -51,15 +58,19 @@ template <bool OF_ROWS> __global__ void __launch_bounds__(64) product(const floa
         for (int at = threadIdx.x; at < TILE * DEEP; at += 64) {
             const int i = OF_ROWS ? at / DEEP : at % TILE, d = OF_ROWS ? at % DEEP : at / TILE;
             const bool in = first + i < size && k + d < depth;
-            a[d * (TILE + 1) + i] = in ? (double)(OF_ROWS ? x[(first + i) * row_stride + k + d] : x[(k + d) * row_stride + first + i]) : 0.0;
+            a[d * (TILE + 1) + i] = in ? (double)(OF_ROWS ? x[(first + i) * row_stride + k + d]
+                                                          : x[(k + d) * row_stride + first + i])
+                                       : 0.0;
         }
         for (int at = threadIdx.x; at < SIDE * DEEP; at += 64)
-            b[at % DEEP * (SIDE + 1) + at / DEEP] = k + at % DEEP < depth ? v[at / DEEP * depth + k + at % DEEP] : 0.0;
+            b[at % DEEP * (SIDE + 1) + at / DEEP] =
+                k + at % DEEP < depth ? v[at / DEEP * depth + k + at % DEEP] : 0.0;
         __syncthreads();
         for (int d = 0; d < DEEP; d++) {
             double s[4], t[4];
 #pragma unroll
-            for (int e = 0; e < 4; e++) s[e] = a[d * (TILE + 1) + ti + 16 * e], t[e] = b[d * (SIDE + 1) + tj + 4 * e];
+            for (int e = 0; e < 4; e++)
+                s[e] = a[d * (TILE + 1) + ti + 16 * e], t[e] = b[d * (SIDE + 1) + tj + 4 * e];
 #pragma unroll
             for (int e = 0; e < 4; e++)
 #pragma unroll
@@ -73,10 +84,11 @@ template <bool OF_ROWS> __global__ void __launch_bounds__(64) product(const floa
 }
 
 /* g[i, j] = a_i . b_j; a block: 16 i and 16 j */
-__global__ void __launch_bounds__(256) inner(const double *a, const double *b, int64_t m, int64_t n, double *g, int64_t stride, const int *done) {
+__global__ void __launch_bounds__(256) inner(const double *a, const double *b, int64_t m, int64_t n,
+                                             double *g, int64_t stride, const int *done) {
     constexpr int STEP = 64;
-    SHARED_ARRAY(double, p, SIDE * (STEP + 1));
-    SHARED_ARRAY(double, q, SIDE * (STEP + 1));
+    SHARED_ARRAY(double, p, SIDE *(STEP + 1));
+    SHARED_ARRAY(double, q, SIDE *(STEP + 1));
     const int64_t layer = blockIdx.z, row = (int64_t)blockIdx.x * SIDE, col = (int64_t)blockIdx.y * SIDE;
     if (done[layer]) return;
     a += (layer * m + row) * n, b += (layer * m + col) * n;
@@ -95,9 +107,10 @@ __global__ void __launch_bounds__(256) inner(const double *a, const double *b, i
     g[layer * stride + (row + i) * m + col + j] = sum;
 }
 
-/* rows of `to` [m, n] = combinations u [m, m] of the rows of `from`; both may be one array: a block has read its 32 columns first */
-__global__ void __launch_bounds__(256) turn(const double *u, int64_t stride, const double *from, double *to, int64_t m, int64_t n,
-                                            const int *done) {
+/* rows of `to` [m, n] = combinations u [m, m] of the rows of `from`; both may be one array: a block has read
+ * its 32 columns first */
+__global__ void __launch_bounds__(256) turn(const double *u, int64_t stride, const double *from, double *to,
+                                            int64_t m, int64_t n, const int *done) {
     DYN_SHARED(double, tile); /* [m, 32] */
     const int64_t layer = blockIdx.y, col = (int64_t)blockIdx.x * WARP + threadIdx.x % WARP;
     if (done[layer]) return;
@@ -112,7 +125,8 @@ __global__ void __launch_bounds__(256) turn(const double *u, int64_t stride, con
     }
 }
 
-/* -------------------------------------------------------------------------------------------- small matrices, a block each */
+/* -------------------------------------------------------------------------------------------- small
+ * matrices, a block each */
 
 /* pair `i` of round `r` of a tournament of n (even): everyone meets everyone once in n - 1 rounds */
 __device__ inline void pair_of(int n, int r, int i, int *p, int *q) {
@@ -124,16 +138,19 @@ __device__ inline void pair_of(int n, int r, int i, int *p, int *q) {
 __device__ inline void rotation(double pp, double qq, double pq, double *c, double *s) {
     *c = 1, *s = 0;
     if (pq == 0) return;
-    const double theta = (qq - pp) / (2 * pq), t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
+    const double theta = (qq - pp) / (2 * pq),
+                 t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
     *c = 1 / sqrt(t * t + 1);
     *s = t * *c;
 }
 
-/* Eigenvalues of the symmetric part of g [n, n] in descending order and eigenvectors in the rows of u [n, n]: Jacobi, n/2 rotations at
- * once. even: n rounded up. */
-__global__ void __launch_bounds__(SMALL) eigen(const double *g, int64_t g_stride, int n, int even, double *value, int64_t side, double *u,
-                                               int64_t stride, const int *done) {
-    DYN_SHARED(double, a); /* [even, pitch], then as much for the vectors, then cosine and sine [even / 2], then values [even] */
+/* Eigenvalues of the symmetric part of g [n, n] in descending order and eigenvectors in the rows of u [n, n]:
+ * Jacobi, n/2 rotations at once. even: n rounded up. */
+__global__ void __launch_bounds__(SMALL)
+    eigen(const double *g, int64_t g_stride, int n, int even, double *value, int64_t side, double *u,
+          int64_t stride, const int *done) {
+    DYN_SHARED(double, a); /* [even, pitch], then as much for the vectors, then cosine and sine [even / 2],
+                              then values [even] */
     SHARED_ARRAY(double, room, WARP);
     SHARED_ARRAY(int, place, 128);
     const int pitch = even + 1, half = even / 2;
@@ -160,7 +177,8 @@ __global__ void __launch_bounds__(SMALL) eigen(const double *g, int64_t g_stride
             int p, q;
             if ((int)threadIdx.x < half) {
                 pair_of(even, r, threadIdx.x, &p, &q);
-                rotation(a[p * pitch + p], a[q * pitch + q], a[p * pitch + q], cosine + threadIdx.x, sine + threadIdx.x);
+                rotation(a[p * pitch + p], a[q * pitch + q], a[p * pitch + q], cosine + threadIdx.x,
+                         sine + threadIdx.x);
             }
             __syncthreads();
             for (int at = threadIdx.x; at < half * even; at += SMALL) { /* columns */
@@ -184,7 +202,8 @@ __global__ void __launch_bounds__(SMALL) eigen(const double *g, int64_t g_stride
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < even; i += SMALL) found[i] = i < n ? a[i * pitch + i] : -INFINITY, place[i] = i;
+    for (int i = threadIdx.x; i < even; i += SMALL)
+        found[i] = i < n ? a[i * pitch + i] : -INFINITY, place[i] = i;
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += SMALL) {
         int before = 0;
@@ -196,9 +215,10 @@ __global__ void __launch_bounds__(SMALL) eigen(const double *g, int64_t g_stride
     for (int at = threadIdx.x; at < n * n; at += SMALL) u[at] = v[place[at / n] * pitch + at % n];
 }
 
-/* t with t g t^T = 1: the inverse of the Cholesky factor of g, rows scaled to length 1 first; rows that depend on earlier ones
- * are zero */
-__global__ void __launch_bounds__(SMALL) whiten(const double *g, int64_t stride, int m, double *t, const int *done) {
+/* t with t g t^T = 1: the inverse of the Cholesky factor of g, rows scaled to length 1 first; rows that
+ * depend on earlier ones are zero */
+__global__ void __launch_bounds__(SMALL)
+    whiten(const double *g, int64_t stride, int m, double *t, const int *done) {
     DYN_SHARED(double, l); /* [m, pitch], then as much for the inverse, then scale [m] */
     const int pitch = m + 1;
     if (done[blockIdx.x]) return;
@@ -207,7 +227,8 @@ __global__ void __launch_bounds__(SMALL) whiten(const double *g, int64_t stride,
     for (int i = threadIdx.x; i < m; i += SMALL) scale[i] = g[i * m + i] > 0 ? 1 / sqrt(g[i * m + i]) : 0;
     __syncthreads();
     for (int at = threadIdx.x; at < m * m; at += SMALL)
-        l[at / m * pitch + at % m] = g[at] * scale[at / m] * scale[at % m], inverse[at / m * pitch + at % m] = 0;
+        l[at / m * pitch + at % m] = g[at] * scale[at / m] * scale[at % m],
+                                inverse[at / m * pitch + at % m] = 0;
     for (int k = 0; k < m; k++) {
         __syncthreads();
         const double pivot = l[k * pitch + k], root = pivot > DEPENDENT ? 1 / sqrt(pivot) : 0;
@@ -216,7 +237,8 @@ __global__ void __launch_bounds__(SMALL) whiten(const double *g, int64_t stride,
         __syncthreads();
         for (int at = threadIdx.x; at < m * m; at += SMALL) {
             const int i = at / m, j = at % m;
-            if (j > k && i >= j) l[i * pitch + j] = fma(-l[i * pitch + k], l[j * pitch + k], l[i * pitch + j]);
+            if (j > k && i >= j)
+                l[i * pitch + j] = fma(-l[i * pitch + k], l[j * pitch + k], l[i * pitch + j]);
         }
     }
     __syncthreads();
@@ -227,10 +249,12 @@ __global__ void __launch_bounds__(SMALL) whiten(const double *g, int64_t stride,
             inverse[i * pitch + j] = l[i * pitch + i] > 0 ? sum / l[i * pitch + i] : 0;
         }
     __syncthreads();
-    for (int at = threadIdx.x; at < m * m; at += SMALL) t[at] = inverse[at / m * pitch + at % m] * scale[at % m];
+    for (int at = threadIdx.x; at < m * m; at += SMALL)
+        t[at] = inverse[at / m * pitch + at % m] * scale[at % m];
 }
 
-/* -------------------------------------------------------------------------------------------------------- a layer's fate */
+/* -------------------------------------------------------------------------------------------------------- a
+ * layer's fate */
 
 __device__ inline uint64_t mix(uint64_t z) {
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
@@ -241,15 +265,18 @@ __device__ inline uint64_t mix(uint64_t z) {
 /* the CPU's start: numbers that depend on seed and layer */
 __global__ void random_start(uint64_t seed, int64_t first, int64_t n, double *q) {
     const uint64_t key = mix(seed + 0x9e3779b97f4a7c15u * (uint64_t)(first + blockIdx.y + 1));
-    for (int64_t i : grid_stride(n)) q[blockIdx.y * n + i] = (double)(int64_t)mix(key + 0x9e3779b97f4a7c15u * (uint64_t)(i + 1)) * 0x1p-63;
+    for (int64_t i : grid_stride(n))
+        q[blockIdx.y * n + i] = (double)(int64_t)mix(key + 0x9e3779b97f4a7c15u * (uint64_t)(i + 1)) * 0x1p-63;
 }
 
 /* leading m rows of u [n, n], zero where there are none -> to [m, n] */
 __global__ void leading(const double *u, int64_t stride, int64_t m, int64_t n, double *to) {
-    for (int64_t i : grid_stride(m * n)) to[blockIdx.y * m * n + i] = i < n * n ? u[blockIdx.y * stride + i] : 0.0;
+    for (int64_t i : grid_stride(m * n))
+        to[blockIdx.y * m * n + i] = i < n * n ? u[blockIdx.y * stride + i] : 0.0;
 }
 
-/* Residuals of the Ritz pairs and the bound of their angle, as ritz() in subspace.c has them; decides whether that will do. */
+/* Residuals of the Ritz pairs and the bound of their angle, as ritz() in subspace.c has them; decides whether
+ * that will do. */
 __global__ void __launch_bounds__(256) judge(Space s, int64_t rank, double angle_wanted) {
     SHARED_ARRAY(double, room, WARP);
     const int64_t layer = blockIdx.x, n = s.width;
@@ -283,7 +310,8 @@ __global__ void __launch_bounds__(256) give(Space s, int64_t first, exc_subspace
     const float *x = a.x + to * a.layer_stride;
     double all = 0, held = 0;
     for (int64_t i = 0; i < a.samples; i++)
-        for (int64_t k : block_stride(n)) all = fma((double)x[i * a.row_stride + k], (double)x[i * a.row_stride + k], all);
+        for (int64_t k : block_stride(n))
+            all = fma((double)x[i * a.row_stride + k], (double)x[i * a.row_stride + k], all);
     all = block_sum(all, room);
     for (int64_t i = 0; i < a.rank; i++) {
         const double *v = s.q + (layer * s.m + i) * n;
@@ -297,7 +325,8 @@ __global__ void __launch_bounds__(256) give(Space s, int64_t first, exc_subspace
             if (largest[t] > fabs(v[top]) || (largest[t] == fabs(v[top]) && where[t] < top)) top = where[t];
         __syncthreads();
         const double sign = !real ? 0 : v[top] < 0 ? -1 : 1;
-        for (int64_t k : block_stride(n)) a.basis[(to * a.rank + i) * n + k] = real ? (float)(sign * v[k]) : 0.0f;
+        for (int64_t k : block_stride(n))
+            a.basis[(to * a.rank + i) * n + k] = real ? (float)(sign * v[k]) : 0.0f;
         if (threadIdx.x == 0) a.singular[to * a.rank + i] = real ? (float)sqrt(value[i]) : 0.0f;
         if (real) held += value[i];
     }
@@ -306,7 +335,8 @@ __global__ void __launch_bounds__(256) give(Space s, int64_t first, exc_subspace
     a.residual[to] = s.residual[layer];
 }
 
-/* ------------------------------------------------------------------------------------------------------------- the op */
+/* -------------------------------------------------------------------------------------------------------------
+ * the op */
 
 /* a round of layers under way */
 struct Round {
@@ -322,14 +352,16 @@ struct Round {
 exc_status through_samples(const Round &r, const double *v, double *y) { /* y = X v */
     const Space &s = r.s;
     const dim3 grid((unsigned)ceil_div(s.samples, TILE), (unsigned)(s.m / SIDE), r.across());
-    ENQUEUE(r.q, product<true>, grid, 64, 0, r.x(), r.a->layer_stride, r.a->row_stride, s.samples, s.width, s.m, v, y, (const int *)s.done);
+    ENQUEUE(r.q, product<true>, grid, 64, 0, r.x(), r.a->layer_stride, r.a->row_stride, s.samples, s.width,
+            s.m, v, y, (const int *)s.done);
     return EXC_OK;
 }
 
 exc_status back(const Round &r, const double *y, double *z) { /* z = X^T y */
     const Space &s = r.s;
     const dim3 grid((unsigned)ceil_div(s.width, TILE), (unsigned)(s.m / SIDE), r.across());
-    ENQUEUE(r.q, product<false>, grid, 64, 0, r.x(), r.a->layer_stride, r.a->row_stride, s.width, s.samples, s.m, y, z, (const int *)s.done);
+    ENQUEUE(r.q, product<false>, grid, 64, 0, r.x(), r.a->layer_stride, r.a->row_stride, s.width, s.samples,
+            s.m, y, z, (const int *)s.done);
     return EXC_OK;
 }
 
@@ -343,7 +375,8 @@ exc_status inner_products(const Round &r, const double *a, const double *b) {
 exc_status turned(const Round &r, const double *from, double *to) {
     const Space &s = r.s;
     const dim3 grid((unsigned)ceil_div(s.width, WARP), r.across());
-    ENQUEUE(r.q, turn, grid, 256, (size_t)s.m * WARP * sizeof(double), (const double *)s.u, r.stride(), from, to, s.m, s.width, (const int *)s.done);
+    ENQUEUE(r.q, turn, grid, 256, (size_t)s.m * WARP * sizeof(double), (const double *)s.u, r.stride(), from,
+            to, s.m, s.width, (const int *)s.done);
     return EXC_OK;
 }
 
@@ -351,8 +384,8 @@ exc_status turned(const Round &r, const double *from, double *to) {
 exc_status diagonalised(const Round &r, int n, int64_t g_stride) {
     const int even = n + n % 2;
     const size_t shared = (size_t)(2 * even * (even + 1) + 2 * even) * sizeof(double);
-    ENQUEUE(r.q, eigen, r.across(), SMALL, shared, (const double *)r.s.g, g_stride, n, even, r.s.value, r.s.small(), r.s.u, r.stride(),
-            (const int *)r.s.done);
+    ENQUEUE(r.q, eigen, r.across(), SMALL, shared, (const double *)r.s.g, g_stride, n, even, r.s.value,
+            r.s.small(), r.s.u, r.stride(), (const int *)r.s.done);
     return EXC_OK;
 }
 
@@ -362,17 +395,18 @@ exc_status orthonormal(const Round &r, double *z, double *to) {
     for (int pass = 0; pass < 2; pass++) {
         exc_status st = inner_products(r, z, z);
         if (st != EXC_OK) return st;
-        ENQUEUE(r.q, whiten, r.across(), SMALL, shared, (const double *)r.s.g, r.stride(), (int)r.s.m, r.s.u, (const int *)r.s.done);
+        ENQUEUE(r.q, whiten, r.across(), SMALL, shared, (const double *)r.s.g, r.stride(), (int)r.s.m, r.s.u,
+                (const int *)r.s.done);
         st = turned(r, z, pass ? to : z);
         if (st != EXC_OK) return st;
     }
     return EXC_OK;
 }
 
-#define PASS(call)                                                                                                     \
-    do {                                                                                                               \
-        exc_status passed_ = (call);                                                                                   \
-        if (passed_ != EXC_OK) return passed_;                                                                         \
+#define PASS(call)                                                                                           \
+    do {                                                                                                     \
+        exc_status passed_ = (call);                                                                         \
+        if (passed_ != EXC_OK) return passed_;                                                               \
     } while (0)
 
 exc_status begin(const Round &r, int64_t least) {
@@ -383,11 +417,18 @@ exc_status begin(const Round &r, int64_t least) {
         return orthonormal(r, s.q, s.q);
     }
     const bool rows = s.samples <= s.width;
-    struct exc_gram_args g = {r.x(), r.layers, r.a->layer_stride, s.samples, r.a->row_stride, s.width,
-                              rows ? EXC_GRAM_SAMPLES : EXC_GRAM_WIDTH, s.g};
+    struct exc_gram_args g = {r.x(),
+                              r.layers,
+                              r.a->layer_stride,
+                              s.samples,
+                              r.a->row_stride,
+                              s.width,
+                              rows ? EXC_GRAM_SAMPLES : EXC_GRAM_WIDTH,
+                              s.g};
     PASS(exc_cuda_gram(r.q, &g));
     PASS(diagonalised(r, (int)least, least * least));
-    ENQUEUE(r.q, leading, dim3(grid_for(s.m * least, 256), r.across()), 256, 0, (const double *)s.u, r.stride(), s.m, least, rows ? s.y : s.q);
+    ENQUEUE(r.q, leading, dim3(grid_for(s.m * least, 256), r.across()), 256, 0, (const double *)s.u,
+            r.stride(), s.m, least, rows ? s.y : s.q);
     if (rows) PASS(back(r, s.y, s.q));
     return orthonormal(r, s.q, s.q);
 }
@@ -412,7 +453,8 @@ extern "C" exc_status exc_cuda_subspace(exc_queue *q, const struct exc_subspace_
     Round r = {q, a, {}, 0, 0};
     Space &s = r.s;
     s.m = ceil_div(a->rank + SPARE, SIDE) * SIDE, s.width = a->width, s.samples = a->samples;
-    const int64_t each = (2 * s.m * s.width + s.m * s.samples + 2 * r.stride() + s.small()) * (int64_t)sizeof(double);
+    const int64_t each =
+        (2 * s.m * s.width + s.m * s.samples + 2 * r.stride() + s.small()) * (int64_t)sizeof(double);
     int64_t round = (int64_t)ROUND_BYTES / each;
     round = round < 1 ? 1 : round < a->layers ? round : a->layers;
     Carve work(q);

@@ -6,7 +6,7 @@
  * column g of the tile, elements 2q, 2q+1). cp_async16 copies 16 bytes global -> shared; what was issued before a
  * commit is one group, cp_async_wait<N>() waits until at most N groups are open, and a barrier must follow for others to see it.
  *
- * wgmma, TMA, mbarrier and clusters get no wrapper here: they belong behind a tile call (load, multiply, store a tile) whose
+ * wgmma, TMA and mbarrier get no wrapper here: they belong behind a tile call (load, multiply, store a tile) whose
  * portable path is made of these. */
 #ifndef EXC_TENSOR_CUH
 #define EXC_TENSOR_CUH

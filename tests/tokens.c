@@ -1,7 +1,9 @@
-/* tokens.c - the .cu twins of compare, sample and moments against their CPU definitions, which rows.c checks against f64 loops.
+/* tokens.c - the .cu twins of compare, sample and moments against their CPU definitions, which rows.c checks
+ * against f64 loops.
  *
- * compare: sums in another order, 1e-6 as in rows.c. sample: the same token but where rounding decides, which the random numbers
- * here do not meet; log-probabilities to 1e-6. moments: the CPU's bits, in blocks of 64 rows and in fixed point. */
+ * compare: sums in another order, 1e-6 as in rows.c. sample: the same token but where rounding decides, which
+ * the random numbers here do not meet; log-probabilities to 1e-6. moments: the CPU's bits, in blocks of 64
+ * rows and in fixed point. */
 #include <math.h>
 
 #include "twin.h"
@@ -14,25 +16,34 @@ static float *normals(int64_t n, uint64_t seed, float scale) {
 
 static void close_to(double got, double want, double relative, double absolute, const char *what) {
     if ((isnan(want) && isnan(got)) || got == want) return;
-    if (!(fabs(got - want) <= relative * fabs(want) + absolute)) fail_msg("%s: %.12g, not %.12g", what, got, want);
+    if (!(fabs(got - want) <= relative * fabs(want) + absolute))
+        fail_msg("%s: %.12g, not %.12g", what, got, want);
 }
 
-/* -------------------------------------------------------------------------------------------------------------- compare */
+/* --------------------------------------------------------------------------------------------------------------
+ * compare */
 
 static void both_compare(const float *p, const float *q, int64_t R, int64_t V, size_t offset) {
     double kl[2][8], nll_p[2][8], nll_q[2][8];
     uint8_t same[2][8];
     int32_t next[8];
     for (int64_t r = 0; r < R; r++) next[r] = (int32_t)(r * 7919 % V);
-    struct exc_compare_args a = {p, q, R, V, next, q ? kl[0] : NULL, q ? same[0] : NULL, nll_p[0], q ? nll_q[0] : NULL}, b = a;
+    struct exc_compare_args
+        a = {p, q, R, V, next, q ? kl[0] : NULL, q ? same[0] : NULL, nll_p[0], q ? nll_q[0] : NULL},
+        b = a;
     size_t n = (size_t)R;
-    memset(kl, 0, sizeof kl), memset(nll_p, 0, sizeof nll_p), memset(nll_q, 0, sizeof nll_q), memset(same, 0, sizeof same);
-    b.p = twin_up_at(p, n * (size_t)V * 4, offset), b.next = twin_up(next, n * 4), b.nll_p = twin_up(nll_p[1], n * 8);
-    if (q) b.q = twin_up(q, n * (size_t)V * 4), b.kl = twin_up(kl[1], n * 8), b.nll_q = twin_up(nll_q[1], n * 8), b.same_top = twin_up(same[1], n);
+    memset(kl, 0, sizeof kl), memset(nll_p, 0, sizeof nll_p), memset(nll_q, 0, sizeof nll_q),
+        memset(same, 0, sizeof same);
+    b.p = twin_up_at(p, n * (size_t)V * 4, offset), b.next = twin_up(next, n * 4),
+    b.nll_p = twin_up(nll_p[1], n * 8);
+    if (q)
+        b.q = twin_up(q, n * (size_t)V * 4), b.kl = twin_up(kl[1], n * 8), b.nll_q = twin_up(nll_q[1], n * 8),
+        b.same_top = twin_up(same[1], n);
     assert_int_equal(exc_cpu_compare(&twin.cpu->queue, &a), EXC_OK);
     TWIN_RUN(compare, &b);
     twin_down(nll_p[1], b.nll_p, n * 8);
-    if (q) twin_down(kl[1], b.kl, n * 8), twin_down(nll_q[1], b.nll_q, n * 8), twin_down(same[1], b.same_top, n);
+    if (q)
+        twin_down(kl[1], b.kl, n * 8), twin_down(nll_q[1], b.nll_q, n * 8), twin_down(same[1], b.same_top, n);
     for (int64_t r = 0; r < R; r++) {
         close_to(nll_p[1][r], nll_p[0][r], 1e-6, 1e-6, "nll_p");
         if (!q) continue;
@@ -56,16 +67,25 @@ static void compare_rows(void **state) {
             both_compare(p, NULL, 5, V, 0);
             free(p), free(q);
         }
-    float p[7][4] = {{0, -INFINITY, 1, 2}, {0, 0, 0, 0}, {NAN, 1, 2, 3}, {5, 5, 1, 0}, {0, 1, 2, 3}, {-INFINITY, -INFINITY, 0, 0}, {NAN, -INFINITY, -INFINITY, NAN}};
-    float q[7][4] = {{0, -INFINITY, 1, 2}, {0, -INFINITY, 0, 0}, {0, 1, 2, 3}, {5, 4, 1, 0}, {0, 1, NAN, 3}, {0, 0, 0, 0}, {0, 3, 0, 0}};
+    float p[7][4] = {{0, -INFINITY, 1, 2},
+                     {0, 0, 0, 0},
+                     {NAN, 1, 2, 3},
+                     {5, 5, 1, 0},
+                     {0, 1, 2, 3},
+                     {-INFINITY, -INFINITY, 0, 0},
+                     {NAN, -INFINITY, -INFINITY, NAN}};
+    float q[7][4] = {{0, -INFINITY, 1, 2}, {0, -INFINITY, 0, 0}, {0, 1, 2, 3}, {5, 4, 1, 0},
+                     {0, 1, NAN, 3},       {0, 0, 0, 0},         {0, 3, 0, 0}};
     both_compare(p[0], q[0], 7, 4, 0);
     struct exc_compare_args a = {.p = p[0], .rows = 7, .vocab = 4, .kl = (double *)p};
     assert_int_equal(TWIN_STATUS(compare, &a), EXC_ERR_USAGE);
 }
 
-/* --------------------------------------------------------------------------------------------------------------- sample */
+/* ---------------------------------------------------------------------------------------------------------------
+ * sample */
 
-static void both_sample(const float *x, int64_t R, int64_t V, float temperature, float top_p, const double *random) {
+static void both_sample(const float *x, int64_t R, int64_t V, float temperature, float top_p,
+                        const double *random) {
     int32_t token[2][32] = {{0}};
     float logprob[2][32] = {{0}};
     struct exc_sample_args a = {x, R, V, temperature, top_p, random, token[0], logprob[0]}, b = a;
@@ -75,7 +95,9 @@ static void both_sample(const float *x, int64_t R, int64_t V, float temperature,
     TWIN_RUN(sample, &b);
     twin_down(token[1], b.token, (size_t)R * 4), twin_down(logprob[1], b.logprob, (size_t)R * 4);
     for (int64_t r = 0; r < R; r++) {
-        if (token[0][r] != token[1][r]) fail_msg("V %d, temperature %g, top_p %g, row %d: token %d, not %d", (int)V, (double)temperature, (double)top_p, (int)r, token[1][r], token[0][r]);
+        if (token[0][r] != token[1][r])
+            fail_msg("V %d, temperature %g, top_p %g, row %d: token %d, not %d", (int)V, (double)temperature,
+                     (double)top_p, (int)r, token[1][r], token[0][r]);
         close_to((double)logprob[1][r], (double)logprob[0][r], 1e-6, 1e-6, "logprob");
     }
     twin_done();
@@ -90,14 +112,21 @@ static void sample_draws(void **state) {
         if (twin_small() && V > 127) continue;
         float *x = normals(R * V, s, 2);
         double random[R];
-        for (int r = 0; r < R; r++) random[r] = r == 0 ? 0 : r == 1 ? 1 - 0x1p-53 : exc_random_unit(5, s, (uint64_t)r);
+        for (int r = 0; r < R; r++)
+            random[r] = r == 0 ? 0 : r == 1 ? 1 - 0x1p-53 : exc_random_unit(5, s, (uint64_t)r);
         for (int64_t i = 0; i < V; i++) x[3 * V + i] = (float)(i % 3); /* ties at the edge */
         for (size_t t = 0; t < EXC_COUNT(temperatures); t++)
-            for (size_t k = 0; k < EXC_COUNT(tops); k++) both_sample(x, R, V, temperatures[t], tops[k], random);
+            for (size_t k = 0; k < EXC_COUNT(tops); k++)
+                both_sample(x, R, V, temperatures[t], tops[k], random);
         free(x);
     }
-    float odd[7][5] = {{NAN, 1, NAN, 2, 2}, {NAN, NAN, NAN, NAN, NAN}, {0, INFINITY, 0, INFINITY, 0}, {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY},
-                       {NAN, -INFINITY, -1e30f, -INFINITY, NAN}, {7, 7, 7, 7, 7}, {NAN, -INFINITY, -MAXFLOAT, -INFINITY, NAN}};
+    float odd[7][5] = {{NAN, 1, NAN, 2, 2},
+                       {NAN, NAN, NAN, NAN, NAN},
+                       {0, INFINITY, 0, INFINITY, 0},
+                       {-INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY},
+                       {NAN, -INFINITY, -1e30f, -INFINITY, NAN},
+                       {7, 7, 7, 7, 7},
+                       {NAN, -INFINITY, -MAXFLOAT, -INFINITY, NAN}};
     double random[7] = {0, 0.5, 0.75, 0.5, 0.5, 0.5, 0.5};
     for (int t = 0; t < 2; t++)
         for (int k = 0; k < 2; k++) both_sample(odd[0], 7, 5, t ? 0.5f : 0, k ? 1.0f : 0.4f, random);
@@ -107,13 +136,16 @@ static void sample_draws(void **state) {
     assert_int_equal(TWIN_STATUS(sample, &a), EXC_ERR_USAGE);
 }
 
-/* -------------------------------------------------------------------------------------------------------------- moments */
+/* --------------------------------------------------------------------------------------------------------------
+ * moments */
 
 static void moments_sums(void **state) {
-    static const int64_t shapes[][4] = {{0, 2, 4, 8}, {1, 1, 1, 1}, {127, 3, 5, 31}, {700, 2, 3, 127}, {300, 8, 33, 40}};
+    static const int64_t shapes[][4] = {
+        {0, 2, 4, 8}, {1, 1, 1, 1}, {127, 3, 5, 31}, {700, 2, 3, 127}, {300, 8, 33, 40}};
     for (size_t s = 0; s < EXC_COUNT(shapes); s++)
         for (int variant = 0; variant < 8; variant++) {
-            int act = variant & 1 ? EXC_BF16 : EXC_F32, fixed = variant >> 1 & 1, alone = variant >> 2; /* alone: without activations */
+            int act = variant & 1 ? EXC_BF16 : EXC_F32, fixed = variant >> 1 & 1,
+                alone = variant >> 2; /* alone: without activations */
             int64_t T = shapes[s][0], K = shapes[s][1], E = shapes[s][2], I = shapes[s][3], pairs = T * K;
             if (twin_small() && pairs > 400) continue;
             size_t size = act == EXC_BF16 ? 2 : 4, n = (size_t)(E * I), p = (size_t)pairs;
@@ -121,7 +153,8 @@ static void moments_sums(void **state) {
             uint16_t *half = malloc((size_t)(pairs * I + 1) * 2);
             int32_t *ids = malloc((p + 1) * 4);
             for (int64_t i = 0; i < pairs * I; i++) half[i] = test_bf16(values[i]);
-            for (int64_t i = 0; i < pairs; i++) ids[i] = i / K % 10 == 4 ? -1 : (int32_t)(exc_random_u64(8, s, (uint64_t)i) % (uint64_t)E);
+            for (int64_t i = 0; i < pairs; i++)
+                ids[i] = i / K % 10 == 4 ? -1 : (int32_t)(exc_random_u64(8, s, (uint64_t)i) % (uint64_t)E);
             const void *mid = act == EXC_BF16 ? (void *)half : (void *)values;
             int64_t *count[2];
             double *gate[2], *sum[2];
@@ -130,8 +163,11 @@ static void moments_sums(void **state) {
                 for (int64_t e = 0; e < E; e++) count[i][e] = e, gate[i][e] = 0.25 * (double)e; /* added to */
                 for (size_t k = 0; k < n; k++) sum[i][k] = 0.5 * (double)(k % 7);
             }
-            struct exc_moments_args a = {ids, weights, alone ? NULL : mid, act, T, K, E, I, count[0], gate[0], alone ? NULL : sum[0]}, b = a;
-            b.ids = twin_up(ids, p * 4), b.weights = twin_up(weights, p * 4), b.count = twin_up(count[1], (size_t)E * 8), b.gate_sum = twin_up(gate[1], (size_t)E * 8);
+            struct exc_moments_args a = {ids,      weights, alone ? NULL : mid,   act, T, K, E, I,
+                                         count[0], gate[0], alone ? NULL : sum[0]},
+                                    b = a;
+            b.ids = twin_up(ids, p * 4), b.weights = twin_up(weights, p * 4),
+            b.count = twin_up(count[1], (size_t)E * 8), b.gate_sum = twin_up(gate[1], (size_t)E * 8);
             if (!alone) b.mid = twin_up(mid, p * (size_t)I * size), b.mid_sum = twin_up(sum[1], n * 8);
             twin.cpu->queue.reproducible = twin.gpu->queue.reproducible = fixed;
             assert_int_equal(exc_cpu_moments(&twin.cpu->queue, &a), EXC_OK);

@@ -135,6 +135,9 @@ static exc_status read_prompts(exc_ctx *ctx, exc_job *j) {
     EXC_TRY(get_int(ctx, j->source, j->path, "limit", 1 << 30, &j->prompts.limit));
     EXC_TRY(exc_json_string_or(ctx, j->source, j->path, "system", NULL, &j->prompts.system));
     EXC_TRY(exc_json_string_or(ctx, j->source, j->path, "chat", NULL, &j->prompts.chat));
+    if (j->prompts.raw && (j->prompts.system || j->prompts.chat))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: raw: expected no %s beside it, no chat template is used", j->path,
+                        j->prompts.system ? "system" : "chat");
     const char *compute = NULL;
     EXC_TRY(exc_json_string_or(ctx, j->source, j->path, "compute", "bf16", &compute));
     j->compute = strcmp(compute, "f32") ? EXC_COMPUTE_BF16 : EXC_COMPUTE_F32;

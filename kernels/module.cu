@@ -5,9 +5,9 @@
 #include "memory.cuh"
 #include "module.h"
 
-/* Twins are declared weak while not all of them exist: a missing one is NULL in the table. */
+/* a missing twin is a link error */
 extern "C" {
-#define EXC_OP(name, ...) __attribute__((weak)) exc_status exc_cuda_##name(exc_queue *q, const struct exc_##name##_args *a);
+#define EXC_OP(name, ...) exc_status exc_cuda_##name(exc_queue *q, const struct exc_##name##_args *a);
 #include "ops.def"
 #undef EXC_OP
 }

@@ -26,7 +26,7 @@ typedef struct exc_module {
     uint32_t size;              /* sizeof(exc_module) and of what it passes: a build mismatch must not get further */
     uint32_t queue_size;
     const char *name;           /* "cuda", or "cuda on the host" */
-    const struct exc_ops *ops;  /* NULL entries: ops that have no twin yet */
+    const struct exc_ops *ops;  /* every op of ops.def */
     const char *(*why_not)(void); /* NULL when there is a usable device, else one sentence; static text */
     int (*devices)(void);
     exc_status (*describe)(int device, exc_device_info *info);

@@ -26,7 +26,7 @@ check "a number that is none" 2 "expected a whole number" $excise capture $demo 
 check "missing value" 2 "expected N" $excise capture $demo --decode
 check "too few arguments" 2 "usage: excise plan" $excise plan $demo
 check "wrong compute" 2 "expected bf16 or f32" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/x" --compute int8
-check "absent backend" 1 "cuda" $excise inspect $demo --backend cuda
+check "absent backend" 1 "cuda" env EXCISE_CUDA_MODULE=/none $excise inspect $demo --backend cuda
 check "unknown backend" 2 "abacus" $excise inspect $demo --backend abacus
 check "missing model" 1 "no/such" $excise inspect no/such
 check "not a model folder" 3 "config.json" $excise inspect "$out"

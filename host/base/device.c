@@ -19,24 +19,6 @@ static const exc_module *module;
 static char why[PATH_MAX + 256];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
-/* names the ops that this module cannot do, "" when none */
-static void missing(const exc_module *m, char *text, size_t n)
-{
-    static const char *const names[] = {
-#define EXC_OP(name, ...) #name,
-#include "ops.def"
-#undef EXC_OP
-    };
-    const void *twins[] = {
-#define EXC_OP(name, ...) (const void *)m->ops->name,
-#include "ops.def"
-#undef EXC_OP
-    };
-    *text = 0;
-    for (size_t i = 0, at = 0; i < EXC_COUNT(names) && at < n; i++)
-        if (!twins[i]) at += (size_t)snprintf(text + at, n - at, "%s%s", at ? ", " : "", names[i]);
-}
-
 static void load(void)
 {
     void *lib = exc_library_open(MODULE_FILE, "EXCISE_CUDA_MODULE", why, sizeof why);
@@ -59,16 +41,8 @@ const struct exc_module *exc_device_module(void)
 
 const char *exc_device_why_not(void)
 {
-    static __thread char text[1024];
     const exc_module *m = exc_device_module();
-    if (!m) return why;
-    const char *reason = m->why_not();
-    if (reason) return reason;
-    char list[512];
-    missing(m, list, sizeof list);
-    if (!*list) return NULL;
-    snprintf(text, sizeof text, "the CUDA module has no kernels yet for: %s", list);
-    return text;
+    return m ? m->why_not() : why;
 }
 
 static void amount(double bytes, char text[32])

@@ -243,9 +243,10 @@ cudaError_t launch(const Launch &l, std::function<void()> body) {
 
 // ---------------------------------------------------------------- runtime API
 #define API extern "C" cudaError_t
-API cudaGetDeviceCount(int *n) {
+API cudaGetDeviceCount(int *n) { /* as the runtime does, *n stays untouched when there is no driver for it */
+    if (cfg().driver < 13000) return err(cudaErrorInsufficientDriver);
     *n = (int)cfg().devices;
-    return cudaSuccess;
+    return cfg().devices ? cudaSuccess : err(cudaErrorNoDevice);
 }
 API cudaSetDevice(int d) {
     if (d < 0 || d >= cfg().devices) return err(cudaErrorInvalidDevice);
@@ -472,6 +473,6 @@ API cudaRuntimeGetVersion(int *v) {
     return cudaSuccess;
 }
 API cudaDriverGetVersion(int *v) {
-    *v = 13000;
+    *v = (int)cfg().driver;
     return cudaSuccess;
 }

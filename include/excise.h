@@ -11,7 +11,8 @@
  * aborts. One event callback reports progress and cancels. A context serves one thread at a time; different
  * contexts may run at once. Two tiers, marked on each declaration:
  *   [stream]  enqueues on the context's stream and returns; allocates nothing, does not synchronise, reads no
- *             device memory on the host. On the CPU backend "the stream" is the call itself.
+ *             device memory on the host, and can be captured in a CUDA graph. On a GPU all arrays are device memory of
+ *             the context's device. On the CPU backend "the stream" is the call itself.
  *   [job]     blocks, may allocate, reads and writes files, sends events.
  * Results that are lists of facts come as JSON text (`char **json`, released with exc_free; NULL: not wanted).
  * Shapes: T tokens, H hidden, I expert intermediate, E experts, K per token, L layers, M MoE layers, V vocabulary,
@@ -61,12 +62,15 @@ typedef int (*exc_event_fn)(void *user, const exc_event *event);
 typedef struct exc_ctx exc_ctx;
 typedef struct exc_ctx_options {
     size_t size;
-    const char *backend;   /* "cpu"; NULL: the first usable of the list, CPU last. A named absent one is an error */
+    const char *backend;   /* "cpu" (or NULL), or "cuda": [stream] calls on a GPU. One that cannot be used is an error that says why */
     int threads;           /* 0: all cores this process may use */
     int reproducible;      /* 1: same bits for any batching too: logits, states, replies, and all sums of a capture (see exc_capture) */
     exc_event_fn on_event; /* NULL: no events */
     void *user;
     const char *ranks;     /* processes that do one job together: NULL or "none"; "auto": as mpirun or srun started this one; "mpi" */
+    int device;            /* which GPU of the "cuda" backend */
+    void *stream;          /* a cudaStream_t of the caller's on that device, borrowed until exc_ctx_free; NULL: one of the context's own */
+    size_t work_bytes;     /* device memory that [stream] calls share as scratch, taken once here; 0: 64 MiB */
 } exc_ctx_options;
 #define EXC_CTX_OPTIONS {sizeof(exc_ctx_options)}
 
@@ -271,7 +275,7 @@ typedef struct exc_gate {
 EXC_API exc_status exc_route(exc_ctx *ctx, const exc_gate *gate, const float *logits, const float *bias, int64_t tokens,
                              int64_t experts, int64_t top_k, int32_t *ids, float *weights);
 /* [stream] adds to the caller's sums: count i64 [E], gate_sum f64 [E], mid_sum f64 [E,I] (any may be NULL) what tokens with
- * ids i32 [T,K] (-1: padding, not counted), weights f32 [T,K] and intermediates mid [T,K,I] (bf16 or f32) did */
+ * ids i32 [T,K] (-1: padding, not counted; on a GPU, where nobody looks, others outside 0..E-1 neither), weights f32 [T,K] and intermediates mid [T,K,I] (bf16 or f32) did */
 EXC_API exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, const void *mid, exc_dtype dtype,
                                int64_t tokens, int64_t experts, int64_t top_k, int64_t intermediate, int64_t *count,
                                double *gate_sum, double *mid_sum);

@@ -84,13 +84,14 @@ static exc_status resize(exc_queue *q, size_t work_bytes) {
     return exc_cuda_zero(q, q->nonfinite, HEAD);
 }
 
-static exc_status open_queue(exc_queue *q, int device, size_t work_bytes) {
-    cudaStream_t stream = nullptr;
+static exc_status open_queue(exc_queue *q, int device, void *callers, size_t work_bytes) {
+    cudaStream_t stream = static_cast<cudaStream_t>(callers);
     q->device = device;
     q->failed = 0;
     q->nonfinite = nullptr;
+    q->borrowed = callers != nullptr;
     cudaError_t e = cudaSetDevice(device);
-    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (e == cudaSuccess && !callers) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (e != cudaSuccess) return exc_enqueued(q, "opening a stream", e);
     q->stream = stream;
     return resize(q, work_bytes);
@@ -101,11 +102,21 @@ static void close_queue(exc_queue *q) {
     cudaSetDevice(q->device);
     cudaStreamSynchronize((cudaStream_t)q->stream);
     if (q->nonfinite) exc_cuda_release(q, q->nonfinite);
-    cudaStreamDestroy((cudaStream_t)q->stream);
+    if (!q->borrowed) cudaStreamDestroy((cudaStream_t)q->stream);
     cudaGetLastError();
     q->stream = nullptr;
     q->nonfinite = nullptr;
     q->work = nullptr;
+}
+
+/* in the head beside the counter, written in stream order */
+__global__ static void set_constant(float *p, float value) { *p = value; }
+
+static exc_status constant(exc_queue *q, float value, const float **device) {
+    float *p = reinterpret_cast<float *>(q->nonfinite) + 2;
+    *device = p;
+    ENQUEUE(q, set_constant, 1, 1, 0, p, value);
+    return EXC_OK;
 }
 
 static const char *error_text(const exc_queue *q) { return cudaGetErrorString((cudaError_t)q->failed); }
@@ -133,6 +144,7 @@ static const exc_module table = {
     exc_cuda_copy,
     exc_cuda_zero,
     exc_cuda_sync,
+    constant,
     error_text,
 };
 

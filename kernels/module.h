@@ -31,8 +31,9 @@ typedef struct exc_module {
     int (*devices)(void);
     exc_status (*describe)(int device, exc_device_info *info);
 
-    /* a stream and `work_bytes` of scratch on a device; everything else of q stays. close frees both (q may be half open) */
-    exc_status (*open)(exc_queue *q, int device, size_t work_bytes);
+    /* a stream (the caller's, or NULL: a new one) and `work_bytes` of scratch on a device; everything else of q stays. close
+     * frees what open made (q may be half open) */
+    exc_status (*open)(exc_queue *q, int device, void *stream, size_t work_bytes);
     void (*close)(exc_queue *q);
     exc_status (*resize)(exc_queue *q, size_t work_bytes); /* waits, then gives the queue other scratch */
 
@@ -45,6 +46,8 @@ typedef struct exc_module {
     exc_status (*copy)(exc_queue *q, void *dst, const void *src, size_t bytes); /* both on the device */
     exc_status (*zero)(exc_queue *q, void *p, size_t bytes);
     exc_status (*sync)(exc_queue *q);
+    /* a value in device memory for the ops enqueued next, until another is asked for */
+    exc_status (*constant)(exc_queue *q, float value, const float **device);
     const char *(*error)(const exc_queue *q); /* text of q->failed */
 } exc_module;
 

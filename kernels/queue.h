@@ -27,6 +27,7 @@ struct exc_queue {
      * arguments is carved from `work`, which they share in stream order. While `measuring`, an op enqueues nothing and only
      * raises work_needed to what it would take: the host calls it so with the largest shapes, then gives that much. */
     void *stream;          /* cudaStream_t */
+    int borrowed;          /* the stream is the caller's */
     void *module;          /* the module's own: library handles */
     void *work;            /* device memory, 256-byte aligned */
     size_t work_bytes;

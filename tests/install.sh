@@ -19,5 +19,6 @@ step "pkg-config" bash -c "${CC:-cc} tests/consumer/consumer.c -o '$root/pc' \$(
 step "pkg-config --static" bash -c "${CC:-cc} tests/consumer/consumer.c -o '$root/pcs' \$(pkg-config --cflags excise) '$LD_LIBRARY_PATH/libexcise.a' \$(pkg-config --static --libs-only-l excise | sed 's/-lexcise//') && '$root/pcs'"
 step "C++11 consumer compiles" bash -c "echo '#include <excise.h>
 int main() { return exc_version()[0] == 0; }' | ${CXX:-c++} -std=c++11 -x c++ - -o '$root/cpp' \$(pkg-config --cflags --libs excise) && '$root/cpp'"
+if command -v python3 >/dev/null; then step "Python, by ctypes" python3 python/stream.py "$(find "$root/usr" -name 'libexcise.so' | head -1)"; fi
 echo "1..$n"
 exit $bad

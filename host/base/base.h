@@ -98,6 +98,8 @@ exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t b
 exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes);
 exc_status exc_device_copy(exc_ctx *ctx, void *dst, const void *src, size_t bytes);
 exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
+/* for [job] calls, whose rooms hand host memory to ops: EXC_ERR_DEVICE on a context that works on a GPU */
+exc_status exc_device_jobs(exc_ctx *ctx, const char *call);
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);

@@ -1,7 +1,8 @@
 /* context.c - exc_ctx: picks a backend from the ordered list, opens the queue, describes both.
  *
  * Backends stand in one list, CPU last. A backend the caller names must be usable or the call fails with the reason: a job
- * that asked for a GPU must never find out from its speed that it did not get one. */
+ * that asked for a GPU must never find out from its speed that it did not get one. Who names none gets the CPU, which does
+ * everything; the GPU serves the [stream] calls. */
 #include <string.h>
 
 #include "base.h"
@@ -33,14 +34,14 @@ static exc_status choose(exc_ctx *ctx, const char *name)
 {
     for (size_t i = 0; i < EXC_COUNT(backends); i++) {
         const backend *b = &backends[i];
-        if (name && strcmp(name, b->name)) continue;
+        if (strcmp(name ? name : "cpu", b->name)) continue;
         const char *why = b->why_not();
         if (!why) {
             ctx->ops = b->ops;
             ctx->backend = b->name;
             return EXC_OK;
         }
-        if (name) return exc_fail(ctx, EXC_ERR_DEVICE, "backend %s cannot be used: %s", name, why);
+        return exc_fail(ctx, EXC_ERR_DEVICE, "backend %s cannot be used: %s", b->name, why);
     }
     return exc_fail(ctx, EXC_ERR_USAGE, "backend: expected cpu or cuda, found %s", exc_show(name, strlen(name)));
 }
@@ -65,7 +66,7 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     if (st == EXC_OK) st = exc_ranks_open(ctx, opt.ranks);
     ctx->queue.reproducible = opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
-    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, 0);
+    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, opt.device);
     return st;
 }
 

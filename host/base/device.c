@@ -13,7 +13,7 @@
 #include "module.h"
 
 #define MODULE_FILE "libexcise_cuda.so"
-#define WORK_BYTES ((size_t)32 << 20) /* scratch of a new queue; exc_device_reserve gives more */
+#define WORK_BYTES ((size_t)64 << 20) /* scratch of a new queue; exc_device_reserve gives more */
 
 static const exc_module *module;
 static char why[PATH_MAX + 256];
@@ -91,8 +91,9 @@ exc_status exc_device_open(exc_ctx *ctx, int device)
         return exc_fail(ctx, EXC_ERR_USAGE, "GPU: expected 0 to %d, found %d", n - 1, device);
     ctx->module = m;
     ctx->ops = m->ops;
-    exc_status st = m->open(&ctx->queue, device, WORK_BYTES);
-    return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", WORK_BYTES) : exc_device_failed(ctx, st, "opening the device");
+    size_t work = ctx->opt.work_bytes ? ctx->opt.work_bytes : WORK_BYTES;
+    exc_status st = m->open(&ctx->queue, device, ctx->opt.stream, work);
+    return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", work) : exc_device_failed(ctx, st, "opening the device");
 }
 
 void exc_device_close(exc_ctx *ctx)
@@ -156,4 +157,11 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes)
 exc_status exc_device_sync(exc_ctx *ctx)
 {
     return ctx->module ? exc_device_failed(ctx, ctx->module->sync(&ctx->queue), "waiting for the device") : EXC_OK;
+}
+
+exc_status exc_device_jobs(exc_ctx *ctx, const char *call)
+{
+    if (!ctx->module) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_DEVICE, "%s: the cuda backend serves the [stream] calls of the library; jobs over models and files run on the "
+                    "cpu backend in this version", call);
 }

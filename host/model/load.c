@@ -436,6 +436,7 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
 exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options *options, exc_model **out) {
     if (!ctx || !out) return EXC_ERR_USAGE;
     exc_clear(ctx);
+    EXC_TRY(exc_device_jobs(ctx, "open"));
     *out = NULL;
     exc_model_options opt = {.size = sizeof opt};
     if (!dir) return exc_fail(ctx, EXC_ERR_USAGE, "open: no model folder given");

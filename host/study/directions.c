@@ -539,6 +539,7 @@ exc_status exc_directions(exc_ctx *ctx, const exc_stats *stats, const exc_direct
     int64_t with = 0;
     exc_status st;
     exc_clear(ctx);
+    EXC_TRY(exc_device_jobs(ctx, "directions"));
     if (json) *json = NULL;
     if (!stats || !dirs)
         return exc_fail(ctx, EXC_ERR_USAGE, "directions: expected stats and a place for the result");

@@ -1,11 +1,10 @@
 /* stream.c - the [stream] tier: someone else's tensors and forward pass, our ops.
  *
- * Everything a caller can get wrong is checked here, with one line that names the argument, and nothing is allocated:
- * matrices of a stack are handed to the op in groups whose pointers fit on the stack. */
+ * Everything a caller can get wrong is checked here, with one line that names the argument, as far as the host may look: what
+ * device memory holds is not read. Nothing is allocated and nothing waits. */
 #include "base.h"
-#include "ops.h"
+#include "module.h"
 
-#define GROUP 64      /* matrices handed to the op at once */
 #define LARGEST_RANK 64
 
 static exc_status need(exc_ctx *ctx, const char *call, const char *name, const void *pointer, int64_t elements) {
@@ -21,6 +20,7 @@ static exc_status within(exc_ctx *ctx, const char *call, const char *name, int64
 
 static exc_status done(exc_ctx *ctx, const char *call, exc_status st) {
     if (st == EXC_OK) return st;
+    if (ctx->module) return exc_device_failed(ctx, st, call);
     return exc_fail(ctx, st, "%s: the %s backend refused these sizes, expected shapes its working memory can hold", call,
                     ctx->backend);
 }
@@ -61,7 +61,7 @@ exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, c
     if (mid_sum) EXC_TRY(need(ctx, call, "mid", mid, tokens));
     if (mid_sum && dtype != EXC_BF16 && dtype != EXC_F32)
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: dtype is %d, expected EXC_BF16 or EXC_F32", call, (int)dtype);
-    for (int64_t i = 0; i < tokens * top_k; i++)
+    for (int64_t i = 0; !ctx->module && i < tokens * top_k; i++)
         if (ids[i] < -1 || ids[i] >= experts)
             return exc_fail(ctx, EXC_ERR_USAGE, "%s: ids[%lld] is %d, expected -1 to %lld", call, (long long)i, ids[i],
                             (long long)experts - 1);
@@ -69,19 +69,6 @@ exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, c
                                  .tokens = tokens, .top_k = top_k, .experts = experts, .inner = intermediate, .count = count,
                                  .gate_sum = gate_sum, .mid_sum = mid_sum};
     return done(ctx, call, ctx->ops->moments(&ctx->queue, &a));
-}
-
-/* experts first..first+n-1 of a stack */
-static exc_status edit_group(exc_ctx *ctx, struct exc_project_args a, char *w, size_t plane, int64_t first, int64_t n) {
-    const void *src[GROUP];
-    void *dst[GROUP];
-    for (int64_t i = 0; i < n; i++) src[i] = dst[i] = w + (size_t)(first + i) * plane;
-    a.src = src;
-    a.dst = dst;
-    a.count = n;
-    a.strength += first;
-    if (a.c) a.c += first * a.rank * a.cols;
-    return ctx->ops->project(&ctx->queue, &a);
 }
 
 static exc_status edit(exc_ctx *ctx, const char *call, void *w, exc_dtype dtype, int64_t experts, int64_t hidden, int64_t inner,
@@ -99,17 +86,19 @@ static exc_status edit(exc_ctx *ctx, const char *call, void *w, exc_dtype dtype,
     EXC_TRY(need(ctx, call, "strength", strength, experts));
     struct exc_project_args a = {.dtype = (int)dtype, .rows = hidden, .cols = inner, .side = EXC_SIDE_OUT, .basis = r,
                                  .rank = rank, .strength = strength, .norm = (int)norm, .c = c};
-    size_t plane = (size_t)hidden * (size_t)inner * (dtype == EXC_F32 ? 4 : 2);
-    for (int64_t first = 0; first < experts; first += GROUP) {
-        int64_t n = experts - first < GROUP ? experts - first : GROUP;
-        EXC_TRY(done(ctx, call, edit_group(ctx, a, w, plane, first, n)));
-    }
-    return EXC_OK;
+    a.src_base = a.dst_base = w;
+    a.src_stride = a.dst_stride = hidden * inner;
+    a.count = experts;
+    return done(ctx, call, ctx->ops->project(&ctx->queue, &a));
 }
 
 exc_status exc_edit_matrix(exc_ctx *ctx, void *w, exc_dtype dtype, int64_t hidden, int64_t inner, const float *r,
                            int64_t rank, float strength, exc_norm_restore norm, float *c) {
-    return edit(ctx, "exc_edit_matrix", w, dtype, 1, hidden, inner, r, rank, &strength, norm, c);
+    static const char call[] = "exc_edit_matrix";
+    const float *there = &strength;
+    if (!ctx) return EXC_ERR_USAGE;
+    if (ctx->module) EXC_TRY(done(ctx, call, ctx->module->constant(&ctx->queue, strength, &there)));
+    return edit(ctx, call, w, dtype, 1, hidden, inner, r, rank, there, norm, c);
 }
 
 exc_status exc_edit_experts(exc_ctx *ctx, void *w, exc_dtype dtype, int64_t experts, int64_t hidden, int64_t inner,

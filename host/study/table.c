@@ -447,6 +447,7 @@ exc_status exc_contrast(exc_ctx *ctx, const exc_stats *stats, const exc_dirs *di
     exc_experts t;
     choices c;
     exc_clear(ctx);
+    EXC_TRY(exc_device_jobs(ctx, "contrast"));
     if (json) *json = NULL;
     if (!stats || !out) return exc_fail(ctx, EXC_ERR_USAGE, "contrast: expected stats and a path to write");
     if (!ends_with(out, ".csv") && !ends_with(out, ".jsonl"))

@@ -474,6 +474,8 @@ done:
 exc_status exc_stats_load(exc_ctx *ctx, const char *path, exc_stats **stats) {
     exc_tensors *file = NULL;
     exc_clear(ctx);
+    EXC_TRY(exc_device_jobs(ctx, "stats"));
+    EXC_TRY(exc_device_jobs(ctx, "stats"));
     if (!path || !stats)
         return exc_fail(ctx, EXC_ERR_USAGE, "stats: expected a path and a place for the result");
     *stats = NULL;

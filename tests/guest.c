@@ -1,0 +1,181 @@
+/* guest.c - a small CUDA pipeline that uses the library: it brings its own device memory and its own stream, routes tokens, observes
+ * experts, edits their weights and projects outputs through the public calls alone, first one by one, then captured once in
+ * a CUDA graph and replayed. What comes back is what the CPU backend makes of the same arrays. Jobs refuse a GPU context.
+ *
+ * The guest's CUDA runtime is opened by name: the one on the host that the emulated module uses, or, where twin.h finds a real GPU's
+ * module, libcudart.so. */
+#include <dlfcn.h>
+#include <math.h>
+
+#include "twin.h"
+
+enum { T = 37, E = 12, K = 3, H = 64, I = 40, R = 2 };
+
+static struct guest {
+    float logits[T * E], y[T * H], basis[R * H], strength[E], weights[T * K];
+    uint16_t w[E * H * I], mid[T * K * I];
+    int32_t ids[T * K];
+    int64_t count[E];
+    double gate[E], sum[E * I];
+} host, there_back, *there; /* there: in device memory */
+
+static exc_gate gate = EXC_GATE;
+
+/* what the guest uses of the runtime, with the vendor's numbers */
+enum { TO_DEVICE = 1, TO_HOST = 2, OWN_STREAM = 1, THIS_THREAD = 1 };
+static struct runtime {
+    int (*malloc)(void **p, size_t bytes), (*free)(void *p);
+    int (*copy)(void *dst, const void *src, size_t bytes, int kind, void *stream);
+    int (*stream_create)(void **stream, unsigned flags), (*stream_wait)(void *stream), (*stream_destroy)(void *stream);
+    int (*capture_begin)(void *stream, int mode), (*capture_end)(void *stream, void **graph);
+    int (*graph_make)(void **run, void *graph, unsigned long long flags), (*graph_launch)(void *run, void *stream);
+    int (*run_destroy)(void *run), (*graph_destroy)(void *graph);
+} cuda;
+
+static int open_runtime(void **state) {
+    static const struct { const char *name; size_t at; } calls[] = {
+        {"cudaMalloc", offsetof(struct runtime, malloc)}, {"cudaFree", offsetof(struct runtime, free)},
+        {"cudaMemcpyAsync", offsetof(struct runtime, copy)}, {"cudaStreamCreateWithFlags", offsetof(struct runtime, stream_create)},
+        {"cudaStreamSynchronize", offsetof(struct runtime, stream_wait)}, {"cudaStreamDestroy", offsetof(struct runtime, stream_destroy)},
+        {"cudaStreamBeginCapture", offsetof(struct runtime, capture_begin)}, {"cudaStreamEndCapture", offsetof(struct runtime, capture_end)},
+        {"cudaGraphInstantiate", offsetof(struct runtime, graph_make)}, {"cudaGraphLaunch", offsetof(struct runtime, graph_launch)},
+        {"cudaGraphExecDestroy", offsetof(struct runtime, run_destroy)}, {"cudaGraphDestroy", offsetof(struct runtime, graph_destroy)}};
+    if (twin_open(state)) return -1;
+    char path[PATH_MAX], *slash;
+    snprintf(path, sizeof path, "%s", getenv("EXCISE_CUDA_MODULE"));
+    bool emulated = strstr(path, "emulated") != NULL;
+    if ((slash = strrchr(path, '/'))) slash[1] = 0;
+    strncat(path, "libcudaonhost.so", sizeof path - strlen(path) - 1);
+    void *lib = dlopen(emulated ? path : "libcudart.so", RTLD_NOW);
+    if (!lib) fail_msg("%s", dlerror());
+    for (size_t i = 0; i < EXC_COUNT(calls); i++) {
+        void *f = dlsym(lib, calls[i].name);
+        if (!f) fail_msg("%s", dlerror());
+        memcpy((char *)&cuda + calls[i].at, &f, sizeof f);
+    }
+    return 0;
+}
+
+#define OK(call)                                                                                                       \
+    do {                                                                                                               \
+        exc_status st_ = (call);                                                                                       \
+        if (st_ != EXC_OK) fail_msg("%s: %s", #call, exc_ctx_error(ctx));                                              \
+    } while (0)
+#define CUDA(call) assert_int_equal(cuda.call, 0)
+
+static void fill(struct guest *g) {
+    memset(g, 0, sizeof *g);
+    for (int i = 0; i < T * E; i++) g->logits[i] = test_normal(1, (uint64_t)i);
+    for (int i = 0; i < T * H; i++) g->y[i] = test_normal(2, (uint64_t)i);
+    for (int i = 0; i < E * H * I; i++) g->w[i] = test_bf16(test_normal(3, (uint64_t)i));
+    for (int i = 0; i < T * K * I; i++) g->mid[i] = test_bf16(test_normal(4, (uint64_t)i));
+    for (int i = 0; i < E; i++) g->strength[i] = i % 3 ? 1.0f : 0.0f;
+    g->basis[5] = 1; /* two directions of the stream */
+    g->basis[H + 9] = 1;
+    gate.renorm = 1;
+}
+
+/* the guest's step: everything on its stream */
+static void work(exc_ctx *ctx, struct guest *g) {
+    OK(exc_route(ctx, &gate, g->logits, NULL, T, E, K, g->ids, g->weights));
+    OK(exc_observe(ctx, g->ids, g->weights, g->mid, EXC_BF16, T, E, K, I, g->count, g->gate, g->sum));
+    OK(exc_edit_experts(ctx, g->w, EXC_BF16, E, H, I, g->basis, R, g->strength, EXC_NORM_NONE, NULL));
+    OK(exc_edit_matrix(ctx, g->w, EXC_BF16, H, I, g->basis, 1, 0.5f, EXC_NORM_NONE, NULL));
+    OK(exc_project_output(ctx, g->y, T, H, g->basis, R, 0.25f));
+}
+
+static void same(const struct guest *got, const struct guest *want) {
+    assert_memory_equal(got->ids, want->ids, sizeof got->ids);
+    assert_memory_equal(got->count, want->count, sizeof got->count);
+    assert_memory_equal(got->w, want->w, sizeof got->w); /* the canonical tree: the same bits */
+    twin_close_f32(got->weights, want->weights, T * K, 4e-6, 0, "weights");
+    twin_close_f32(got->y, want->y, T * H, 4e-6, 4e-6, "y");
+    for (int i = 0; i < E; i++) assert_true(fabs(got->gate[i] - want->gate[i]) <= 1e-5 * fabs(want->gate[i]));
+    for (int i = 0; i < E * I; i++)
+        if (!(fabs(got->sum[i] - want->sum[i]) <= 1e-5 * (1 + fabs(want->sum[i])))) fail_msg("mid_sum[%d] = %g, want %g", i, got->sum[i], want->sum[i]);
+}
+
+static exc_ctx *open_guest(void *stream) {
+    exc_ctx_options o = EXC_CTX_OPTIONS;
+    exc_ctx *ctx = NULL;
+    o.backend = "cuda";
+    o.stream = stream;
+    o.work_bytes = (size_t)4 << 20;
+    if (exc_ctx_create(&o, &ctx) != EXC_OK) fail_msg("context: %s", exc_ctx_error(ctx));
+    return ctx;
+}
+
+static void calls_on_the_callers_stream(void **state) {
+    void *stream;
+    CUDA(stream_create(&stream, OWN_STREAM));
+    CUDA(malloc((void **)&there, sizeof *there));
+    exc_ctx *ctx = open_guest(stream);
+    fill(&host);
+    CUDA(copy(there, &host, sizeof host, TO_DEVICE, stream));
+    work(ctx, there); /* no wait in between */
+    CUDA(copy(&there_back, there, sizeof host, TO_HOST, stream));
+    CUDA(stream_wait(stream));
+    exc_ctx_free(ctx); /* the stream stays the guest's */
+    work(twin.cpu, &host);
+    same(&there_back, &host);
+    CUDA(stream_wait(stream));
+    CUDA(stream_destroy(stream));
+    CUDA(free(there));
+}
+
+static void replayed_from_a_graph(void **state) {
+    void *stream;
+    void *graph;
+    void *run;
+    CUDA(stream_create(&stream, OWN_STREAM));
+    CUDA(malloc((void **)&there, sizeof *there));
+    exc_ctx *ctx = open_guest(stream);
+    CUDA(capture_begin(stream, THIS_THREAD));
+    work(ctx, there);
+    CUDA(capture_end(stream, &graph));
+    CUDA(graph_make(&run, graph, 0));
+    for (int round = 0; round < 2; round++) {
+        fill(&host);
+        for (int i = 0; i < T * E; i++) host.logits[i] += (float)round * test_normal(9, (uint64_t)i);
+        CUDA(copy(there, &host, sizeof host, TO_DEVICE, stream));
+        CUDA(graph_launch(run, stream));
+        CUDA(copy(&there_back, there, sizeof host, TO_HOST, stream));
+        CUDA(stream_wait(stream));
+        work(twin.cpu, &host);
+        same(&there_back, &host);
+    }
+    CUDA(run_destroy(run));
+    CUDA(graph_destroy(graph));
+    exc_ctx_free(ctx);
+    CUDA(stream_destroy(stream));
+    CUDA(free(there));
+}
+
+static void refusals(void **state) {
+    exc_ctx *ctx = open_guest(NULL);
+    exc_model *m = NULL;
+    test_refused(ctx, exc_model_open(ctx, test_data("demo"), NULL, &m), EXC_ERR_DEVICE, "cuda backend", "cpu backend", NULL);
+    test_refused(ctx, exc_route(ctx, &gate, NULL, NULL, 1, 4, 2, NULL, NULL), EXC_ERR_USAGE, "logits is NULL", NULL);
+    exc_ctx_free(ctx);
+    exc_ctx_options o = EXC_CTX_OPTIONS;
+    o.backend = "cuda";
+    o.device = 1000;
+    assert_int_equal(exc_ctx_create(&o, &ctx), EXC_ERR_USAGE);
+    assert_non_null(strstr(exc_ctx_error(ctx), "GPU"));
+    exc_ctx_free(ctx);
+    /* scratch that is too small is said with what is needed */
+    o.device = 0;
+    o.work_bytes = 256;
+    assert_int_equal(exc_ctx_create(&o, &ctx), EXC_OK);
+    CUDA(malloc((void **)&there, sizeof *there));
+    exc_status st = exc_observe(ctx, there->ids, there->weights, there->mid, EXC_BF16, T, E, K, I, there->count, there->gate, there->sum);
+    assert_int_equal(st, EXC_ERR_MEMORY);
+    assert_non_null(strstr(exc_ctx_error(ctx), "needed"));
+    CUDA(free(there));
+    exc_ctx_free(ctx);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {cmocka_unit_test(calls_on_the_callers_stream), cmocka_unit_test(replayed_from_a_graph), cmocka_unit_test(refusals)};
+    return cmocka_run_group_tests(tests, open_runtime, twin_close);
+}

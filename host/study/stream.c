@@ -31,6 +31,7 @@ exc_status exc_route(exc_ctx *ctx, const exc_gate *gate, const float *logits, co
                      int64_t experts, int64_t top_k, int32_t *ids, float *weights) {
     static const char call[] = "exc_route";
     if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
     EXC_TRY(need(ctx, call, "gate", gate, 1));
     if (gate->size != sizeof *gate)
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: gate.size is %zu, expected %zu (start from EXC_GATE)", call, gate->size,
@@ -52,6 +53,7 @@ exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, c
                        double *gate_sum, double *mid_sum) {
     static const char call[] = "exc_observe";
     if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
     EXC_TRY(within(ctx, call, "tokens", tokens, 0, MOST));
     EXC_TRY(within(ctx, call, "experts", experts, 1, 1 << 20));
     EXC_TRY(within(ctx, call, "top_k", top_k, 1, experts));
@@ -97,12 +99,15 @@ exc_status exc_edit_matrix(exc_ctx *ctx, void *w, exc_dtype dtype, int64_t hidde
     static const char call[] = "exc_edit_matrix";
     const float *there = &strength;
     if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
     if (ctx->module) EXC_TRY(done(ctx, call, ctx->module->constant(&ctx->queue, strength, &there)));
     return edit(ctx, call, w, dtype, 1, hidden, inner, r, rank, there, norm, c);
 }
 
 exc_status exc_edit_experts(exc_ctx *ctx, void *w, exc_dtype dtype, int64_t experts, int64_t hidden, int64_t inner,
                             const float *r, int64_t rank, const float *strength, exc_norm_restore norm, float *c) {
+    if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
     return edit(ctx, "exc_edit_experts", w, dtype, experts, hidden, inner, r, rank, strength, norm, c);
 }
 
@@ -110,6 +115,7 @@ exc_status exc_project_output(exc_ctx *ctx, float *y, int64_t tokens, int64_t hi
                               float strength) {
     static const char call[] = "exc_project_output";
     if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
     EXC_TRY(within(ctx, call, "tokens", tokens, 0, MOST));
     EXC_TRY(within(ctx, call, "hidden", hidden, 1, 1 << 30));
     EXC_TRY(within(ctx, call, "rank", rank, 1, hidden < LARGEST_RANK ? hidden : LARGEST_RANK));

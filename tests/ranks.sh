@@ -51,6 +51,13 @@ printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":[0
 "$excise" apply $model "$out/plan.json" -o "$out/a1" >"$out/log" 2>&1 && ranks 2 "$excise" apply $model "$out/plan.json" -o "$out/a2" >>"$out/log" 2>&1 &&
     diff -r "$out/a1" "$out/a2" >>"$out/log" 2>&1 && "$excise" verify $model "$out/a2" >>"$out/log" 2>&1
 result "2 ranks share the shards of a checkpoint; verified" $? "$out/log"
+for name in qwen3_moe_fp8 gpt_oss; do
+    model=tests/data/models/$name
+    "$excise" apply $model "$out/plan.json" --to bf16 -o "$out/$name.wide1" >"$out/log" 2>&1 &&
+        ranks 2 "$excise" apply $model "$out/plan.json" --to bf16 -o "$out/$name.wide2" >>"$out/log" 2>&1 &&
+        diff -r "$out/$name.wide1" "$out/$name.wide2" >>"$out/log" 2>&1
+    result "2 ranks write $name as bf16" $? "$out/log"
+done
 
 capture=(capture "$demo" --target "$demo/prompts/decline.txt" --baseline "$demo/prompts/comply.txt" --threads 1)
 # failing TEXT MUST_CONTAIN OUTPUT COMMAND: ends with an error that says so, within a minute, and leaves nothing behind
@@ -66,6 +73,15 @@ failing "ranks with other options are told apart" "expected all ranks at the sam
     mpirun -n 1 "$excise" "${capture[@]}" -o "$out/s1" : -n 1 "$excise" "${capture[@]}" --batch-tokens 64 --decode 4 -o "$out/s1"
 failing "more ranks than experts" "one for each expert" "$out/s2" mpirun -n 17 "$excise" "${capture[@]}" -o "$out/s2"
 failing "a refused input is said once" "nothere.txt" "$out/s3" mpirun -n 2 "$excise" capture "$demo" --target nothere.txt --baseline nothere.txt -o "$out/s3"
+[ "$(grep -c nothere.txt "$out/log")" = 1 ]; result "and not twice" $? "$out/log"
+failing "what only another rank refuses is said too" "nothere.txt" "$out/s4" \
+    mpirun -n 1 "$excise" "${capture[@]}" -o "$out/s4" : -n 1 "$excise" capture "$demo" --target nothere.txt --baseline nothere.txt -o "$out/s4"
+cp -r tests/data/models/qwen3_moe "$out/nan"
+shard=$out/nan/model-00002-of-00003.safetensors
+head -c 200000 /dev/zero | tr '\0' '\377' | dd of="$shard" conv=notrunc bs=1 seek=$(($(stat -c %s "$shard") - 200000)) status=none
+printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":["0-3"],"strength":0.5}]}' >"$out/all.json"
+failing "the first rank says why another one failed" "excise apply: rank 1: " "$out/s6" mpirun -n 3 "$excise" apply "$out/nan" "$out/all.json" -o "$out/s6"
+failing "processes that MPI does not know of" "MPI knows of this one only" "$out/s5" env PMI_SIZE=2 "$excise" "${capture[@]}" -o "$out/s5"
 
 # a rank that is killed, and one that only stops, in the middle of a long job
 for signal in KILL STOP; do

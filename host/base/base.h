@@ -122,7 +122,7 @@ exc_status exc_ranks_exchange(exc_ctx *ctx, const char *what, const void *send, 
 exc_status exc_ranks_collect(exc_ctx *ctx, const char *what, const void *send, void *recv, const size_t *bytes);
 /* array <- sum over ranks, added in rank order: the same bits everywhere. dtype EXC_I64, EXC_U32, EXC_F64, EXC_F32; array may be NULL */
 exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array, size_t count);
-/* fails on all ranks when it failed on one */
+/* fails on all ranks when it failed on one, with that one's words */
 exc_status exc_ranks_agree(exc_ctx *ctx, const char *what, exc_status mine);
 
 /* ---- small files (base/paths.c). Paths in messages are as the user gave them. */

@@ -95,6 +95,11 @@ exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
     int rank = 0, size = 1;
     const char *bad = t->join(&rank, &size, time_limit());
     if (bad) return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: %s", bad);
+    /* a launcher of another MPI starts processes that do not know of each other: each would do the whole job */
+    if (n > 1 && size == 1)
+        return exc_fail(ctx, EXC_ERR_DEVICE,
+                        "ranks: expected the %ld processes that were launched, found that MPI knows of this one only: is the launcher of "
+                        "the same MPI as the module?", n);
     return size > 1 ? allocate(ctx, t, rank, size) : EXC_OK;
 }
 
@@ -236,13 +241,27 @@ exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array,
     return st;
 }
 
+/* the failure of rank `from`, in its words */
+static exc_status repeat(exc_ctx *ctx, const char *what, int from, exc_status st) {
+    char mine[sizeof ctx->error], (*all)[sizeof mine] = exc_alloc(ctx, (size_t)ctx->ranks->size, sizeof mine, "errors of all ranks");
+    if (!all) return EXC_ERR_MEMORY;
+    memset(mine, 0, sizeof mine);
+    snprintf(mine, sizeof mine, "%s", exc_ctx_error(ctx));
+    exc_status told = exc_ranks_gather(ctx, what, mine, all, sizeof mine);
+    if (told == EXC_OK) told = exc_fail(ctx, st, "rank %d: %s", from, all[from][0] ? all[from] : exc_status_name(st));
+    exc_release(all);
+    return told;
+}
+
 exc_status exc_ranks_agree(exc_ctx *ctx, const char *what, exc_status mine) {
     if (!ctx->ranks) return mine;
     int32_t code = mine, *all = exc_alloc(ctx, (size_t)ctx->ranks->size, sizeof *all, "states of all ranks");
     if (!all) return EXC_ERR_MEMORY;
     exc_status st = exc_ranks_gather(ctx, what, &code, all, sizeof code);
-    for (int r = 0; st == EXC_OK && r < ctx->ranks->size; r++)
-        if (all[r] && !mine) st = exc_fail(ctx, (exc_status)all[r], "%s: rank %d failed (%s)", what, r, exc_status_name((exc_status)all[r]));
+    int failed = 0;
+    while (st == EXC_OK && failed < ctx->ranks->size && !all[failed]) failed++;
+    /* ranks that did not fail themselves hear the first that did */
+    if (st == EXC_OK && failed < ctx->ranks->size) st = repeat(ctx, what, failed, (exc_status)all[failed]);
     exc_release(all);
     return mine ? mine : st;
 }

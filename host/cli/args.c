@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "cli.h"
@@ -238,9 +239,10 @@ int cli_done(cli *c, exc_status st) {
     const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
     size_t n = strlen(c->verb->name);
     if (!strncmp(why, c->verb->name, n) && !strncmp(why + n, ": ", 2)) why += n + 2; /* said already */
-    /* what all ranks refuse alike is said once */
-    bool once = st == EXC_ERR_USAGE || st == EXC_ERR_INPUT || st == EXC_CANCELLED;
-    if (!c->rank || !once) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
+    /* What all ranks refuse alike is said once: by the first, whose end makes the launcher end the others while they wait
+     * here (mpirun takes a second or two). What only this one refuses, a file that its machine lacks, nobody else would say. */
+    bool ended = c->rank && nanosleep(&(struct timespec){.tv_sec = 4}, NULL);
+    if (!ended) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
     return exc_status_exit(st);
 }
 

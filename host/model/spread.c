@@ -171,8 +171,18 @@ static uint64_t fingerprint(const exc_step *t) {
            exc_hash64(t->begin, (n + 1) * sizeof *t->begin) * 5 ^ wanted << 1;
 }
 
+/* the whole step has to fit, before it is dealt out: buffers are for that many rows and sequences */
+static exc_status fits(const exc_session *s, const exc_step *t) {
+    int64_t rows = t->sequences ? t->begin[t->sequences] : 0;
+    bool good = rows <= s->step_tokens && t->sequences <= s->slots;
+    for (int64_t i = 0; good && i < t->sequences; i++) good = t->slot[i] >= 0 && t->slot[i] < s->used_slots;
+    return good ? EXC_OK : exc_fail(s->ctx, EXC_ERR_USAGE, "session: expected at most %lld rows in a step, of slots below %lld, found %lld rows",
+                                    (long long)s->step_tokens, (long long)s->used_slots, (long long)rows);
+}
+
 exc_status exc_spread_step(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
+    EXC_TRY(fits(s, t));
     EXC_TRY(exc_ranks_meet(s->ctx, "a step of the forward pass", fingerprint(t)));
     exc_step local = *deal(s, t);
     size_t H = (size_t)p->hidden * sizeof(float), K = (size_t)p->top_k * sizeof(float);

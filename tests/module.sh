@@ -31,7 +31,9 @@ check "../lib of a program found by PATH" 1 "the CUDA module was built for anoth
 check "no driver" 1 "no NVIDIA driver is installed" env HC_DRIVER=0 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
 check "a driver that is too old" 1 "the NVIDIA driver supports CUDA 12.4, this build needs 13.0" env HC_DRIVER=12040 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
 check "a driver, no GPU" 1 "there is a driver, but no NVIDIA GPU" env HC_DEVICES=0 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
-check "a GPU, but host rooms that are not on it" 1 "models are not yet kept in device memory" with "$emulated" $excise inspect $demo --backend cuda
+check "a GPU, but a job over a model, which is the CPU's" 1 "jobs over models and files run on the cpu backend" with "$emulated" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/f" --backend cuda
+check "version tells that a GPU can be used" 0 '"name":"cuda","usable":true' with "$emulated" $excise version --json
+check "the bench of the device's ops" 0 '"row":"project","shape":"Qwen3-30B-A3B' with "$emulated" "$build/excise_gpu" --quick --only project
 check "so that without --backend the CPU is used" 0 '"backend":"cpu"' with "$emulated" $excise version --json
 if [ ! -f "$real" ]; then
     skip "the CUDA module needs no CUDA library to load" "it was not built here (no nvcc)"

@@ -33,6 +33,7 @@ for k in 1 2 3 4; do
     cmp "$out/g1" "$out/g$k" >"$out/d" 2>&1; result "$k ranks: the same replies" $? "$out/d"
     diff <(cut -d, -f1-10 "$out/run1/experts.csv") <(cut -d, -f1-10 "$out/run$k/experts.csv") >"$out/d" 2>&1; result "$k ranks: counts and log-ratios exactly" $? "$out/d"
     diff -r "$out/run1/checkpoint" "$out/run$k/checkpoint" >"$out/d" 2>&1; result "$k ranks: the same checkpoint, byte for byte" $? "$out/d"
+    cmp "$out/run1/stats.safetensors" "$out/run$k/stats.safetensors" >"$out/d" 2>&1; result "$k ranks: all sums, bit for bit" $? "$out/d"
     cmp "$out/run1/evaluation.csv" "$out/run$k/evaluation.csv" >"$out/d" 2>&1; result "$k ranks: the same evaluation" $? "$out/d"
 done
 

@@ -17,16 +17,8 @@ typedef struct backend {
 
 static const char *usable(void) { return NULL; }
 
-/* All ops have kernels, but the rooms above still keep their arrays in host memory: a job on the GPU would hand the kernels
- * pointers that they cannot follow. When model and study allocate by exc_device_alloc, this is exc_device_why_not itself. */
-static const char *no_cuda(void)
-{
-    const char *why = exc_device_why_not();
-    return why ? why : "the kernels are there, but models are not yet kept in device memory";
-}
-
 static const backend backends[] = {
-    {"cuda", no_cuda, NULL}, /* ops come with the module */
+    {"cuda", exc_device_why_not, NULL}, /* ops come with the module */
     {"cpu", usable, &exc_cpu_ops},
 };
 

@@ -183,7 +183,7 @@ static void project_any_shape(void **state) {
                                    .sums = asked,
                                    .want_c = (int)(s + k) % 2,
                                    .stacked = (int)s % 2,
-                                   .offset = s == 3 ? 6 : 0,
+                                   .offset = s == 3 ? (dtype == EXC_F32 ? 4 : 6) : 0,
                                    .odd_values = s == 4});
             }
 }

@@ -84,6 +84,9 @@ template <class TILE> static exc_status run(exc_queue *q, const struct exc_glu_a
     if (!work.ready()) return work.status;
     if (most > 65535) return EXC_ERR_USAGE;
     Glu g = {*a, group, part, aligned(a->x, 16) && a->hidden % 8 == 0, q->reproducible != 0};
+    /* the hole behind the activation: what the host's stack had there does not travel */
+    const size_t hole = offsetof(struct exc_glu_args, activation) + sizeof g.a.activation;
+    memset(reinterpret_cast<char *>(&g.a) + hole, 0, offsetof(struct exc_glu_args, offset) - hole);
     ENQUEUE(q, find_groups, 1, threads_for_groups(a->experts), 0, a->offset, a->experts, TILE::BM, most, group, begin);
     const dim3 grid((unsigned)ceil_div(a->inner, TILE::BN), (unsigned)most);
     ENQUEUE(q, glu_tiles<TILE>, grid, TILE::THREADS, TILE::SHARED, g);

@@ -376,7 +376,12 @@ static void sums_any_split(void **state) {
     enum { T = 90, H = 32, I = 64 };
     stored s[2];
     exc_packed w[2];
-    for (int i = 0; i < 2; i++) s[i] = store(EXC_BF16, EXC_BF16, I, H, (uint64_t)i), w[i] = packed(&s[i]).gpu;
+    for (int i = 0; i < 2; i++) {
+        s[i] = store(EXC_BF16, EXC_BF16, I, H, (uint64_t)i);
+        pair p = packed(&s[i]);
+        w[i] = p.gpu;
+        free((void *)(uintptr_t)p.cpu.data);
+    }
     void *x = acts(T * H, 5, 1, EXC_BF16);
     double *zero = calloc(I, 8), whole[I], parts[I];
     int32_t slot[T] = {0};

@@ -234,7 +234,7 @@ __global__ static void route_gates(const struct exc_route_args a) {
     const int64_t e = (int64_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, pairs = a.tokens * a.top_k;
     const int lane = threadIdx.x % WARP;
     if (e >= a.experts) return;
-    double sum = a.gate_sum[e];
+    double sum = lane == 0 ? a.gate_sum[e] : 0; /* the lane that writes is the lane that reads */
     for (int64_t first = 0; first < pairs; first += WARP) {
         const int64_t p = first + lane;
         const bool mine = p < pairs && a.ids[p] == e && a.slot[p / a.top_k] >= 0;

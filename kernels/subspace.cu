@@ -206,8 +206,12 @@ __global__ void __launch_bounds__(SMALL)
         found[i] = i < n ? a[i * pitch + i] : -INFINITY, place[i] = i;
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += SMALL) {
-        int before = 0;
-        for (int j = 0; j < n; j++) before += found[j] > found[i] || (found[j] == found[i] && j < i);
+        int before = 0; /* NaN stands first, so that every value has a place of its own */
+        const double mine = found[i] != found[i] ? INFINITY : found[i];
+        for (int j = 0; j < n; j++) {
+            const double other = found[j] != found[j] ? INFINITY : found[j];
+            before += other > mine || (other == mine && j < i);
+        }
         place[before] = i;
     }
     __syncthreads();

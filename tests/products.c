@@ -154,19 +154,19 @@ static void matmul_all(void **state) {
     static const int64_t shapes[][3] = {{1, 1, 32}, {1, 31, 64}, {5, 33, 96}, {17, 127, 160}, {70, 200, 64}, {130, 130, 288}, {33, 48, 416}, {0, 16, 32}};
     for (size_t k = 0; k < EXC_COUNT(kinds); k++)
         for (size_t i = 0; i < EXC_COUNT(shapes); i++) {
-            if (twin_small() && shapes[i][0] * shapes[i][1] > 600) continue;
+            if (twin_small() && i != 1) continue;
             matmul_case((int)k, shapes[i][0], shapes[i][1], shapes[i][2], 3 * i + k);
         }
-    for (size_t k = 0; k < 5; k++) matmul_case((int)k, 9, 21, 37, 50 + k); /* inputs that are no whole pieces */
+    for (size_t k = 0; k < 5 && !twin_small(); k++) matmul_case((int)k, 9, 21, 37, 50 + k); /* inputs that are no whole pieces */
     for (size_t k = 0; k < 5; k++) matmul_case((int)k, 3, 5, 1, 60 + k);
     matmul_case(5, 9, 21, 200, 71); /* a partial span of scales */
-    matmul_case(7, 9, 150, 300, 72);
+    if (!twin_small()) matmul_case(7, 9, 150, 300, 72);
 }
 
 /* bits of a row do not depend on the rows beside it */
 static void matmul_rows_alone(void **state) {
     enum { T = 70, N = 65, K = 96 };
-    for (size_t kind = 0; kind < EXC_COUNT(kinds); kind++) {
+    for (size_t kind = 0; kind < (twin_small() ? 0 : EXC_COUNT(kinds)); kind++) {
         int act = kinds[kind].act;
         stored s = store(kinds[kind].stored, kinds[kind].to, N, K, kind);
         pair w = packed(&s);
@@ -194,7 +194,7 @@ static void matmul_rows_alone(void **state) {
 static void bundle_all(void **state) {
     static const int64_t shapes[][4] = {{1, 1, 16, 32}, {5, 3, 33, 64}, {33, 2, 20, 96}, {70, 4, 16, 48}};
     for (size_t kind = 0; kind < EXC_COUNT(kinds); kind++)
-        for (size_t i = 0; i < EXC_COUNT(shapes); i++) {
+        for (size_t i = 0; i < (twin_small() ? 1 : EXC_COUNT(shapes)); i++) {
             int64_t T = shapes[i][0], heads = shapes[i][1], n = shapes[i][2], k = shapes[i][3] / 32 * 32;
             int act = kinds[kind].act;
             bool same = i % 2; /* all heads read the same rows */
@@ -361,8 +361,8 @@ static void experts_case(int kind, int64_t T, int64_t K, int64_t E, int64_t H, i
 static void experts_all(void **state) {
     for (int kind = 0; kind < (int)EXC_COUNT(kinds); kind++) {
         experts_case(kind, 5, 2, 4, 64, 32, 0, 0, 1);
-        experts_case(kind, 1, 1, 1, 32, 32, 1, 1, 2);
         if (twin_small()) continue;
+        experts_case(kind, 1, 1, 1, 32, 32, 1, 1, 2);
         experts_case(kind, 150, 2, 3, 64, 96, 1, 0, 3);
         experts_case(kind, 97, 1, 1, 96, 64, 0, 1, 4);
     }
@@ -373,6 +373,7 @@ static void experts_all(void **state) {
 
 /* reproducible sums: the same bits however tokens are split over calls, and those of the CPU for the same rows */
 static void sums_any_split(void **state) {
+    if (twin_small()) return; /* the same kernels as experts_all */
     enum { T = 90, H = 32, I = 64 };
     stored s[2];
     exc_packed w[2];

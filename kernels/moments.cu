@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(128)
     if (e >= a.experts) return;
     if (a.count && lane == 0) a.count[e] += offset[e + 1] - offset[e];
     if (!a.gate_sum || !a.weights) return;
-    double sum = a.gate_sum[e];
+    double sum = lane == 0 ? a.gate_sum[e] : 0; /* the lane that writes is the lane that reads */
     for (int64_t at = offset[e]; at < offset[e + 1]; at += WARP) {
         const int n = offset[e + 1] - at < WARP ? (int)(offset[e + 1] - at) : WARP;
         float w = lane < n ? a.weights[pair_of[at + lane]] : 0.0f;

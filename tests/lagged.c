@@ -5,12 +5,6 @@
 
 #include <math.h>
 
-static float *normals(size_t n, uint64_t seed, float scale) {
-    float *x = malloc((n + 1) * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = scale * test_normal(seed, i);
-    return x;
-}
-
 static double far(const float *got, const float *want, size_t n) {
     double diff = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
@@ -58,7 +52,7 @@ static void rows_of(const feed *f, float *all, size_t width, float *call, int ba
 
 static void feed_conv(float *y, float *x, const float *w, int64_t channels, int64_t taps, const int64_t *lengths, int64_t piece, int device) {
     size_t ring = (size_t)(S * ((taps - 1) * channels + 1)), total = (size_t)(lengths[0] + lengths[1]), row = (size_t)channels * 4;
-    float *state = normals(ring, 8, 1e30f), *part = malloc(total * row), *got = malloc(total * row);
+    float *state = twin_normals(ring, 8, 1e30f), *part = malloc(total * row), *got = malloc(total * row);
     float *on = device ? twin_up(state, ring * 4) : state;
     for (feed f = {.lengths = lengths, .piece = piece}; next_call(&f);) {
         rows_of(&f, x, (size_t)channels, part, 0);
@@ -86,7 +80,7 @@ static void conv_twin(void **state) {
         if (twin_small() && k != 0) continue;
         int64_t channels = shapes[k][0], taps = shapes[k][1];
         size_t n = (size_t)(43 * channels);
-        float *x = normals(n, k, 1), *w = normals((size_t)(taps * channels), 70 + k, 0.7f), *want = normals(n, 0, 0), *got = normals(n, 0, 0), *cut = normals(n, 0, 0);
+        float *x = twin_normals(n, k, 1), *w = twin_normals((size_t)(taps * channels), 70 + k, 0.7f), *want = twin_normals(n, 0, 0), *got = twin_normals(n, 0, 0), *cut = twin_normals(n, 0, 0);
         feed_conv(want, x, w, channels, taps, lengths, 0, 0);
         feed_conv(got, x, w, channels, taps, lengths, 0, 1);
         twin_close_f32(got, want, n, 1e-6, 1e-7, "conv"); /* the same sums; another exponential */
@@ -141,8 +135,8 @@ static void delta_twin(void **state) {
         if (twin_small() && k != 2) continue;
         const rule *r = &rules[k];
         size_t width = (size_t)(2 * r->k_heads * r->k_dim + r->v_heads * (r->v_dim + 2)), n = (size_t)(105 * r->v_heads * r->v_dim);
-        float *x = normals(105 * width, k, 1), *logs = normals((size_t)(2 * r->v_heads), 40 + k, 1), *want = normals(n, 0, 0), *got = normals(n, 0, 0),
-              *cut = normals(n, 0, 0);
+        float *x = twin_normals(105 * width, k, 1), *logs = twin_normals((size_t)(2 * r->v_heads), 40 + k, 1), *want = twin_normals(n, 0, 0), *got = twin_normals(n, 0, 0),
+              *cut = twin_normals(n, 0, 0);
         for (int64_t h = 0; h < r->v_heads; h++) logs[h] -= 2; /* long memory */
         feed_delta(want, x, logs, r, lengths, 0, 0);
         feed_delta(got, x, logs, r, lengths, 0, 1);
@@ -165,7 +159,7 @@ static void gate_twin(void **state) {
         int64_t D = dims[k % 4], T = 3, heads = 2, stride = heads * D + 3;
         int silu = k / 4 % 2, norm = k / 8 % 2, from = k / 16 % 2 ? EXC_BF16 : EXC_F32, act = k / 32 ? EXC_BF16 : EXC_F32;
         size_t n = (size_t)(T * heads * D), out = n * (act == EXC_F32 ? 4 : 2);
-        float *x = normals(n, 1, 2), *g = normals((size_t)(T * stride), 2, 4), *w = normals((size_t)D, 3, 1);
+        float *x = twin_normals(n, 1, 2), *g = twin_normals((size_t)(T * stride), 2, 4), *w = twin_normals((size_t)D, 3, 1);
         uint16_t *half = malloc(n * 2);
         for (size_t i = 0; i < n; i++) half[i] = test_bf16(x[i]);
         void *want = calloc(n, 4), *got = calloc(n, 4), *in = from == EXC_F32 ? (void *)x : (void *)half;

@@ -6,18 +6,6 @@
 
 #include <math.h>
 
-static float *normals(size_t n, uint64_t seed, float scale) {
-    float *x = malloc((n + 1) * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = scale * test_normal(seed, i);
-    return x;
-}
-static void *acts(size_t n, uint64_t seed, float scale, int act) {
-    float *x = normals(n, seed, scale);
-    uint16_t *h = (uint16_t *)x;
-    for (size_t i = 0; i < n && act == EXC_BF16; i++) h[i] = test_bf16(x[i]);
-    return x;
-}
-
 /* -------------------------------------------------------------------------------------------------------------- attend */
 
 typedef struct batch { int64_t n, new_tokens[6], length[6]; } batch;
@@ -33,8 +21,8 @@ static void attend_case(const batch *b, int64_t Q, int64_t KV, int64_t D, int64_
     }
     int64_t T = q_begin[b->n];
     size_t nq = (size_t)(T * Q * D), nk = (size_t)(rows * ks), nv = (size_t)(rows * vs), no = (size_t)(T * Q * V);
-    void *q = acts(nq, 1, 1, act), *k = acts(nk, 2, 1, act), *v = acts(nv, 3, 1, act), *want = calloc(no + 1, 4), *got = calloc(no + 1, 4);
-    float *sink = normals((size_t)Q, 4, 2);
+    void *q = twin_acts(nq, 1, 1, act), *k = twin_acts(nk, 2, 1, act), *v = twin_acts(nv, 3, 1, act), *want = calloc(no + 1, 4), *got = calloc(no + 1, 4);
+    float *sink = twin_normals((size_t)Q, 4, 2);
     if (Q > 1) sink[1] = -INFINITY;
     struct exc_attend_args a = {.q = q, .cache_k = k, .key_stride = ks, .cache_v = shared ? k : v, .value_stride = vs, .q_begin = q_begin,
                                 .cache_begin = cache_begin, .length = b->length, .sequences = b->n, .q_heads = Q, .kv_heads = KV, .head_dim = D,
@@ -73,14 +61,14 @@ static void attend_all(void **state) {
 
 /* caches of several spans: in blocks of their own, and one after the other, with the same bits */
 static void attend_spans(void **state) {
-    if (twin_small()) return;
+    if (twin_small()) skip();
     static const batch lone = {1, {1}, {2500}}, window = {2, {3, 1}, {1100, 2100}};
     for (int act = 0; act < 2; act++) {
         attend_case(&lone, 2, 1, 16, 16, 0, true, act ? EXC_BF16 : EXC_F32, false);
         attend_case(&window, 2, 1, 16, 16, 1030, false, act ? EXC_BF16 : EXC_F32, false);
     }
     enum { N = 1040, D = 16, MANY = 600 }; /* a window of 40 keys that lies in two spans */
-    float *q = normals(D, 1, 1), *k = normals(N * D, 2, 1), *v = normals(N * D, 3, 1), *all = malloc(MANY * D * 4), *same = malloc(MANY * D * 4);
+    float *q = twin_normals(D, 1, 1), *k = twin_normals(N * D, 2, 1), *v = twin_normals(N * D, 3, 1), *all = malloc(MANY * D * 4), *same = malloc(MANY * D * 4);
     for (int i = 0; i < MANY; i++) memcpy(all + i * D, q, D * 4);
     int64_t begin[MANY + 1], at[MANY] = {0}, length[MANY];
     for (int i = 0; i <= MANY; i++) begin[i] = i;
@@ -106,7 +94,7 @@ static void attend_spans(void **state) {
 static void route_case(int64_t T, int64_t E, int64_t K, exc_gate gate, bool biased, int kind, int reproducible) {
     size_t n = (size_t)(T * E), nk = (size_t)(T * K);
     enum { P = 3 };
-    float *x = normals(n, (uint64_t)E + 1, 2), *bias = normals((size_t)E, 5, 0.3f), *w[2], *margin[2];
+    float *x = twin_normals(n, (uint64_t)E + 1, 2), *bias = twin_normals((size_t)E, 5, 0.3f), *w[2], *margin[2];
     int32_t *id[2], slot[128];
     int64_t *count[2];
     double *sum[2];

@@ -8,12 +8,6 @@
 
 #include "twin.h"
 
-static float *normals(int64_t n, uint64_t seed, float scale) {
-    float *x = malloc((size_t)(n + 1) * 4);
-    for (int64_t i = 0; i < n; i++) x[i] = scale * test_normal(seed, (uint64_t)i);
-    return x;
-}
-
 static void close_to(double got, double want, double relative, double absolute, const char *what) {
     if ((isnan(want) && isnan(got)) || got == want) return;
     if (!(fabs(got - want) <= relative * fabs(want) + absolute))
@@ -60,7 +54,7 @@ static void compare_rows(void **state) {
         for (int near = 0; near < 2; near++) {
             int64_t V = vocab[s];
             if (twin_small() && V > 127) continue;
-            float *p = normals(5 * V, s, 4), *q = normals(5 * V, 100 + s, near ? 1e-3f : 3);
+            float *p = twin_normals(5 * V, s, 4), *q = twin_normals(5 * V, 100 + s, near ? 1e-3f : 3);
             for (int64_t i = 0; i < 5 * V && near; i++) q[i] += p[i];
             for (int64_t i = 0; i < V; i++) q[i] = p[i], p[V + i] = (float)(i / 2 % 7); /* the same; ties */
             both_compare(p, q, 5, V, near ? 4 : 0);
@@ -110,7 +104,7 @@ static void sample_draws(void **state) {
         enum { R = 11 };
         int64_t V = vocab[s];
         if (twin_small() && V > 127) continue;
-        float *x = normals(R * V, s, 2);
+        float *x = twin_normals(R * V, s, 2);
         double random[R];
         for (int r = 0; r < R; r++)
             random[r] = r == 0 ? 0 : r == 1 ? 1 - 0x1p-53 : exc_random_unit(5, s, (uint64_t)r);
@@ -149,7 +143,7 @@ static void moments_sums(void **state) {
             int64_t T = shapes[s][0], K = shapes[s][1], E = shapes[s][2], I = shapes[s][3], pairs = T * K;
             if (twin_small() && pairs > 400) continue;
             size_t size = act == EXC_BF16 ? 2 : 4, n = (size_t)(E * I), p = (size_t)pairs;
-            float *values = normals(pairs * I, s, 1), *weights = normals(pairs, 9, 1);
+            float *values = twin_normals(pairs * I, s, 1), *weights = twin_normals(pairs, 9, 1);
             uint16_t *half = malloc((size_t)(pairs * I + 1) * 2);
             int32_t *ids = malloc((p + 1) * 4);
             for (int64_t i = 0; i < pairs * I; i++) half[i] = test_bf16(values[i]);

@@ -92,6 +92,20 @@ static inline void twin_done(void) {
     twin.arrays = 0;
 }
 
+/* n random numbers of deviation `scale`, malloc'ed: f32, and as an activation dtype */
+static inline float *twin_normals(int64_t n, uint64_t seed, float scale) {
+    float *x = malloc(((size_t)n + 1) * sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = scale * test_normal(seed, (uint64_t)i);
+    return x;
+}
+static inline void *twin_acts(int64_t n, uint64_t seed, float scale, int act) {
+    float *x = twin_normals(n, seed, scale);
+    uint16_t *h = malloc(((size_t)n + 1) * sizeof *h);
+    for (int64_t i = 0; i < n; i++) h[i] = test_bf16(x[i]);
+    free(act == EXC_F32 ? (void *)h : (void *)x);
+    return act == EXC_F32 ? (void *)x : (void *)h;
+}
+
 /* enough scratch is measured first, as the host does */
 #define TWIN_STATUS(op, args)                                                                                          \
     (!twin.gpu->ops->op                                                                                                \

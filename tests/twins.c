@@ -6,12 +6,6 @@
 
 #include <math.h>
 
-static float *normals(size_t n, uint64_t seed, float scale) {
-    float *x = malloc((n + 1) * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = scale * test_normal(seed, i);
-    return x;
-}
-
 /* ---------------------------------------------------------------------------------------------------------------- norm */
 
 static void norm_rows(void **state) {
@@ -22,7 +16,7 @@ static void norm_rows(void **state) {
             if (twin_small() && (shapes[s][0] * shapes[s][1] > 200 || variant % 3)) continue;
             int64_t rows = shapes[s][0], dim = shapes[s][1], xs = dim + (wide ? 5 : 0), ys = dim + (wide ? 4 : 0);
             size_t size = act == EXC_BF16 ? 2 : 4, nx = (size_t)(rows * xs), bytes = (size_t)(rows * ys) * size;
-            float *x = normals(nx, s + 1, 3), *w = normals((size_t)dim, 99, 1);
+            float *x = twin_normals(nx, s + 1, 3), *w = twin_normals((size_t)dim, 99, 1);
             char *want = calloc(bytes + 1, 1), *got = calloc(bytes + 1, 1);
             if (rows > 2) x[2 * xs] = NAN;
             struct exc_norm_args a = {x, xs, w, centred, 1e-6f, rows, dim, want, ys, act}, d = a;
@@ -81,7 +75,7 @@ static void lens_rows(void **state) {
     for (size_t s = 0; s < EXC_COUNT(shapes); s++) {
         if (twin_small() && shapes[s][0] * shapes[s][1] > 200) continue;
         int64_t T = shapes[s][0], H = shapes[s][1], R = shapes[s][2];
-        float *y = normals((size_t)(T * H), s, 1), *b = normals((size_t)(R * H), 50 + s, 1 / sqrtf((float)H)), *got = normals((size_t)(T * H), 0, 1);
+        float *y = twin_normals((size_t)(T * H), s, 1), *b = twin_normals((size_t)(R * H), 50 + s, 1 / sqrtf((float)H)), *got = twin_normals((size_t)(T * H), 0, 1);
         struct exc_lens_args a = {y, T, H, b, R, 0.7f}, g = a;
         g.y = twin_up(y, (size_t)(T * H) * 4);
         g.basis = twin_up(b, (size_t)(R * H) * 4);
@@ -103,7 +97,7 @@ static void rope_rows(void **state) {
             int64_t width = (Q + 2 * KV) * D + 3, cache = T + 3;
             int act = variant & 1 ? EXC_BF16 : EXC_F32, centred = variant >> 1 & 1, normed = variant >> 2;
             size_t size = act == EXC_BF16 ? 2 : 4, nx = (size_t)(T * width), bytes[3] = {(size_t)(T * Q * D) * size, (size_t)(cache * KV * D) * size, (size_t)(cache * KV * D) * size};
-            float *x = normals(nx, s, 2), *w = normals((size_t)(2 * D), 7, 1), *freq = malloc((size_t)(R / 2) * 4);
+            float *x = twin_normals(nx, s, 2), *w = twin_normals((size_t)(2 * D), 7, 1), *freq = malloc((size_t)(R / 2) * 4);
             int32_t position[64];
             int64_t row[64];
             for (int64_t i = 0; i < R / 2; i++) freq[i] = (float)pow(1e4, -2.0 * (double)i / (double)R);
@@ -157,7 +151,7 @@ static void latent_tokens(void **state) {
             size_t size = act == EXC_BF16 ? 2 : 4;
             size_t bytes[OUTPUTS] = {(size_t)(U * plain_step) * size, (size_t)(U * turned_step) * size,
                                      (size_t)(U * turned_step) * size, (size_t)(ROWS * (C + R)) * size, (size_t)(T * (C + R)) * size};
-            float *q = normals((size_t)(T * qs), 2 * s, 1), *kv = normals((size_t)(T * ks), 2 * s + 1, 3), *w = normals((size_t)C, 3, 1), inv[64] = {0};
+            float *q = twin_normals((size_t)(T * qs), 2 * s, 1), *kv = twin_normals((size_t)(T * ks), 2 * s + 1, 3), *w = twin_normals((size_t)C, 3, 1), inv[64] = {0};
             for (int64_t i = 0; i < R / 2; i++) inv[i] = (float)pow(1e4, -2.0 * (double)i / (double)R);
             kv[0] = NAN;
             char *want[OUTPUTS], *got[OUTPUTS];

@@ -5,6 +5,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 excise=$(realpath "${EXCISE:-build/excise}") demo=tests/data/demo n=0 bad=0
+models=$(dirname "$excise")/data/models
 out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_btl_vader_single_copy_mechanism=none OMPI_MCA_rmaps_base_oversubscribe=1
 if ! command -v mpirun >/dev/null || [ ! -f "$(dirname "$excise")/libexcise_mpi.so" ]; then
@@ -39,7 +40,7 @@ done
 
 # every family: shared experts, dense layers, states of any mixer; several shards
 printf '{"tokens":[3,5,7,11,13,2,9]}\n{"tokens":[4]}\n{"tokens":[1,8,2,6,5,12,20,21,22,23,24]}\n' >"$out/t.jsonl"
-for model in tests/data/models/*/; do
+for model in "$models"/*/; do
     [ -f "$model/config.json" ] || continue
     name=$(basename "$model")
     options=(forward "$model" --prompts "$out/t.jsonl" --emit logits,hidden,routing --generate 4 --threads 1 --reproducible)
@@ -47,15 +48,15 @@ for model in tests/data/models/*/; do
         cmp "$out/$name.1" "$out/$name.3" >>"$out/log" 2>&1
     result "3 ranks, $name: the same logits, routing and tokens" $? "$out/log"
 done
-model=tests/data/models/qwen3_moe
+model=$models/qwen3_moe
 printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":[0],"experts":[1,3],"strength":0.5}]}' >"$out/plan.json"
-"$excise" apply $model "$out/plan.json" -o "$out/a1" >"$out/log" 2>&1 && ranks 2 "$excise" apply $model "$out/plan.json" -o "$out/a2" >>"$out/log" 2>&1 &&
-    diff -r "$out/a1" "$out/a2" >>"$out/log" 2>&1 && "$excise" verify $model "$out/a2" >>"$out/log" 2>&1
+"$excise" apply "$model" "$out/plan.json" -o "$out/a1" >"$out/log" 2>&1 && ranks 2 "$excise" apply "$model" "$out/plan.json" -o "$out/a2" >>"$out/log" 2>&1 &&
+    diff -r "$out/a1" "$out/a2" >>"$out/log" 2>&1 && "$excise" verify "$model" "$out/a2" >>"$out/log" 2>&1
 result "2 ranks share the shards of a checkpoint; verified" $? "$out/log"
 for name in qwen3_moe_fp8 gpt_oss; do
-    model=tests/data/models/$name
-    "$excise" apply $model "$out/plan.json" --to bf16 -o "$out/$name.wide1" >"$out/log" 2>&1 &&
-        ranks 2 "$excise" apply $model "$out/plan.json" --to bf16 -o "$out/$name.wide2" >>"$out/log" 2>&1 &&
+    model=$models/$name
+    "$excise" apply "$model" "$out/plan.json" --to bf16 -o "$out/$name.wide1" >"$out/log" 2>&1 &&
+        ranks 2 "$excise" apply "$model" "$out/plan.json" --to bf16 -o "$out/$name.wide2" >>"$out/log" 2>&1 &&
         diff -r "$out/$name.wide1" "$out/$name.wide2" >>"$out/log" 2>&1
     result "2 ranks write $name as bf16" $? "$out/log"
 done
@@ -77,7 +78,7 @@ failing "a refused input is said once" "nothere.txt" "$out/s3" mpirun -n 2 "$exc
 [ "$(grep -c nothere.txt "$out/log")" = 1 ]; result "and not twice" $? "$out/log"
 failing "what only another rank refuses is said too" "nothere.txt" "$out/s4" \
     mpirun -n 1 "$excise" "${capture[@]}" -o "$out/s4" : -n 1 "$excise" capture "$demo" --target nothere.txt --baseline nothere.txt -o "$out/s4"
-cp -r tests/data/models/qwen3_moe "$out/nan"
+cp -r "$models"/qwen3_moe "$out/nan"
 shard=$out/nan/model-00002-of-00003.safetensors
 head -c 200000 /dev/zero | tr '\0' '\377' | dd of="$shard" conv=notrunc bs=1 seek=$(($(stat -c %s "$shard") - 200000)) status=none
 printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":["0-3"],"strength":0.5}]}' >"$out/all.json"

@@ -262,7 +262,8 @@ exc_status exc_session_part(exc_session *s, const exc_step *t) {
         .hidden = p->hidden, .out = s->h);
     tap(s, t, 0, rows);
     for (int64_t i = 0; i < p->layers; i++) {
-        const exc_layer *y = &l->layer[i];
+        const exc_layer *y;
+        EXC_TRY(exc_layer_at(s->ctx, s->m, i, &y));
         EXC_TRY(exc_norm_rows(s, s->h, y->norm_in, rows, s->x));
         EXC_TRY(mixers[p->mix[i]]->run(s, y, i, t, rows));
         EXC_TRY(exc_norm_rows(s, s->h, y->norm_post, rows, s->x));

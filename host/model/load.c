@@ -1,7 +1,7 @@
 /* load.c - opening a model: from mapped files to packed weights.
  *
  * Every matrix is packed once into the panels the matmul reads (17 GB/s of weights at 1-16 rows would be 6
- * unpacked), all into one slab whose size is measured and carved by the same code. The files are read through
+ * unpacked), into one slab a layer and one for the rest, measured and carved by the same code. The files are read through
  * the map in blocks of rows that stay in cache: one look for NaN and infinity, one packing; a plan's baked
  * edits are made on a copy of the matrix in its stored dtype, so that they are the bits a written checkpoint
  * would have. Mapped pages are given back as we go, so the peak is the packed weights plus one staging block,
@@ -94,26 +94,26 @@ exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int
     return p;
 }
 
-static void lay_out(exc_carve *c, const exc_model *m, exc_loaded *l) {
+/* the weights that no layer owns */
+static void lay_out_ends(exc_carve *c, const exc_model *m, exc_loaded *l) {
     const exc_shape *s = &m->atlas->shape;
-    size_t H = (size_t)s->hidden;
-    l->layer = exc_carve_take(c, (size_t)s->layers, sizeof *l->layer);
-    l->norm_final = exc_carve_take(c, H, sizeof(float));
+    l->norm_final = exc_carve_take(c, (size_t)s->hidden, sizeof(float));
     l->inv_freq = exc_carve_take(c, (size_t)s->rotary / 2, sizeof(float));
-    for (int64_t i = 0; i < s->layers; i++) {
-        exc_layer y = {0};
-        exc_mixer_of(s->mix[i])->carve(c, m, &y, i);
-        y.out = exc_carve_role(c, m, EXC_ROLE_ATTN_OUT, i);
-        y.out_bias = exc_carve_vector(c, m, EXC_ROLE_ATTN_OUT_BIAS, i);
-        y.norm_in = exc_carve_take(c, H, sizeof(float));
-        y.norm_post = exc_carve_take(c, H, sizeof(float));
-        exc_feed_carve(c, m, &y, i);
-        if (l->layer) l->layer[i] = y;
-    }
     const exc_weight *embed = exc_atlas_find(m->atlas, EXC_ROLE_EMBED, -1, -1);
     l->embed_dtype = embed->dtype;
     l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits((exc_dtype)embed->dtype) / 8);
     l->lm_head = exc_carve_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
+}
+
+static void lay_out_layer(exc_carve *c, const exc_model *m, exc_layer *y, int64_t i) {
+    size_t H = (size_t)m->atlas->shape.hidden;
+    *y = (exc_layer){0};
+    exc_mixer_of(m->atlas->shape.mix[i])->carve(c, m, y, i);
+    y->out = exc_carve_role(c, m, EXC_ROLE_ATTN_OUT, i);
+    y->out_bias = exc_carve_vector(c, m, EXC_ROLE_ATTN_OUT_BIAS, i);
+    y->norm_in = exc_carve_take(c, H, sizeof(float));
+    y->norm_post = exc_carve_take(c, H, sizeof(float));
+    exc_feed_carve(c, m, y, i);
 }
 
 /* ------------------------------------------------------------------------------------------------------
@@ -352,8 +352,7 @@ void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual
     v->on = m->lens.project(m->lens.user, role, layer, &v->basis, &v->rank, &v->strength, &v->scale);
 }
 
-static exc_status load_layer(exc_loader *r, int64_t i) {
-    exc_layer *y = &r->l->layer[i];
+static exc_status fill_layer(exc_loader *r, exc_layer *y, int64_t i) {
     EXC_TRY(exc_mixer_of(r->a->shape.mix[i])->fill(r, y, i));
     EXC_TRY(exc_fill_role(r, EXC_ROLE_ATTN_OUT, i, &y->out));
     if (y->out_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_OUT_BIAS, i, y->out_bias));
@@ -363,39 +362,66 @@ static exc_status load_layer(exc_loader *r, int64_t i) {
     return exc_feed_fill(r, y, i);
 }
 
+static exc_status fill_ends(exc_loader *r) {
+    const exc_shape *s = &r->a->shape;
+    const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
+    exc_loaded *l = r->m->loaded;
+    EXC_TRY(copy_weight(r, embed, embed->dtype, l->embed));
+    EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, l->norm_final));
+    exc_rope_frequencies(&s->rope, s->rotary, l->inv_freq);
+    return exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &l->lm_head);
+}
+
 static exc_status load_all(exc_loader *r) {
     const exc_shape *s = &r->a->shape;
     for (size_t i = 0; i < r->a->count; i++)
         if (is_mine(r, &r->a->items[i])) r->total += exc_weight_bytes(&r->a->items[i]);
+    if (s->tied) r->total += exc_weight_bytes(exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1)); /* as table and as head */
     read_ahead(r, -1);
     read_ahead(r, 0);
-    const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
-    if (s->tied) r->total += exc_weight_bytes(embed); /* read twice: as table and as head */
-    EXC_TRY(copy_weight(r, embed, embed->dtype, r->l->embed));
+    EXC_TRY(fill_ends(r));
     for (int64_t i = 0; i < s->layers; i++) {
         read_ahead(r, i + 1);
-        EXC_TRY(load_layer(r, i));
+        EXC_TRY(fill_layer(r, &r->m->loaded->layer[i].y, i));
     }
-    EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, r->l->norm_final));
-    EXC_TRY(exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &r->l->lm_head));
-    exc_rope_frequencies(&s->rope, s->rotary, r->l->inv_freq);
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
+}
+
+/* one slab for each layer and one for the rest: measured, allocated, carved */
+static exc_status make_slab(exc_ctx *ctx, exc_model *m, exc_carve *c, void **slab) {
+    if (c->overflow)
+        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
+    *slab = exc_alloc(ctx, c->at + 64, 1, "packed weights");
+    if (!*slab) return EXC_ERR_MEMORY;
+    m->weight_bytes += c->at;
+    *c = (exc_carve){.base = *slab};
+    return EXC_OK;
+}
+
+static exc_status make_slabs(exc_ctx *ctx, exc_model *m) {
+    exc_loaded *l = m->loaded;
+    exc_carve c = {0};
+    lay_out_ends(&c, m, l);
+    EXC_TRY(make_slab(ctx, m, &c, &l->slab));
+    lay_out_ends(&c, m, l);
+    for (int64_t i = 0; i < m->atlas->shape.layers; i++) {
+        exc_place *p = &l->layer[i];
+        c = (exc_carve){0};
+        lay_out_layer(&c, m, &p->y, i);
+        EXC_TRY(make_slab(ctx, m, &c, &p->slab));
+        lay_out_layer(&c, m, &p->y, i);
+    }
+    return EXC_OK;
 }
 
 exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     exc_loader r = {.ctx = ctx, .m = m, .a = m->atlas};
     m->loaded = exc_zalloc(ctx, 1, sizeof *m->loaded, "weights");
     if (!m->loaded) return EXC_ERR_MEMORY;
-    r.l = m->loaded;
-    exc_carve c = {0};
-    lay_out(&c, m, m->loaded);
-    if (c.overflow)
-        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
-    m->weight_bytes = c.at;
-    m->loaded->slab = exc_alloc(ctx, c.at + 64, 1, "packed weights");
-    if (!m->loaded->slab) return EXC_ERR_MEMORY;
-    c = (exc_carve){.base = m->loaded->slab};
-    lay_out(&c, m, m->loaded);
+    m->loaded->layers = m->atlas->shape.layers;
+    m->loaded->layer = exc_zalloc(ctx, (size_t)m->loaded->layers, sizeof *m->loaded->layer, "weights");
+    if (!m->loaded->layer) return EXC_ERR_MEMORY;
+    EXC_TRY(make_slabs(ctx, m));
     exc_status st = exc_ranks_agree(ctx, "load", load_all(&r));
     exc_release(r.stage.data);
     exc_release(r.dense.data);
@@ -405,8 +431,16 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     return st;
 }
 
+exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
+    (void)ctx;
+    *out = &m->loaded->layer[layer].y;
+    return EXC_OK;
+}
+
 void exc_unload(exc_loaded *l) {
     if (!l) return;
+    for (int64_t i = 0; l->layer && i < l->layers; i++) exc_release(l->layer[i].slab);
+    exc_release(l->layer);
     exc_release(l->slab);
     exc_release(l);
 }

@@ -27,7 +27,6 @@ typedef struct exc_loader {
     exc_ctx *ctx;
     exc_model *m;
     const exc_atlas *a;
-    exc_loaded *l;
     exc_stage stage; /* copy of a weight that the plan edits, or whose bytes are not aligned for their dtype */
     exc_stage dense; /* [out,in] of one that lies otherwise */
     exc_stage scale; /* scales of a quantised one, aligned, without gaps */

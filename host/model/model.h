@@ -302,16 +302,18 @@ typedef struct exc_layer {
     float *norm_in, *norm_post;    /* [H] */
     exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
+typedef struct exc_place { exc_layer y; void *slab; } exc_place; /* a layer's weights, all in one slab */
 typedef struct exc_loaded {
-    exc_layer *layer;              /* [L] */
+    exc_place *layer; int64_t layers; /* [L]; exc_layer_at finds one */
     exc_packed lm_head;
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
     float *inv_freq;               /* [rotary/2] */
-    void *slab;                    /* one allocation holds all of the above */
+    void *slab;                    /* holds what no layer owns */
 } exc_loaded;
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
 void exc_unload(exc_loaded *l);
+exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
 
 struct exc_model {
     exc_ctx *ctx;

@@ -22,6 +22,7 @@ static const struct family {
     {"qwen3_5_moe", 1.1e-1, 7.1e-2, 0.964, 2.5e-2},
     {"qwen2_moe", 3.5e-2, 2.5e-2, 0.959, 2.2e-2},
     {"qwen3_moe_fp8", 5.8e-2, 4.6e-2, 0.997, 1.8e-2},
+    {"deepseek_v3_fp8", 9.8e-2, 7.7e-2, 0.980, 3.8e-2},
     {"deepseek_v3", 1.1e-1, 8.2e-2, 0.952, 3.7e-2},
     {"moonlight", 1.1e-1, 8.1e-2, 0.898, 2.3e-2},
     {"deepseek_v2", 2.0e-2, 1.5e-2, 0.976, 1.8e-2},

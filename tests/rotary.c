@@ -100,6 +100,22 @@ static void test_numbers(void **state)
         }
 }
 
+/* gpt_oss where config.json names no scaling: what GptOssConfig() of transformers takes */
+static void test_silent(void **state)
+{
+    static const int pair[] = {0, 1, 8, 10, 16, 21, 24, 31};
+    static const double frequency[] = {1,              0.689044297,    0.0508132726,   0.0193349998,
+                                       0.000456483918, 1.25325696e-05, 4.09997847e-06, 3.0235114e-07};
+    json_t *o = json_object();
+    exc_shape s = {.head_dim = 64, .context = 131072};
+    float got[32];
+    assert_int_equal(exc_rope_read(ctx, o, "config.json", exc_family_find("gpt_oss"), &s), EXC_OK);
+    json_decref(o);
+    exc_rope_frequencies(&s.rope, s.rotary, got);
+    assert_true(fabs((double)s.rope.attention - 1.3465735902799727) < 3e-7);
+    for (size_t j = 0; j < EXC_COUNT(pair); j++) assert_true(fabs((double)got[pair[j]] - frequency[j]) <= 5e-7 * frequency[j]);
+}
+
 /* the softmax scale of multi-head latent attention: (0.1 ln 40 + 1)^2 */
 static void test_score(void **state)
 {
@@ -175,6 +191,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_numbers),
+        cmocka_unit_test(test_silent),
         cmocka_unit_test(test_score),
         cmocka_unit_test(test_precedence),
         cmocka_unit_test(test_refusals),

@@ -272,7 +272,8 @@ static void decode_rows(bench *b, const spec *s, exc_model *m, int64_t batch, do
     int64_t length = 32, V = s->vocab;
     int rounds = b->quick ? 3 : MOST;
     decode d = {.s = s, .batch = batch, .c = capture_open(b, s, batch)};
-    bench_must(b, exc_session_open(b->ctx, m, batch, batch * (length + 2 * STEPS * MOST), batch * length + 64, &d.session), "session");
+    exc_room room = {.slots = batch, .cache_tokens = batch * (length + 2 * STEPS * MOST), .step_tokens = batch * length + 64};
+    bench_must(b, exc_session_open(b->ctx, m, &room, &d.session), "session");
     d.token = bench_alloc(b, (size_t)batch * 4);
     d.slot = bench_alloc(b, (size_t)batch * 4);
     d.observe = bench_alloc(b, (size_t)batch * 4);

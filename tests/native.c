@@ -112,7 +112,7 @@ static float *logits_of(exc_ctx *ctx, const char *dir, const exc_plan *plan, siz
     if (exc_model_open(ctx, dir, &o, &m)) fail_msg("%s", exc_ctx_error(ctx));
     int64_t capacity = 16, begin[2] = {0, 7};
     int32_t slot = 0;
-    assert_int_equal(exc_session_open(ctx, m, 1, 16, 16, &s), EXC_OK);
+    assert_int_equal(exc_session_open(ctx, m, &(exc_room){.slots = 1, .cache_tokens = 16, .step_tokens = 16}, &s), EXC_OK);
     assert_int_equal(exc_session_reset(s, 1, &capacity), EXC_OK);
     *n = (size_t)(7 * m->atlas->shape.vocab);
     float *z = malloc(*n * 4);

@@ -111,8 +111,9 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     int64_t row = p->moe_row[layer], E = p->experts, K = p->top_k, H = p->hidden;
     exc_sums sums = sums_of(s, t, row);
     const int32_t *slot = t->sums ? t->observe : NULL;
-    int32_t *ids = t->router_ids ? t->router_ids + row * rows * K : s->ids;
-    float *weights = t->router_weights ? t->router_weights + row * rows * K : s->weights;
+    int64_t plane = row * s->whole.rows * K;
+    int32_t *ids = t->router_ids ? t->router_ids + plane : s->ids;
+    float *weights = t->router_weights ? t->router_weights + plane : s->weights;
     bool in_logits = s->m->atlas->family->router_bias_in_logits;
     EXC_RUN(s, matmul, .x = s->x, .x_stride = H, .act = s->m->act, .w = &y->router,
         .bias = in_logits ? y->router_bias : NULL, .y = s->router, .y_stride = E, .rows = rows);

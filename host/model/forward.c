@@ -2,7 +2,7 @@
  *
  * A step is a list of rows; each sequence's rows continue what its cache slot holds, so prefill (many rows a
  * sequence), its continuation in pieces and decode (one row) are the same code, and no row is padding. Twelve
- * op calls a layer, each over the whole batch and, for the experts, over all experts at once: small models
+ * op calls a layer and chunk of rows, each over all sequences and, for the experts, over all experts at once: small models
  * are bound by calls, not by arithmetic. All buffers belong to the session, so a step allocates nothing.
  * Activations [T,H] are kept as f32 in the residual stream and as `act` (bf16 or f32) where they enter a
  * matmul. What a plan does virtually sits where writers add to the stream. */
@@ -26,26 +26,35 @@ size_t exc_act_bytes(const exc_model *m) { return m->act == EXC_BF16 ? 2 : 4; }
  * session */
 
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* rows of hidden states that get logits at once */
 static int64_t logit_rows(const exc_session *s) { return most(s->slots, 64); }
+
+/* two neighbouring chunks hold more rows than one could, or they would be one */
+static int64_t most_chunks(const exc_session *s) { return 2 * (s->step_rows / s->step_tokens) + 1; }
 
 /* one function measures (base NULL) and carves, so that the two cannot disagree */
 static size_t lay_out(exc_session *s, uint8_t *slab) {
     const exc_shape *p = &s->m->atlas->shape;
     exc_carve carve = {.base = slab}, *c = &carve;
-    size_t act = exc_act_bytes(s->m), T = (size_t)s->step_tokens, H = (size_t)p->hidden, S = (size_t)s->slots;
+    exc_whole *w = &s->whole;
+    size_t act = exc_act_bytes(s->m), T = (size_t)s->step_tokens, H = (size_t)p->hidden, S = (size_t)s->slots,
+           R = (size_t)s->step_rows, C = (size_t)w->most_chunks;
     s->base = exc_carve_take(c, S, sizeof *s->base);
     s->capacity = exc_carve_take(c, S, sizeof *s->capacity);
     s->length = exc_carve_take(c, S, sizeof *s->length);
-    s->seq_base = exc_carve_take(c, S, sizeof *s->seq_base);
-    s->seq_length = exc_carve_take(c, S, sizeof *s->seq_length);
-    s->h = exc_carve_take(c, T * H, sizeof *s->h);
+    w->h = exc_carve_take(c, R * H, sizeof *w->h);
+    w->position = exc_carve_take(c, R, sizeof *w->position);
+    w->cache_row = exc_carve_take(c, R, sizeof *w->cache_row);
+    w->chunk = exc_carve_take(c, C, sizeof *w->chunk);
+    w->seq_slot = exc_carve_take(c, S + C, sizeof *w->seq_slot);
+    w->seq_base = exc_carve_take(c, S + C, sizeof *w->seq_base);
+    w->seq_length = exc_carve_take(c, S + C, sizeof *w->seq_length);
+    w->seq_begin = exc_carve_take(c, S + 2 * C, sizeof *w->seq_begin);
     s->x = exc_carve_take(c, T * H, act);
     s->last = exc_carve_take(c, (size_t)logit_rows(s) * H, sizeof *s->last);
     s->last_x = exc_carve_take(c, (size_t)logit_rows(s) * H, act);
-    s->position = exc_carve_take(c, T, sizeof *s->position);
-    s->cache_row = exc_carve_take(c, T, sizeof *s->cache_row);
     s->zero_ids = exc_carve_take(c, T, sizeof *s->zero_ids);
     s->own_row = exc_carve_take(c, T, sizeof *s->own_row);
     s->ones = exc_carve_take(c, T, sizeof *s->ones);
@@ -56,20 +65,22 @@ static size_t lay_out(exc_session *s, uint8_t *slab) {
     return c->overflow ? SIZE_MAX : c->at;
 }
 
-exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t cache_tokens,
-                            int64_t step_tokens, exc_session **out) {
+exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out) {
     *out = NULL;
-    if (slots < 1 || cache_tokens < 1 || step_tokens < 1 || step_tokens > INT32_MAX / 64 ||
-        cache_tokens > (int64_t)1 << 40)
+    int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
+    if (room->slots < 1 || room->cache_tokens < 1 || chunk < 1 || chunk > INT32_MAX / 64 || room->step_tokens < chunk ||
+        room->step_tokens > INT32_MAX / 2 || room->cache_tokens > (int64_t)1 << 40)
         return exc_fail(ctx, EXC_ERR_USAGE,
                         "session: expected at least one slot, cache token and step token");
     exc_session *s = exc_zalloc(ctx, 1, sizeof *s, "session");
     if (!s) return EXC_ERR_MEMORY;
     s->ctx = ctx;
     s->m = m;
-    s->slots = slots;
-    s->cache_tokens = cache_tokens;
-    s->step_tokens = step_tokens;
+    s->slots = room->slots;
+    s->cache_tokens = room->cache_tokens;
+    s->step_rows = room->step_tokens;
+    s->step_tokens = exc_ranks_count(ctx) > 1 ? s->step_rows : chunk; /* ranks meet in every chunk: one each */
+    s->whole.most_chunks = most_chunks(s);
     s->bytes = lay_out(s, NULL);
     s->slab = exc_alloc(ctx, s->bytes, 1, "buffers and KV cache of the forward pass");
     if (!s->slab) {
@@ -77,7 +88,7 @@ exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t c
         return EXC_ERR_MEMORY;
     }
     lay_out(s, s->slab);
-    for (int64_t t = 0; t < step_tokens; t++) {
+    for (int64_t t = 0; t < s->step_tokens; t++) {
         s->zero_ids[t] = 0;
         s->own_row[t] = (int32_t)t;
         s->ones[t] = 1.0f;
@@ -94,8 +105,10 @@ void exc_session_close(exc_session *s) {
 
 uint64_t exc_session_bytes(const exc_session *s) { return s->bytes; }
 
-bool exc_session_fits(const exc_session *s, int64_t slots, int64_t cache_tokens, int64_t step_tokens) {
-    return s->slots >= slots && s->cache_tokens >= cache_tokens && s->step_tokens >= step_tokens;
+bool exc_session_fits(const exc_session *s, const exc_room *room) {
+    int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
+    return s->slots >= room->slots && s->cache_tokens >= room->cache_tokens && s->step_rows >= room->step_tokens &&
+           s->step_tokens >= chunk;
 }
 
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity) {
@@ -148,30 +161,74 @@ int64_t exc_step_tokens(const exc_model *m) {
 /* --------------------------------------------------------------------------------------------------------- a
  * step */
 
-/* where each row stands: position in its sequence and row of the cache */
-static exc_status place(exc_session *s, const exc_step *t, int64_t *rows) {
+/* Adds `count` rows of a slot to the chunk. They continue what it holds. */
+static void add_rows(exc_session *s, exc_chunk *c, int64_t slot, int64_t count) {
+    exc_whole *w = &s->whole;
+    int64_t row = c->row + c->rows, at = c->at + c->sequences++;
+    for (int64_t j = 0; j < count; j++) {
+        w->position[row + j] = (int32_t)(s->length[slot] + j);
+        w->cache_row[row + j] = s->base[slot] + s->length[slot] + j;
+    }
+    s->length[slot] += count;
+    c->rows += count;
+    c->longest = most(c->longest, s->length[slot]);
+    w->seq_slot[at] = (int32_t)slot;
+    w->seq_base[at] = s->base[slot];
+    w->seq_length[at] = s->length[slot];
+    w->seq_begin[c->begin + c->sequences] = c->rows;
+}
+
+static exc_chunk *next_chunk(exc_whole *w, exc_chunk *last) {
+    exc_chunk *c = &w->chunk[w->chunks++];
+    *c = (exc_chunk){0};
+    if (last)
+        *c = (exc_chunk){.row = last->row + last->rows, .at = last->at + last->sequences, .begin = last->begin + last->sequences + 1};
+    w->seq_begin[c->begin] = 0;
+    return c;
+}
+
+/* where each row stands: position in its sequence, row of the cache, and the chunk it goes with */
+static exc_status place(exc_session *s, const exc_step *t) {
     const int64_t *begin = t->begin;
-    int64_t n = t->sequences ? begin[t->sequences] : 0;
-    *rows = n;
-    if (n > s->step_tokens || t->sequences > s->slots)
+    exc_whole *w = &s->whole;
+    w->rows = t->sequences ? begin[t->sequences] : 0;
+    if (w->rows > s->step_rows || t->sequences > s->slots)
         return exc_fail(s->ctx, EXC_ERR_USAGE, "session: expected at most %lld rows in a step, found %lld",
-                        (long long)s->step_tokens, (long long)n);
-    s->longest = 0;
+                        (long long)s->step_rows, (long long)w->rows);
+    w->chunks = 0;
+    exc_chunk *c = next_chunk(w, NULL);
     for (int64_t i = 0; i < t->sequences; i++) {
-        int64_t slot = t->slot[i], count = begin[i + 1] - begin[i];
-        if (slot < 0 || slot >= s->used_slots || count < 1 || s->length[slot] + count > s->capacity[slot])
+        int64_t slot = t->slot[i], left = begin[i + 1] - begin[i];
+        if (slot < 0 || slot >= s->used_slots || left < 1 || s->length[slot] + left > s->capacity[slot])
             return exc_fail(s->ctx, EXC_ERR_USAGE, "session: sequence %lld does not fit its slot",
                             (long long)i);
-        for (int64_t j = 0; j < count; j++) {
-            s->position[begin[i] + j] = (int32_t)(s->length[slot] + j);
-            s->cache_row[begin[i] + j] = s->base[slot] + s->length[slot] + j;
+        for (int64_t take; left > 0; left -= take) {
+            if (c->rows && left > s->step_tokens - c->rows) c = next_chunk(w, c);
+            take = least(left, s->step_tokens);
+            add_rows(s, c, slot, take);
         }
-        s->length[slot] += count;
-        s->seq_base[i] = s->base[slot];
-        s->seq_length[i] = s->length[slot];
-        if (s->length[slot] > s->longest) s->longest = s->length[slot];
     }
     return EXC_OK;
+}
+
+/* the part of a step that a chunk is, and the session's arrays at its rows */
+static exc_step enter(exc_session *s, const exc_step *t, const exc_chunk *c) {
+    const exc_whole *w = &s->whole;
+    const exc_shape *p = &s->m->atlas->shape;
+    exc_step part = *t;
+    s->h = w->h + c->row * p->hidden;
+    s->position = w->position + c->row;
+    s->cache_row = w->cache_row + c->row;
+    s->seq_base = w->seq_base + c->at;
+    s->seq_length = w->seq_length + c->at;
+    s->longest = c->longest;
+    part.slot = w->seq_slot + c->at;
+    part.begin = w->seq_begin + c->begin;
+    part.sequences = c->sequences;
+    if (t->observe) part.observe = t->observe + c->row;
+    if (t->router_ids) part.router_ids = t->router_ids + c->row * p->top_k;
+    if (t->router_weights) part.router_weights = t->router_weights + c->row * p->top_k;
+    return part;
 }
 
 exc_status exc_norm_rows(exc_session *s, const float *x, const float *weight, int64_t rows, void *y) {
@@ -198,20 +255,21 @@ exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const 
 }
 
 /* copies of the residual stream after `depth` layers (0: the embedding) */
-static void tap(exc_session *s, const exc_step *t, int64_t depth, int64_t rows) {
+static void tap(const exc_session *s, const exc_step *t, int64_t depth) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t row = (size_t)p->hidden * sizeof(float);
-    if (t->hidden) memcpy((uint8_t *)t->hidden + (size_t)(depth * rows) * row, s->h, (size_t)rows * row);
+    int64_t rows = s->whole.rows;
+    if (t->hidden) memcpy((uint8_t *)t->hidden + (size_t)(depth * rows) * row, s->whole.h, (size_t)rows * row);
     if (t->hidden_last)
         for (int64_t i = 0; i < t->sequences; i++)
             memcpy((uint8_t *)t->hidden_last + (size_t)(i * (p->layers + 1) + depth) * row,
-                   (uint8_t *)s->h + (size_t)(t->begin[i + 1] - 1) * row, row);
+                   (uint8_t *)s->whole.h + (size_t)(t->begin[i + 1] - 1) * row, row);
 }
 
 /* NaN or infinity anywhere in a layer reaches the stream and stays there: one look at the end is enough */
-static exc_status check_finite(exc_session *s, int64_t rows) {
-    int64_t bad = 0, index = -1, H = s->m->atlas->shape.hidden;
-    EXC_RUN(s, convert, .src = s->h, .src_dtype = EXC_F32, .dst = NULL, .dst_dtype = EXC_F32, .n = rows * H,
+static exc_status check_finite(exc_session *s) {
+    int64_t bad = 0, index = -1, H = s->m->atlas->shape.hidden, rows = s->whole.rows;
+    EXC_RUN(s, convert, .src = s->whole.h, .src_dtype = EXC_F32, .dst = NULL, .dst_dtype = EXC_F32, .n = rows * H,
         .nonfinite = &bad, .index = &index);
     if (!bad) return EXC_OK;
     return exc_fail(
@@ -225,7 +283,7 @@ exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, 
     const exc_shape *p = &s->m->atlas->shape;
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < logit_rows(s) ? rows - done : logit_rows(s);
-        EXC_TRY(exc_norm_rows(s, s->h + (first + done) * p->hidden, s->m->loaded->norm_final, n, s->last_x));
+        EXC_TRY(exc_norm_rows(s, s->whole.h + (first + done) * p->hidden, s->m->loaded->norm_final, n, s->last_x));
         EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &s->m->loaded->lm_head,
             .y = logits + done * p->vocab, .y_stride = p->vocab, .rows = n);
     }
@@ -236,7 +294,7 @@ static exc_status last_logits(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t row = (size_t)p->hidden * sizeof(float);
     for (int64_t i = 0; i < t->sequences; i++)
-        memcpy((uint8_t *)s->last + (size_t)i * row, (uint8_t *)s->h + (size_t)(t->begin[i + 1] - 1) * row,
+        memcpy((uint8_t *)s->last + (size_t)i * row, (uint8_t *)s->whole.h + (size_t)(t->begin[i + 1] - 1) * row,
                row);
     EXC_TRY(exc_norm_rows(s, s->last, s->m->loaded->norm_final, t->sequences, s->last_x));
     EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &s->m->loaded->lm_head,
@@ -252,25 +310,33 @@ exc_status exc_session_step(exc_session *s, const exc_step *t) {
     return s->spread ? exc_spread_step(s, t) : exc_session_part(s, t);
 }
 
+static exc_status run_layer(exc_session *s, int64_t layer, const exc_step *t) {
+    const exc_layer *y;
+    EXC_TRY(exc_layer_at(s->ctx, s->m, layer, &y));
+    for (int64_t i = 0; i < s->whole.chunks; i++) {
+        int64_t rows = s->whole.chunk[i].rows;
+        exc_step part = enter(s, t, &s->whole.chunk[i]);
+        EXC_TRY(exc_norm_rows(s, s->h, y->norm_in, rows, s->x));
+        EXC_TRY(mixers[s->m->atlas->shape.mix[layer]]->run(s, y, layer, &part, rows));
+        EXC_TRY(exc_norm_rows(s, s->h, y->norm_post, rows, s->x));
+        EXC_TRY(exc_feed_run(s, y, layer, &part, rows));
+    }
+    return EXC_OK;
+}
+
 exc_status exc_session_part(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_loaded *l = s->m->loaded;
-    int64_t rows;
-    EXC_TRY(place(s, t, &rows));
-    if (!rows && !s->spread) return EXC_OK; /* a rank without rows still has experts that others ask */
-    EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = t->tokens, .tokens = rows,
-        .hidden = p->hidden, .out = s->h);
-    tap(s, t, 0, rows);
+    EXC_TRY(place(s, t));
+    if (!s->whole.rows && !s->spread) return EXC_OK; /* a rank without rows still has experts that others ask */
+    EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = t->tokens, .tokens = s->whole.rows,
+        .hidden = p->hidden, .out = s->whole.h);
+    tap(s, t, 0);
     for (int64_t i = 0; i < p->layers; i++) {
-        const exc_layer *y;
-        EXC_TRY(exc_layer_at(s->ctx, s->m, i, &y));
-        EXC_TRY(exc_norm_rows(s, s->h, y->norm_in, rows, s->x));
-        EXC_TRY(mixers[p->mix[i]]->run(s, y, i, t, rows));
-        EXC_TRY(exc_norm_rows(s, s->h, y->norm_post, rows, s->x));
-        EXC_TRY(exc_feed_run(s, y, i, t, rows));
-        tap(s, t, i + 1, rows);
+        EXC_TRY(run_layer(s, i, t));
+        tap(s, t, i + 1);
     }
-    EXC_TRY(check_finite(s, rows));
+    EXC_TRY(check_finite(s));
     if (!t->logits) return EXC_OK;
-    return t->logits_all ? exc_session_part_logits(s, 0, rows, t->logits) : last_logits(s, t);
+    return t->logits_all ? exc_session_part_logits(s, 0, s->whole.rows, t->logits) : last_logits(s, t);
 }

@@ -100,12 +100,13 @@ static exc_status choose_sizes(run *r, int64_t *capacity) {
 
 static exc_status get_session(run *r, int64_t capacity) {
     exc_ctx *ctx = r->ctx;
-    if (r->m->spare && exc_session_fits(r->m->spare, r->slots, r->slots * capacity, r->step_tokens)) {
+    exc_room room = {.slots = r->slots, .cache_tokens = r->slots * capacity, .step_tokens = r->step_tokens};
+    if (r->m->spare && exc_session_fits(r->m->spare, &room)) {
         r->s = r->m->spare;
     } else {
         exc_session_close(r->m->spare);
         r->m->spare = NULL;
-        EXC_TRY(exc_session_open(ctx, r->m, r->slots, r->slots * capacity, r->step_tokens, &r->s));
+        EXC_TRY(exc_session_open(ctx, r->m, &room, &r->s));
         r->m->spare = r->s; /* kept by the model for the next run */
     }
     int64_t *all = exc_alloc(ctx, (size_t)r->slots, sizeof *all, "slot sizes");

@@ -331,10 +331,15 @@ struct exc_model {
 
 /* ---- forward pass (forward.c). A session holds a KV cache and all buffers, so that steps allocate nothing. */
 typedef struct exc_session exc_session;
-/* slots: sequences held at once; cache_tokens: sum of their capacities; step_tokens: most tokens of one step */
-exc_status exc_session_open(exc_ctx *ctx, exc_model *m, int64_t slots, int64_t cache_tokens, int64_t step_tokens, exc_session **out);
+typedef struct exc_room {
+    int64_t slots;              /* sequences held at once */
+    int64_t cache_tokens;       /* sum of their capacities */
+    int64_t step_tokens;        /* most tokens of one step */
+    int64_t chunk_tokens;       /* tokens that go through a layer at once; 0: all of a step */
+} exc_room;
+exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out);
 void exc_session_close(exc_session *s);
-bool exc_session_fits(const exc_session *s, int64_t slots, int64_t cache_tokens, int64_t step_tokens);
+bool exc_session_fits(const exc_session *s, const exc_room *room);
 uint64_t exc_session_bytes(const exc_session *s);
 /* forgets all sequences; capacity[slots] tokens each (sum <= cache_tokens) */
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);

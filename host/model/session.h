@@ -3,7 +3,8 @@
  *
  * forward.c walks layers: norm, mixer, norm, feed. What a mixer needs (weights, buffers, a cache or a recurrent state) only
  * its own file knows; it carves them from the session's slab, which is allocated once, so that a step allocates
- * nothing. T: rows of a step. */
+ * nothing. A step of many rows goes through each layer in chunks of at most T rows, which is what the buffers hold, so that
+ * the weights of a layer are needed once a step. What a layer leaves for the next one is of all rows of the step, R. */
 #ifndef EXC_SESSION_H
 #define EXC_SESSION_H
 
@@ -36,14 +37,38 @@ typedef struct exc_linear_room {
     int64_t ring_step, state_step;
 } exc_linear_room;
 
+/* Rows of a step that go through a layer together: whole sequences where they fit, else a stretch of one. */
+typedef struct exc_chunk {
+    int64_t row, rows;              /* of the step */
+    int64_t at, sequences;          /* entries of seq_slot, seq_base, seq_length */
+    int64_t begin;                  /* and of seq_begin, one more */
+    int64_t longest;                /* of seq_length */
+} exc_chunk;
+
+/* of a whole step */
+typedef struct exc_whole {
+    int64_t rows;                   /* of the last step */
+    float *h;                       /* [R,H] residual stream */
+    int32_t *position;              /* [R] */
+    int64_t *cache_row;             /* [R] */
+    exc_chunk *chunk;               /* [most_chunks] */
+    int64_t chunks, most_chunks;
+    int32_t *seq_slot;              /* [slots + most_chunks] sequences of the chunks, one chunk behind the other */
+    int64_t *seq_base, *seq_length; /* the same: where the slot's cache rows are, and tokens it holds then */
+    int64_t *seq_begin;             /* [slots + 2 most_chunks] rows of each in its chunk */
+} exc_whole;
+
 struct exc_session {
     exc_ctx *ctx;
     exc_model *m;
-    int64_t slots, cache_tokens, step_tokens;
+    int64_t slots, cache_tokens;
+    int64_t step_rows;              /* R, rows of a step */
+    int64_t step_tokens;            /* T, rows of a chunk */
+    exc_whole whole;
     int64_t used_slots;             /* of the last reset */
     int64_t *base, *capacity;       /* [slots] cache rows of a slot */
     int64_t *length;                /* [slots] tokens it holds */
-    float *h;                       /* [T,H] residual stream */
+    float *h;                       /* [T,H] residual stream of the chunk, in whole.h */
     void *x;                        /* [T,H] act: normed rows */
     exc_softmax_room softmax;
     exc_linear_room linear;
@@ -57,9 +82,9 @@ struct exc_session {
     float *y;                       /* [T*K,H] */
     float *last;                    /* [max(slots,64),H] rows that get logits */
     void *last_x;                   /* the same, normed, act */
-    int32_t *position;              /* [T] */
+    int32_t *position;              /* [T] of the chunk, as h */
     int64_t *cache_row;             /* [T] */
-    int64_t *seq_base, *seq_length; /* [slots] of the sequences in the step */
+    int64_t *seq_base, *seq_length; /* of the sequences in the chunk */
     int64_t longest;                /* of seq_length */
     int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
     int32_t *own_row;               /* [T] 0,1,2,..: and its row */
@@ -69,7 +94,7 @@ struct exc_session {
     size_t bytes;
 };
 
-/* One kind of token mixer. `run` adds the mixer's output for the normed rows s->x to the stream s->h. */
+/* One kind of token mixer. `run` takes a chunk: t has its sequences and rows. It adds the mixer's output for the normed rows s->x to the stream s->h. */
 typedef struct exc_mixer {
     void (*carve)(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
     exc_status (*fill)(exc_loader *r, exc_layer *y, int64_t layer);

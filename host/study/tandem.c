@@ -75,8 +75,8 @@ static exc_status prepare(tandem *t) {
     t->piece = least(t->piece, t->step_tokens);
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        EXC_TRY(exc_session_open(t->ctx, t->model[m], t->slots, most(t->step_tokens, longest), t->step_tokens,
-                                 &t->session[m]));
+        exc_room room = {.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
+        EXC_TRY(exc_session_open(t->ctx, t->model[m], &room, &t->session[m]));
         GET(t->logits[m], t->piece * t->vocab);
         GET(t->nll[m], t->piece);
         if (t->routing) GET(t->ids[m], t->layers * t->step_tokens * t->top_k);

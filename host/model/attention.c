@@ -8,13 +8,24 @@
 
 #include "session.h"
 
+/* a gated q_proj is stored head by head, D rows of queries and D of gates; gates go behind all queries */
+static void part_heads(const exc_shape *s, int64_t gate_at, exc_moved moved[2]) {
+    int64_t n = s->heads, D = s->head_dim;
+    moved[0] = (exc_moved){0, 2 * D, 0, D, D, n};
+    moved[1] = (exc_moved){D, 2 * D, gate_at, D, D, n};
+}
+
 static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer) {
     const exc_shape *s = &m->atlas->shape;
     exc_softmax_weights *w = &y->mix.softmax;
     int64_t q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
     int dtype = exc_carve_dtype(m, EXC_ROLE_ATTN_Q, layer);
     bool gated = m->atlas->family->out_gate;
-    if (gated) dtype = exc_carve_join(m, EXC_BF16, dtype); /* rows that are moved lose their blocks of scales */
+    if (gated) {
+        exc_moved moved[2];
+        part_heads(s, exc_whole_panels(q), moved);
+        dtype = exc_carve_moved(m, EXC_ROLE_ATTN_Q, layer, moved, 2, exc_whole_panels(q) + q);
+    }
     for (exc_role r = EXC_ROLE_ATTN_K; r <= EXC_ROLE_ATTN_V; r++) dtype = exc_carve_join(m, dtype, exc_carve_dtype(m, r, layer));
     w->gate_at = gated ? exc_whole_panels(q) : 0;
     w->k_at = w->gate_at + exc_whole_panels(q);
@@ -35,11 +46,11 @@ static exc_status fill_bias(exc_loader *r, int64_t layer, const exc_softmax_weig
     return exc_fill_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, w->bias + w->v_at);
 }
 
-/* stored head by head, D rows of queries and D of gates */
 static exc_status fill_gated(exc_loader *r, int64_t layer, const exc_softmax_weights *w) {
-    int64_t n = r->a->shape.heads, D = r->a->shape.head_dim;
-    const exc_moved moved[] = {{0, 2 * D, 0, D, D, n}, {D, 2 * D, w->gate_at, D, D, n}};
-    return exc_fill_moved(r, EXC_ROLE_ATTN_Q, layer, moved, 2, w->gate_at + n * D, &w->qkv, 0);
+    const exc_shape *s = &r->a->shape;
+    exc_moved moved[2];
+    part_heads(s, w->gate_at, moved);
+    return exc_fill_moved(r, EXC_ROLE_ATTN_Q, layer, moved, 2, w->gate_at + s->heads * s->head_dim, &w->qkv, 0);
 }
 
 /* rows that pad q, k and v to whole panels are written by pack, which fills a last panel with zeros */

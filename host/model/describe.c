@@ -9,7 +9,7 @@
 #include "model.h"
 
 /* what a plan may do with the role, in the words of plans */
-static void put_edits(exc_buf *b, const exc_atlas *a, exc_role role) {
+static void put_edits(exc_buf *b, const exc_atlas *a, exc_role role, bool possible) {
     bool router = role == EXC_ROLE_ROUTER;
     const struct {
         const char *op;
@@ -19,12 +19,13 @@ static void put_edits(exc_buf *b, const exc_atlas *a, exc_role role) {
                {"router_project", router},         {"router_scale", router},
                {"router_bias", router && a->family->router_bias_stored}};
     exc_buf_puts(b, ",\"edits\":[");
-    for (size_t i = 0, n = 0; exc_role_planned(role) && i < EXC_COUNT(ops); i++)
+    for (size_t i = 0, n = 0; possible && i < EXC_COUNT(ops); i++)
         if (ops[i].has) exc_buf_printf(b, "%s\"%s\"", n++ ? "," : "", ops[i].op);
     exc_buf_puts(b, "]");
 }
 
 static const char *why_not(exc_role role) {
+    if (exc_role_planned(role)) return "a block of scales is also another part's: edited by apply --to bf16 only";
     switch (role) {
     case EXC_ROLE_ROUTER_BIAS:
         return "edited by router_bias of the role router";
@@ -105,8 +106,9 @@ static void put_role(exc_buf *b, const exc_atlas *a, size_t first, size_t end) {
         if (of[d] < tensors) exc_buf_printf(b, " %llu", (unsigned long long)of[d]);
     }
     exc_buf_printf(b, "\",\"writes_residual\":%s", exc_role_writes(w->role) ? "true" : "false");
-    put_edits(b, a, w->role);
-    if (!exc_role_planned(w->role)) exc_buf_printf(b, ",\"why_not\":\"%s\"", why_not(w->role));
+    bool possible = exc_role_planned(w->role) && !w->scale_shared;
+    put_edits(b, a, w->role, possible);
+    if (!possible) exc_buf_printf(b, ",\"why_not\":\"%s\"", why_not(w->role));
     exc_buf_puts(b, "}");
 }
 

@@ -18,9 +18,24 @@ static int64_t gates_width(const exc_linear *l) { return 2 * exc_whole_panels(l-
 
 static bool packed(const exc_atlas *a, int64_t layer) { return exc_atlas_find(a, EXC_ROLE_LINEAR_QKVZ, layer, -1); }
 
-/* dtype of one matrix made of two roles; rows that are moved lose their blocks of scales */
-static int joined(const exc_model *m, int64_t layer, exc_role both, exc_role first, exc_role second) {
-    if (packed(m->atlas, layer)) return exc_carve_join(m, EXC_BF16, exc_carve_dtype(m, both, layer));
+#define IN_MOVES 4
+#define GATE_MOVES 2
+static int64_t in_rows(const exc_linear *l) { return z_at(l) + values_of(l); }
+static int64_t gate_rows(const exc_linear *l) { return exc_whole_panels(l->v_heads) + l->v_heads; }
+
+/* where rows of packed projections go: a key head has [q | k | values | z's], and [betas | steps] */
+static void unpack(const exc_linear *l, exc_moved in[IN_MOVES], exc_moved gates[GATE_MOVES]) {
+    int64_t n = l->k_heads, K = l->k_dim, each = l->v_heads / n, V = each * l->v_dim, group = 2 * K + 2 * V;
+    in[0] = (exc_moved){0, group, 0, K, K, n};
+    in[1] = (exc_moved){K, group, keys_of(l), K, K, n};
+    in[2] = (exc_moved){2 * K, group, 2 * keys_of(l), V, V, n};
+    in[3] = (exc_moved){2 * K + V, group, z_at(l), V, V, n};
+    gates[0] = (exc_moved){0, 2 * each, 0, each, each, n};
+    gates[1] = (exc_moved){each, 2 * each, exc_whole_panels(l->v_heads), each, each, n};
+}
+
+/* dtype of one matrix made of two roles */
+static int joined(const exc_model *m, int64_t layer, exc_role first, exc_role second) {
     return exc_carve_join(m, exc_carve_dtype(m, first, layer), exc_carve_dtype(m, second, layer));
 }
 
@@ -32,10 +47,18 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     w->width = in_width(l);
     w->step_at = exc_whole_panels(l->v_heads);
     w->gates_width = gates_width(l);
-    w->in = exc_carve_packed(c, w->width, s->hidden,
-                             joined(m, layer, EXC_ROLE_LINEAR_QKVZ, EXC_ROLE_LINEAR_QKV, EXC_ROLE_LINEAR_Z));
-    w->gates = exc_carve_packed(c, w->gates_width, s->hidden,
-                                joined(m, layer, EXC_ROLE_LINEAR_BA, EXC_ROLE_LINEAR_B, EXC_ROLE_LINEAR_A));
+    int in_dtype, gates_dtype;
+    if (packed(m->atlas, layer)) {
+        exc_moved in[IN_MOVES], gates[GATE_MOVES];
+        unpack(l, in, gates);
+        in_dtype = exc_carve_moved(m, EXC_ROLE_LINEAR_QKVZ, layer, in, IN_MOVES, in_rows(l));
+        gates_dtype = exc_carve_moved(m, EXC_ROLE_LINEAR_BA, layer, gates, GATE_MOVES, gate_rows(l));
+    } else {
+        in_dtype = joined(m, layer, EXC_ROLE_LINEAR_QKV, EXC_ROLE_LINEAR_Z);
+        gates_dtype = joined(m, layer, EXC_ROLE_LINEAR_B, EXC_ROLE_LINEAR_A);
+    }
+    w->in = exc_carve_packed(c, w->width, s->hidden, in_dtype);
+    w->gates = exc_carve_packed(c, w->gates_width, s->hidden, gates_dtype);
     w->conv = exc_carve_take(c, (size_t)(l->taps * channels_of(l)), sizeof *w->conv);
     w->rate = exc_carve_vector(c, m, EXC_ROLE_LINEAR_RATE, layer);
     w->step_bias = exc_carve_vector(c, m, EXC_ROLE_LINEAR_STEP, layer);
@@ -44,14 +67,10 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
 
 static exc_status fill_packed(exc_loader *r, int64_t layer, const exc_linear_weights *w) {
     const exc_linear *l = &r->a->shape.linear;
-    int64_t n = l->k_heads, K = l->k_dim, each = l->v_heads / n, V = each * l->v_dim, group = 2 * K + 2 * V;
-    const exc_moved in[] = {{0, group, 0, K, K, n},
-                            {K, group, keys_of(l), K, K, n},
-                            {2 * K, group, 2 * keys_of(l), V, V, n},
-                            {2 * K + V, group, w->z_at, V, V, n}};
-    const exc_moved gates[] = {{0, 2 * each, 0, each, each, n}, {each, 2 * each, w->step_at, each, each, n}};
-    EXC_TRY(exc_fill_moved(r, EXC_ROLE_LINEAR_QKVZ, layer, in, EXC_COUNT(in), w->z_at + values_of(l), &w->in, 0));
-    return exc_fill_moved(r, EXC_ROLE_LINEAR_BA, layer, gates, EXC_COUNT(gates), w->step_at + l->v_heads, &w->gates, 0);
+    exc_moved in[IN_MOVES], gates[GATE_MOVES];
+    unpack(l, in, gates);
+    EXC_TRY(exc_fill_moved(r, EXC_ROLE_LINEAR_QKVZ, layer, in, IN_MOVES, in_rows(l), &w->in, 0));
+    return exc_fill_moved(r, EXC_ROLE_LINEAR_BA, layer, gates, GATE_MOVES, gate_rows(l), &w->gates, 0);
 }
 
 static exc_status fill_apart(exc_loader *r, int64_t layer, const exc_linear_weights *w) {

@@ -8,7 +8,8 @@
  * not twice the model.
  *
  * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for
- * f32; quantised ones stay codes and scales, which the ops read. */
+ * f32; quantised ones stay codes and scales, which the ops read. A panel has one scale for all its rows: where rows
+ * are moved or parts share a block so that a panel's rows would need several (odd sizes), numbers are packed. */
 #include <string.h>
 #include <sys/mman.h>
 
@@ -40,9 +41,12 @@ int exc_carve_join(const exc_model *m, int a, int b) {
     return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
 }
 
+/* panels of the weight lie each within a block of scales */
+static bool keeps_codes(const exc_weight *w) { return exc_weight_coded(w) && w->scale_first % EXC_PANEL == 0; }
+
 /* quantised weights stay what they are, bf16 is exact in both modes, the rest is rounded or exact as the mode has it */
 static int packed_dtype(const exc_model *m, const exc_weight *w) {
-    if (exc_weight_coded(w) || w->dtype == EXC_BF16) return w->dtype;
+    if (keeps_codes(w) || w->dtype == EXC_BF16) return w->dtype;
     return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
 }
 
@@ -63,6 +67,30 @@ int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer) {
         if (role == pairs[i][0] || role == pairs[i][1])
             return exc_carve_join(m, role_dtype(m, pairs[i][0], layer), role_dtype(m, pairs[i][1], layer));
     return role_dtype(m, role, layer);
+}
+
+/* where the scales of a panel of moved rows lie among the weight's; MIXED: in several places, NONE: it has no rows */
+#define MIXED (-1)
+#define NONE (-2)
+static int64_t scales_of_panel(const exc_weight *w, const exc_moved *moved, size_t n, int64_t panel) {
+    int64_t first = panel * EXC_PANEL, end = first + EXC_PANEL, found = NONE;
+    for (const exc_moved *v = moved; v < moved + n; v++)
+        for (int64_t i = 0; i < v->count; i++) {
+            int64_t to = v->to + i * v->to_step, lo = to > first ? to : first, hi = to + v->rows < end ? to + v->rows : end;
+            if (lo >= hi) continue;
+            int64_t from = v->from + i * v->from_step - to, at = (int64_t)exc_scale_offset(w, from + lo);
+            if (at != (int64_t)exc_scale_offset(w, from + hi - 1) || (found != NONE && found != at)) return MIXED;
+            found = at;
+        }
+    return found;
+}
+
+int exc_carve_moved(const exc_model *m, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows) {
+    const exc_weight *w = exc_atlas_find(m->atlas, role, layer, -1);
+    int dtype = exc_carve_dtype(m, role, layer);
+    for (int64_t p = 0; exc_weight_coded(w) && p * EXC_PANEL < rows; p++)
+        if (scales_of_panel(w, moved, n, p) == MIXED) return exc_carve_join(m, EXC_BF16, dtype);
+    return dtype;
 }
 
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype) {
@@ -222,16 +250,46 @@ static exc_status leave(exc_loader *r, const exc_weight *w) {
     return exc_progress(r->ctx, "load", r->done, r->total, "bytes");
 }
 
+/* how many rows from `first` on, at most `most`, ops can take at once: scales begin with a block */
+static int64_t rows_from(const exc_weight *w, int64_t first, int64_t most) {
+    int64_t n = w->out - first < most ? w->out - first : most, run = w->scale_first && !first ? exc_scale_run(w, 0) : n;
+    return n < run ? n : run;
+}
+
+/* the numbers of a quantised weight, f32; it is scanned for NaN and infinity */
+static exc_status decode(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, const uint8_t **out) {
+    EXC_TRY(enlarge(r, &r->wide, (size_t)(w->out * w->in) * sizeof(float)));
+    for (int64_t first = 0, n; first < w->out; first += n) {
+        n = rows_from(w, first, w->out);
+        struct exc_widen_args a = {.src = data + (size_t)(first * w->in), .dtype = w->dtype, .scale = scale + exc_scale_offset(w, first),
+                                   .scale_dtype = w->scale_dtype, .rows = n, .cols = w->in,
+                                   .dst = r->wide.data + (size_t)(first * w->in) * sizeof(float), .dst_dtype = EXC_F32};
+        EXC_TRY(scan(r, w, a.src, a.scale, first, n));
+        EXC_TRY(call(r->ctx, r->ctx->ops->widen(&r->ctx->queue, &a), "widen", w));
+    }
+    *out = r->wide.data;
+    return EXC_OK;
+}
+
+/* packs a weight whose blocks of scales end within panels */
+static exc_status pack_numbers(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, int to, uint8_t *out) {
+    EXC_TRY(decode(r, w, data, scale, &data));
+    struct exc_pack_args a = {.w = data, .w_dtype = EXC_F32, .n = w->out, .k = w->in, .to = to, .out = out};
+    EXC_TRY(call(r->ctx, r->ctx->ops->pack(&r->ctx->queue, &a), "pack", w));
+    return leave(r, w);
+}
+
 /* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
 static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
     exc_ctx *ctx = r->ctx;
     const uint8_t *data, *scale;
     EXC_TRY(source(r, w, &data, &scale));
+    if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
     size_t row = (size_t)w->in * exc_dtype_bits((exc_dtype)w->dtype) / 8, panel = exc_packed_bytes(EXC_PANEL, w->in, to);
     int64_t rows = (int64_t)(BLOCK_BYTES / row) / ROW_ALIGN * ROW_ALIGN;
     if (rows < ROW_ALIGN) rows = ROW_ALIGN;
-    for (int64_t first = 0; first < w->out; first += rows) {
-        int64_t n = w->out - first < rows ? w->out - first : rows;
+    for (int64_t first = 0, n; first < w->out; first += n) {
+        n = rows_from(w, first, rows);
         struct exc_pack_args a = {.w = data + (size_t)first * row, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
                                   .out = out + (size_t)(first / EXC_PANEL) * panel,
                                   .scale = scale ? scale + exc_scale_offset(w, first) : NULL, .scale_dtype = w->scale_dtype};
@@ -288,13 +346,9 @@ exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix
     const uint8_t *scale;
     *out = (exc_matrix){.weight = w, .dtype = w->dtype};
     EXC_TRY(source(r, w, &out->data, &scale));
-    EXC_TRY(scan(r, w, out->data, scale, 0, w->out));
-    if (!exc_weight_coded(w)) return EXC_OK;
-    EXC_TRY(enlarge(r, &r->wide, (size_t)(w->out * w->in) * sizeof(float)));
-    struct exc_widen_args a = {.src = out->data, .dtype = w->dtype, .scale = scale, .scale_dtype = w->scale_dtype, .rows = w->out,
-                               .cols = w->in, .dst = r->wide.data, .dst_dtype = EXC_F32};
-    *out = (exc_matrix){.weight = w, .data = r->wide.data, .dtype = EXC_F32};
-    return call(r->ctx, r->ctx->ops->widen(&r->ctx->queue, &a), "widen", w);
+    if (!exc_weight_coded(w)) return scan(r, w, out->data, scale, 0, w->out);
+    out->dtype = EXC_F32;
+    return decode(r, w, out->data, scale, &out->data);
 }
 
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
@@ -321,18 +375,40 @@ static void move_rows(const exc_matrix *m, const exc_moved *v, uint8_t *to) {
                (size_t)v->rows * row);
 }
 
+/* packs rows that were moved: those under one row of scales at once */
+static exc_status pack_moved(exc_loader *r, const exc_matrix *m, const uint8_t *scale, const exc_moved *moved, size_t n, int64_t rows,
+                             const exc_packed *into, uint8_t *out) {
+    exc_ctx *ctx = r->ctx;
+    size_t row = (size_t)into->k * exc_dtype_bits((exc_dtype)m->dtype) / 8, panel = exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
+    for (int64_t first = 0, end; first < rows; first = end) {
+        int64_t at = scale ? scales_of_panel(m->weight, moved, n, first / EXC_PANEL) : NONE;
+        for (end = first + EXC_PANEL; end < rows && end < first + ROW_ALIGN && scale; end += EXC_PANEL)
+            if (scales_of_panel(m->weight, moved, n, end / EXC_PANEL) != at) break;
+        if (end > rows || !scale) end = rows;
+        struct exc_pack_args a = {.w = r->part.data + (size_t)first * row, .w_dtype = m->dtype, .n = end - first, .k = into->k, .to = into->dtype,
+                                  .out = out + (size_t)(first / EXC_PANEL) * panel, .scale = scale && at != NONE ? scale + at : scale,
+                                  .scale_dtype = m->weight->scale_dtype};
+        EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight));
+    }
+    return EXC_OK;
+}
+
 exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows,
                           const exc_packed *into, int64_t at) {
-    exc_ctx *ctx = r->ctx;
-    exc_matrix m;
-    EXC_TRY(exc_fill_open(r, role, layer, &m));
+    exc_matrix m = {.weight = exc_atlas_find(r->a, role, layer, -1), .dtype = into->dtype};
+    const uint8_t *scale = NULL;
+    if (exc_weight_coded(m.weight) && m.weight->dtype == into->dtype) {
+        EXC_TRY(source(r, m.weight, &m.data, &scale));
+        EXC_TRY(scan(r, m.weight, m.data, scale, 0, m.weight->out));
+    } else {
+        EXC_TRY(exc_fill_open(r, role, layer, &m));
+    }
     size_t bytes = (size_t)(rows * into->k) * exc_dtype_bits((exc_dtype)m.dtype) / 8;
     EXC_TRY(enlarge(r, &r->part, bytes));
     memset(r->part.data, 0, bytes);
     for (size_t i = 0; i < n; i++) move_rows(&m, &moved[i], r->part.data);
-    struct exc_pack_args a = {.w = r->part.data, .w_dtype = m.dtype, .n = rows, .k = into->k, .to = into->dtype};
-    a.out = (uint8_t *)(uintptr_t)into->data + (size_t)(at / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
-    EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m.weight));
+    uint8_t *out = (uint8_t *)(uintptr_t)into->data + (size_t)(at / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
+    EXC_TRY(pack_moved(r, &m, scale, moved, n, rows, into, out));
     return exc_fill_close(r, &m);
 }
 

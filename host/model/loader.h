@@ -47,8 +47,8 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *from, int64_t first, i
                          const exc_packed *into);
 /* `count` times `rows` rows of a matrix, from and to rows that many apart */
 typedef struct exc_moved { int64_t from, from_step, to, to_step, rows, count; } exc_moved;
-/* packs a matrix [rows,in] of rows of the role's in another order, those that nothing moves to zero, from row `at` of `into` on;
- * into is not quantised */
+int exc_carve_moved(const exc_model *m, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows); /* dtype of the result */
+/* packs a matrix [rows,in] of rows of the role's in another order, those that nothing moves to zero, from row `at` of `into` on */
 exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows,
                           const exc_packed *into, int64_t at);
 exc_status exc_fill_turned(exc_loader *r, exc_role role, int64_t layer, float *into); /* a small matrix as f32 [in,out] */

@@ -214,6 +214,8 @@ typedef struct exc_weight {
     int scale_dtype;            /* EXC_F32, EXC_BF16 or EXC_F8_E8M0 */
     uint64_t scale_begin, scale_end; /* bytes of the scale's file */
     int64_t scale_step;         /* scales from a row of them to the next */
+    int64_t scale_first;        /* e4m3: rows of its first block of scales that are the part's before it */
+    bool scale_shared;          /* e4m3: a block of scales is also another part's: read, but not edited as it is */
 } exc_weight;
 bool exc_weight_coded(const exc_weight *w);      /* quantised: codes and scales */
 void exc_weight_scales(const exc_weight *w, int64_t *rows, int64_t *cols); /* how many scales */
@@ -249,6 +251,7 @@ bool exc_scale_owner(const char *name, char *out, size_t cap);
 void exc_scale_gather(const exc_weight *w, const void *lying, void *dense);
 void exc_scale_scatter(const exc_weight *w, const void *dense, void *lying);
 size_t exc_scale_offset(const exc_weight *w, int64_t row);
+int64_t exc_scale_run(const exc_weight *w, int64_t row); /* e4m3: rows from there to the end of its block */
 
 /* The lens: what a plan does to a model, as the model room sees it. Made by study/lenses.c. */
 typedef struct exc_lens_hook {

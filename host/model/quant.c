@@ -112,7 +112,7 @@ exc_status exc_quant_guess(exc_ctx *ctx, const exc_checkpoint *files) {
 bool exc_weight_coded(const exc_weight *w) { return w->dtype == EXC_F8_E4M3 || w->dtype == EXC_F4; }
 
 void exc_weight_scales(const exc_weight *w, int64_t *rows, int64_t *cols) {
-    *rows = w->dtype == EXC_F4 ? w->out : (w->out + BLOCK - 1) / BLOCK;
+    *rows = w->dtype == EXC_F4 ? w->out : (w->scale_first + w->out + BLOCK - 1) / BLOCK;
     *cols = w->dtype == EXC_F4 ? w->in / GROUP : (w->in + BLOCK - 1) / BLOCK;
 }
 
@@ -171,9 +171,9 @@ exc_status exc_scale_find(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y,
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: dtype %s: expected quantization_config.quant_method \"%s\" in config.json for this tensor, found %s", file, shown,
                         exc_dtype_name((exc_dtype)w->dtype), exc_quant_name(want), exc_quant_name(a->shape.quant));
     int64_t parts = y->parts ? y->parts : 1, out = w->out * parts, shape[3];
-    if (!f4 && (y->transposed || y->mixed || (parts > 1 && w->out % BLOCK)))
-        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected each of its %lld parts to be whole blocks of %d rows of e4m3, found %lld rows", file, shown,
-                        (long long)parts, BLOCK, (long long)w->out);
+    if (!f4 && (y->transposed || y->mixed))
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected bf16, f16 or f32 where %s, found e4m3", file, shown,
+                        y->mixed ? "parts take turns" : "weights lie as [in,out]");
     w->scale = named ? exc_checkpoint_find(a->files, name) : NULL;
     if (!w->scale) return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s: expected its scales in %s, found no such tensor", file, shown, named ? name : "a tensor beside it");
     int rank = 0;
@@ -186,11 +186,14 @@ exc_status exc_scale_find(exc_ctx *ctx, const exc_atlas *a, const exc_layout *y,
 
 /* where in them those of w lie */
 void exc_scale_locate(const exc_layout *y, exc_weight *w) {
-    int64_t rows, cols, parts = y->parts ? y->parts : 1;
+    int64_t rows, cols, parts = y->parts ? y->parts : 1, per_row = w->dtype == EXC_F4 ? 1 : BLOCK, before = y->part * w->out;
     if (!exc_weight_coded(w)) return;
+    w->scale_first = before % per_row;
+    w->scale_shared = parts > 1 && w->out % per_row;
     exc_weight_scales(w, &rows, &cols);
     size_t unit = exc_dtype_bits((exc_dtype)w->scale_dtype) / 8;
-    int64_t first = y->part * (y->mixed ? 1 : rows) + (y->stacked ? w->expert * rows * parts : 0); /* row */
+    int64_t first = y->mixed ? y->part : before / per_row; /* row */
+    if (y->stacked) first += w->expert * ((w->out * parts + per_row - 1) / per_row);
     w->scale_step = y->mixed ? parts * cols : cols;
     w->scale_begin = w->scale->begin + (uint64_t)(first * cols) * unit;
     w->scale_end = w->scale_begin + (uint64_t)((rows - 1) * w->scale_step + cols) * unit;
@@ -199,8 +202,10 @@ void exc_scale_locate(const exc_layout *y, exc_weight *w) {
 size_t exc_scale_offset(const exc_weight *w, int64_t row) {
     int64_t rows, cols;
     exc_weight_scales(w, &rows, &cols);
-    return (size_t)(w->dtype == EXC_F4 ? row : row / BLOCK) * (size_t)cols * exc_dtype_bits((exc_dtype)w->scale_dtype) / 8;
+    return (size_t)(w->dtype == EXC_F4 ? row : (w->scale_first + row) / BLOCK) * (size_t)cols * exc_dtype_bits((exc_dtype)w->scale_dtype) / 8;
 }
+
+int64_t exc_scale_run(const exc_weight *w, int64_t row) { return BLOCK - (w->scale_first + row) % BLOCK; }
 
 /* rows of scales between where they lie and an array without gaps */
 static void copy_scales(const exc_weight *w, const uint8_t *from, int64_t from_step, uint8_t *to, int64_t to_step) {

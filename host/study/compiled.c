@@ -565,6 +565,9 @@ static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_w
 exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
                               void *const *dst, void *const *scale, exc_effect *effects) {
     if (!count) return EXC_OK;
+    if (exc_weight_coded(w[0]) && w[0]->scale_shared)
+        return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s of %s: expected blocks of scales of its own to be edited as it is stored, found one that is also "
+                        "another part's; write the checkpoint as bf16 instead (apply --to bf16)", c->name, exc_role_name(w[0]->role), w[0]->tensor->name);
     if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, scale, effects);
     for (size_t i = 0; i < count; i++) EXC_TRY(apply_to_copy(ctx, c, w[i], src[i], dst[i], scale ? scale + i : NULL, &effects[i]));
     return EXC_OK;

@@ -69,8 +69,8 @@ template <class T, bool WIDE> __device__ inline void put(const Part &t, int h, c
         store_drop(t.dst + h * t.pitch, v);
 }
 
-/* pieces that a thread asks for at once beside k directions' sums: what registers allow */
-__host__ __device__ constexpr int ahead(int k) { return k == 0 ? 2 : k < 4 ? 8 : 4; }
+/* pieces that a thread of `plain` asks for at once beside k directions' sums: what registers allow */
+__host__ __device__ constexpr int ahead(int k) { return k < 4 ? 8 : 4; }
 
 /* The canonical sums of a strip: out[i, column] = sum over rows of what term() adds to p[i]. row(h, chunk)
  * gives the weights, meet(h, chunk, v) sees them on their way. Waves of `groups` chunks; after each, one
@@ -120,10 +120,10 @@ __device__ inline void sums(const Part &t, float *partial, float *out, Row row, 
 }
 
 /* c of SUMS directions */
-template <class T, int SUMS, class Row, class Meet>
+template <class T, int SUMS, int AHEAD, class Row, class Meet>
 __device__ inline void dots(const Part &t, float *partial, float *out, const float *basis, Row row,
                             Meet meet) {
-    sums<T, SUMS, ahead(SUMS)>(t, partial, out, row, meet,
+    sums<T, SUMS, AHEAD>(t, partial, out, row, meet,
                                [&](int h, const float(&x)[N<T>], float(&p)[SUMS][N<T>]) {
 #pragma unroll
                                    for (int r = 0; r < SUMS; r++) {
@@ -161,7 +161,7 @@ __device__ inline void delta(const Job &j, const Part &t, float strength,
 /* dst = gain * (w - delta); returns how many weights changed where that is wanted */
 template <class T, int K, bool WIDE>
 __device__ inline int update(const Job &j, const Part &t, float strength, const Room &m, const float *gain) {
-    constexpr int AHEAD = ahead(K);
+    constexpr int AHEAD = K ? ahead(K) : WIDE ? 2 : 1;
     const int columns = t.lanes * N<T>;
     float c[K ? K : 1][N<T>], g[N<T>];
     int changed = 0;
@@ -239,10 +239,9 @@ template <class T, bool WIDE> __device__ inline void copy(const Part &t) {
 }
 
 /* c of all directions, RANKS at a time. begin: the first sweep over the strip, which fills what is held;
- * returns the NaN and infinities that this thread then meets, where they are counted. Not inlined: it is
- * large, and used twice. */
+ * returns the NaN and infinities that this thread then meets, where they are counted */
 template <class T, bool WIDE>
-__device__ __attribute__((noinline)) int all_dots(const Job &j, const Part &t, const Room &m, bool begin) {
+__device__ inline int all_dots(const Job &j, const Part &t, const Room &m, bool begin) {
     int bad = 0;
     for (int r = 0; r < j.rank; r += RANKS) {
         const float *basis = j.basis + (size_t)r * t.rows;
@@ -255,14 +254,15 @@ __device__ __attribute__((noinline)) int all_dots(const Job &j, const Part &t, c
             if (first && chunk < t.held) m.held[h * t.lanes + t.lane] = v;
             if (first && j.nonfinite) bad += special<T>(v, t.n);
         };
+        constexpr int AHEAD = WIDE ? 2 : 1;
         if (j.rank - r >= 4)
-            dots<T, 4>(t, m.partial, out, basis, row, meet);
+            dots<T, 4, AHEAD>(t, m.partial, out, basis, row, meet);
         else if (j.rank - r == 3)
-            dots<T, 3>(t, m.partial, out, basis, row, meet);
+            dots<T, 3, AHEAD>(t, m.partial, out, basis, row, meet);
         else if (j.rank - r == 2)
-            dots<T, 2>(t, m.partial, out, basis, row, meet);
+            dots<T, 2, AHEAD>(t, m.partial, out, basis, row, meet);
         else
-            dots<T, 1>(t, m.partial, out, basis, row, meet);
+            dots<T, 1, AHEAD>(t, m.partial, out, basis, row, meet);
     }
     return bad;
 }
@@ -276,7 +276,7 @@ __device__ inline void plain(const Job &j, const Part &t, const Room &m, int64_t
     auto hold = [&](int h, int chunk, const uint4 &v) {
         if (chunk < t.held) m.held[h * t.lanes + t.lane] = v;
     };
-    dots<T, K>(t, m.partial, m.c, j.basis, row, hold);
+    dots<T, K, ahead(K)>(t, m.partial, m.c, j.basis, row, hold);
     keep(j, m, t.lanes * N<T>, matrix, column);
     if (j.strength[matrix] != 0.0f)
         update<T, K, WIDE>(j, t, j.strength[matrix], m, nullptr);
@@ -294,11 +294,19 @@ __device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t
     auto row = [&](int h, int chunk) {
         return chunk < t.held ? m.held[h * t.lanes + t.lane] : fetch<T, WIDE>(t, h, false);
     };
-    const int bad = all_dots<T, WIDE>(j, t, m, true);
-    if (what != AFTER) keep(j, m, columns, matrix, column);
-    double before = j.before || j.after ? square_sum(j, m, columns) : 0, after = before;
-    if (what != AFTER && strength == 0.0f && t.dst != t.src) copy<T, WIDE>(t);
-    if (what == EDIT && strength != 0.0f) {
+    double before = 0, after = 0;
+    int bad = 0;
+    Part now = t;
+    for (bool begin = true;; begin = false) { /* the second time over what was written */
+        bad += all_dots<T, WIDE>(j, now, m, begin);
+        if (!begin) {
+            after = square_sum(j, m, columns);
+            break;
+        }
+        if (what != AFTER) keep(j, m, columns, matrix, column);
+        before = after = j.before || j.after ? square_sum(j, m, columns) : 0;
+        if (what != AFTER && strength == 0.0f && t.dst != t.src) copy<T, WIDE>(t);
+        if (what != EDIT || strength == 0.0f) break;
         if (j.norm != EXC_NORM_NONE) {
             squares<T, false>(j, t, strength, m, m.length, row);
             squares<T, true>(j, t, strength, m, m.left, row);
@@ -307,12 +315,8 @@ __device__ inline Tally full(const Job &j, const Part &t, const Room &m, int64_t
             __syncthreads();
         }
         changed = update<T, 0, WIDE>(j, t, strength, m, j.norm != EXC_NORM_NONE ? m.gain : nullptr);
-        if (j.after) {
-            Part out = t;
-            out.src = t.dst, out.held = 0; /* a thread reads what it has written */
-            all_dots<T, WIDE>(j, out, m, false);
-            after = square_sum(j, m, columns);
-        }
+        if (!j.after) break;
+        now.src = t.dst, now.held = 0; /* a thread reads what it has written */
     }
     const double many = j.sums ? block_sum((double)bad, m.fold) : 0,
                  moved = j.sums ? block_sum((double)changed, m.fold) : 0;

@@ -106,6 +106,7 @@ template <class T, int NV> __global__ void __launch_bounds__(WARPS *WARP) attend
         q[r * pitch + d] = r < rows ? static_cast<const T *>(a.q)[((unit.first + r / heads) * a.q_heads + head0 + r % heads) * D + d] : T{};
     }
     int64_t low[EACH], high[EACH];
+#pragma unroll
     for (int r = 0; r < EACH; r++) {
         const int64_t row = warp * EACH + r;
         high[r] = row < rows ? visible + row / heads : 0;
@@ -128,14 +129,17 @@ template <class T, int NV> __global__ void __launch_bounds__(WARPS *WARP) attend
             block<T, NV>(a, q + warp * EACH * pitch, tile, pitch, values, at, end, low, high, lane, part);
         }
         if (j.partial) break;
+#pragma unroll
         for (int r = 0; r < EACH; r++) total.merge(r, part);
     }
+#pragma unroll
     for (int r = 0; r < EACH; r++) {
         const int64_t row = warp * EACH + r, token = unit.first + row / heads, head = head0 + row % heads;
         if (row >= rows) continue;
         if (j.partial) {
             if (begin >= end_key) continue;
             float *to = j.partial + ((token * a.q_heads + head) * j.spans + blockIdx.z) * (a.value_dim + 2);
+#pragma unroll
             for (int i = 0; i < NV; i++)
                 if (lane + i * WARP < a.value_dim) to[lane + i * WARP] = part.out[r][i];
             if (lane == 0) to[a.value_dim] = part.m[r], to[a.value_dim + 1] = part.sum[r];
@@ -143,6 +147,7 @@ template <class T, int NV> __global__ void __launch_bounds__(WARPS *WARP) attend
         }
         const float by = divisor(a, head, total.m[r], total.sum[r]);
         T *out = static_cast<T *>(a.out) + (token * a.q_heads + head) * a.value_dim;
+#pragma unroll
         for (int i = 0; i < NV; i++)
             if (lane + i * WARP < a.value_dim) out[lane + i * WARP] = narrow<T>(total.out[r][i] * by);
     }
@@ -171,6 +176,7 @@ template <class T, int NV> __global__ void __launch_bounds__(WARP) attend_merge(
         }
         const float by = divisor(a, head, total.m[0], total.sum[0]);
         T *out = static_cast<T *>(a.out) + (token * a.q_heads + head) * a.value_dim;
+#pragma unroll
         for (int i = 0; i < NV; i++)
             if (lane + i * WARP < a.value_dim) out[lane + i * WARP] = narrow<T>(total.out[0][i] * by);
     }

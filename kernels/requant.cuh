@@ -2,8 +2,8 @@
  * thread a line.
  *
  * A block takes a band: 128 lines across R (columns for EXC_SIDE_OUT, rows for EXC_SIDE_IN), which is a whole
- * number of scale blocks; a thread goes down its line in pieces of 32, held in registers. Sweeps as in
- * requant.c: R W; lengths; the ideal result and with it the new scales; for exact rounding 12 trials; the
+ * number of scale blocks; a thread goes down its line in pieces of 32, half a piece in registers at a time,
+ * sums of the first half waiting for the second. Sweeps as in requant.c: R W; lengths; the ideal result and with it the new scales; for exact rounding 12 trials; the
  * result. What a line keeps by direction lies in shared memory, [direction, line], or in the block's scratch
  * where there is too much of it; new scales lie in the scratch, as old ones are needed until the end. Lines
  * meet only where they share a scale. */
@@ -15,7 +15,7 @@
 
 namespace edit {
 
-constexpr int BAND = 128, PIECE = 32, TRIALS = 12;
+constexpr int BAND = 128, PIECE = 32, STEP = 16, TRIALS = 12;
 
 /* sums of a band; of a matrix */
 struct Requantised {
@@ -38,17 +38,24 @@ struct Requant {
 /* what a line keeps by direction: arrays [rank, BAND], this thread's column */
 struct Keep {
     double *acc, *target;
+    float *part; /* of acc, while a piece is under way */
     float *coef, *lambda, *past, *best, *past_gap;
     __host__ __device__ static size_t bytes(int64_t rank, bool exact) {
-        return (size_t)rank * BAND * (exact ? 36 : 12);
+        return (size_t)rank * BAND * (exact ? 40 : 16);
     }
     __device__ Keep(char *base, int64_t rank, bool exact) {
         const int64_t n = rank * BAND;
         acc = reinterpret_cast<double *>(base) + threadIdx.x;
         target = acc + (exact ? n : 0);
         coef = reinterpret_cast<float *>(acc + (exact ? 2 * n : n) - threadIdx.x) + threadIdx.x;
-        lambda = coef + n, past = coef + 2 * n, best = coef + 3 * n, past_gap = coef + 4 * n;
+        part = coef + n, lambda = coef + 2 * n, past = coef + 3 * n, best = coef + 4 * n, past_gap = coef + 5 * n;
     }
+};
+
+/* a sum of squares: f32 within a piece, f64 beyond */
+struct Square {
+    double sum = 0;
+    float part = 0;
 };
 
 template <int DTYPE, bool OUT> struct Line {
@@ -65,6 +72,7 @@ template <int DTYPE, bool OUT> struct Line {
     uint8_t *scale_to;
     uint32_t key;
     float base, gain;
+    mutable float largest; /* of the ideal result since the last piece began */
     float *kept;
     unsigned *most; /* shared, [2] */
     const float *row_gain;
@@ -101,10 +109,10 @@ template <int DTYPE, bool OUT> struct Line {
         return DTYPE == EXC_BF16 ? widen(bf16{(uint16_t)code}) : widen(f16{(uint16_t)code});
     }
 
-    __device__ void load(int64_t h0, int rows, float (&x)[PIECE]) const {
+    __device__ void load(int64_t h0, int rows, float (&x)[STEP]) const {
         float s = 1;
 #pragma unroll
-        for (int h = 0; h < PIECE; h++) {
+        for (int h = 0; h < STEP; h++) {
             x[h] = 0;
             if (h >= rows || !in) continue;
             if (turns(h)) s = old_scale(h0 + h);
@@ -113,41 +121,47 @@ template <int DTYPE, bool OUT> struct Line {
     }
 
     /* ---- arithmetic of a piece */
-    __device__ void dots(const float (&x)[PIECE], int64_t h0, int rows) const {
+    __device__ bool piece_ends(int64_t h0) const { return h0 % PIECE == PIECE - STEP || h0 + STEP >= q.along; }
+    __device__ void dots(const float (&x)[STEP], int64_t h0, int rows) const {
         for (int64_t r = 0; r < a.rank; r++) {
-            float sum = 0;
+            float sum = h0 % PIECE ? k.part[r * BAND] : 0.0f;
 #pragma unroll
-            for (int h = 0; h < PIECE; h++)
+            for (int h = 0; h < STEP; h++)
                 if (h < rows) sum = fmaf(__ldg(a.basis + r * q.along + h0 + h), x[h], sum);
-            k.acc[r * BAND] += (double)sum;
+            if (piece_ends(h0))
+                k.acc[r * BAND] += (double)sum;
+            else
+                k.part[r * BAND] = sum;
         }
     }
     __device__ void clear() const {
         for (int64_t r = 0; r < a.rank; r++) k.acc[r * BAND] = 0;
     }
     /* y = by * (x - R^T coef) */
-    __device__ void shift(const float (&x)[PIECE], int64_t h0, int rows, const float *coef, float by,
-                          const float *by_row, float (&y)[PIECE]) const {
-        float d[PIECE] = {};
+    __device__ void shift(const float (&x)[STEP], int64_t h0, int rows, const float *coef, float by,
+                          const float *by_row, float (&y)[STEP]) const {
+        float d[STEP] = {};
         for (int64_t r = 0; r < a.rank; r++) {
             const float c = coef[r * BAND];
 #pragma unroll
-            for (int h = 0; h < PIECE; h++)
+            for (int h = 0; h < STEP; h++)
                 if (h < rows) d[h] = fmaf(__ldg(a.basis + r * q.along + h0 + h), c, d[h]);
         }
 #pragma unroll
-        for (int h = 0; h < PIECE; h++)
+        for (int h = 0; h < STEP; h++)
             y[h] = (x[h] - d[h]) * (by * (by_row && h < rows ? by_row[h0 + h] : 1.0f));
     }
-    __device__ void ideal(const float (&x)[PIECE], int64_t h0, int rows, float (&y)[PIECE]) const {
+    __device__ void ideal(const float (&x)[STEP], int64_t h0, int rows, float (&y)[STEP]) const {
         shift(x, h0, rows, k.coef, gain, row_gain, y);
     }
-    __device__ static void squares(const float (&x)[PIECE], const float (&y)[PIECE], int rows, double *sum) {
-        float s = 0;
+    __device__ void squares(const float (&x)[STEP], const float (&y)[STEP], int64_t h0, int rows,
+                            Square *to) const {
+        float s = h0 % PIECE ? to->part : 0.0f;
 #pragma unroll
-        for (int h = 0; h < PIECE; h++)
+        for (int h = 0; h < STEP; h++)
             if (h < rows) s = fmaf(x[h] - y[h], x[h] - y[h], s);
-        *sum += (double)s;
+        to->part = s;
+        if (piece_ends(h0)) to->sum += (double)s;
     }
 
     /* ---- scale policy, as in requant.c */
@@ -176,10 +190,10 @@ template <int DTYPE, bool OUT> struct Line {
     }
     /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block. All threads call.
      */
-    __device__ void choose(const float (&y)[PIECE], int64_t h0, int rows) const {
+    __device__ void choose(const float (&y)[STEP], int64_t h0, int rows) const {
         if constexpr (DTYPE == EXC_F4 && OUT) {
 #pragma unroll
-            for (int h = 0; h < PIECE; h++) {
+            for (int h = 0; h < STEP; h++) {
                 if (h >= rows) continue;
                 const float x = fabsf(y[h]);
                 const unsigned group = __reduce_max_sync(ALL_LANES, x == x ? bits_of(x) : 0u);
@@ -187,21 +201,22 @@ template <int DTYPE, bool OUT> struct Line {
                     kept[kept_place(h0 + h)] = next_scale(old_scale(h0 + h), f32_of(group));
             }
         } else if constexpr (CODED) {
-            float largest = 0;
+            if (h0 % PIECE == 0) largest = 0;
 #pragma unroll
-            for (int h = 0; h < PIECE; h++)
+            for (int h = 0; h < STEP; h++)
                 if (h < rows && fabsf(y[h]) > largest) largest = fabsf(y[h]);
+            if (!piece_ends(h0)) return;
             if constexpr (DTYPE == EXC_F8_E4M3)
-                choose_of_block(largest, h0);
+                choose_of_block(h0);
             else if (in)
                 kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
         }
     }
-    __device__ void choose_of_block(float largest, int64_t h0) const {
+    __device__ void choose_of_block(int64_t h0) const {
         unsigned *m = most + h0 / SCALE_BLOCK % 2;
         const unsigned warp = __reduce_max_sync(ALL_LANES, bits_of(largest));
         if (l % WARP == 0) atomicMax(m, warp);
-        if (h0 % SCALE_BLOCK + PIECE < SCALE_BLOCK && h0 + PIECE < q.along) return;
+        if (h0 % SCALE_BLOCK + STEP < SCALE_BLOCK && h0 + STEP < q.along) return;
         __syncthreads();
         if (l == 0) kept[h0 / SCALE_BLOCK] = next_scale(old_scale(h0), f32_of(*m));
         if (l == 0)
@@ -210,8 +225,8 @@ template <int DTYPE, bool OUT> struct Line {
     }
 
     /* ---- rounding: v -> the stored number near it, and its code */
-    __device__ void settle(const float (&v)[PIECE], int64_t h0, int rows, float (&value)[PIECE],
-                           uint16_t (&code)[PIECE]) const {
+    __device__ void settle(const float (&v)[STEP], int64_t h0, int rows, float (&value)[STEP],
+                           uint16_t (&code)[STEP]) const {
         constexpr Grid g = grid_of<DTYPE>();
         constexpr int top = DTYPE == EXC_F8_E4M3 ? 7 : DTYPE == EXC_F4 ? 3 : 15;
         constexpr uint32_t nan = DTYPE == EXC_F8_E4M3 ? NAN_E4M3
@@ -220,7 +235,7 @@ template <int DTYPE, bool OUT> struct Line {
                                                       : 0x7e00;
         float s = 1, inverse = 1;
 #pragma unroll
-        for (int h = 0; h < PIECE; h++) {
+        for (int h = 0; h < STEP; h++) {
             value[h] = 0, code[h] = 0;
             if (h >= rows) continue;
             if (turns(h)) s = new_scale(h0 + h), inverse = s != 0.0f ? 1.0f / s : 0.0f;
@@ -237,11 +252,11 @@ template <int DTYPE, bool OUT> struct Line {
     }
     /* codes of a piece to memory; returns how many changed. All threads call: neighbours share bytes of fp4.
      */
-    __device__ int store(int64_t h0, int rows, const uint16_t (&code)[PIECE]) const {
+    __device__ int store(int64_t h0, int rows, const uint16_t (&code)[STEP]) const {
         int changed = 0;
         bool rescaled = false;
 #pragma unroll
-        for (int h = 0; h < PIECE; h++) {
+        for (int h = 0; h < STEP; h++) {
             if (h >= rows) continue;
             if (in) {
                 if (turns(h)) rescaled = new_scale(h0 + h) != old_scale(h0 + h);
@@ -289,9 +304,9 @@ template <int DTYPE, bool OUT> struct Line {
 
     /* ---- sweeps */
     template <class F> __device__ void sweep(F piece) const {
-        for (int64_t h0 = 0; h0 < q.along; h0 += PIECE) {
-            float x[PIECE];
-            const int rows = (int)min((int64_t)PIECE, q.along - h0);
+        for (int64_t h0 = 0; h0 < q.along; h0 += STEP) {
+            float x[STEP];
+            const int rows = (int)min((int64_t)STEP, q.along - h0);
             load(h0, rows, x);
             piece(h0, rows, x);
         }
@@ -302,13 +317,13 @@ template <int DTYPE, bool OUT> struct Line {
         return s;
     }
     /* what rounding makes of ideal less R^T lambda */
-    __device__ void rounded(const float (&y)[PIECE], int64_t h0, int rows, const float *lambda,
-                            float (&value)[PIECE], uint16_t (&code)[PIECE]) const {
+    __device__ void rounded(const float (&y)[STEP], int64_t h0, int rows, const float *lambda,
+                            float (&value)[STEP], uint16_t (&code)[STEP]) const {
         if (!lambda) {
             settle(y, h0, rows, value, code);
             return;
         }
-        float v[PIECE];
+        float v[STEP];
         shift(y, h0, rows, lambda, 1.0f, nullptr, v);
         settle(v, h0, rows, value, code);
     }
@@ -351,9 +366,9 @@ template <int DTYPE, bool OUT> __device__ inline void solve(const Line<DTYPE, OU
         k.target[r * BAND] = k.acc[r * BAND], k.lambda[r * BAND] = 0, k.best[r * BAND] = 0;
     for (int i = 0; i < TRIALS; i++) {
         b.clear();
-        b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
-            float y[PIECE], value[PIECE];
-            uint16_t code[PIECE];
+        b.sweep([&](int64_t h0, int rows, const float(&x)[STEP]) {
+            float y[STEP], value[STEP];
+            uint16_t code[STEP];
             b.ideal(x, h0, rows, y);
             b.rounded(y, h0, rows, k.lambda, value, code);
             b.dots(value, h0, rows);
@@ -379,16 +394,17 @@ template <int DTYPE, bool OUT> __device__ inline void solve(const Line<DTYPE, OU
 
 /* R W, and what is known before the edit; `own` is added to */
 template <int DTYPE, bool OUT>
-__device__ inline void first_sweep(const Line<DTYPE, OUT> &b, double *length, Requantised *own) {
-    const float none[PIECE] = {};
+__device__ inline void first_sweep(const Line<DTYPE, OUT> &b, Square *length, Requantised *own) {
+    const float none[STEP] = {};
     b.clear();
-    b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
+    b.sweep([&](int64_t h0, int rows, const float(&x)[STEP]) {
         b.dots(x, h0, rows);
-        b.squares(x, none, rows, length);
-        for (int h = 0; h < rows && b.in; h++) own->nonfinite += !(fabsf(x[h]) < INFINITY);
+        b.squares(x, none, h0, rows, length);
+#pragma unroll
+        for (int h = 0; h < STEP; h++) own->nonfinite += h < rows && b.in && !(fabsf(x[h]) < INFINITY);
     });
     own->before = own->after = b.acc_square();
-    own->size = b.in ? *length : 0;
+    own->size = b.in ? length->sum : 0;
     for (int64_t r = 0; r < b.a.rank; r++) {
         const float c = (float)b.k.acc[r * BAND];
         b.k.coef[r * BAND] = b.q.factor ? 0 : b.a.strength[b.matrix] * c;
@@ -423,55 +439,54 @@ template <int DTYPE, bool OUT> __device__ inline void keep_scales(const Line<DTY
 /* scales, the size of the edit, where exact rounding is to lead; then the result */
 template <int DTYPE, bool OUT>
 __device__ inline void edit_line(Line<DTYPE, OUT> &b, double length, bool exact, Requantised *own) {
-    double left = 0, moved = 0, error = 0;
-    const float none[PIECE] = {};
+    Square left, moved, error;
+    const float none[STEP] = {};
     if (b.a.norm != EXC_NORM_NONE && !b.row_gain) {
-        b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
-            float y[PIECE];
+        b.sweep([&](int64_t h0, int rows, const float(&x)[STEP]) {
+            float y[STEP];
             b.ideal(x, h0, rows, y);
-            b.squares(y, none, rows, &left);
+            b.squares(y, none, h0, rows, &left);
         });
-        b.gain = gain_of(length, left);
+        b.gain = gain_of(length, left.sum);
     }
     if (b.q.factor) b.gain = (float)b.q.factor[b.matrix];
     b.clear();
-    b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
-        float y[PIECE];
+    b.sweep([&](int64_t h0, int rows, const float(&x)[STEP]) {
+        float y[STEP];
         b.ideal(x, h0, rows, y);
-        b.squares(y, x, rows, &moved);
+        b.squares(y, x, h0, rows, &moved);
         if (exact) b.dots(y, h0, rows);
         b.choose(y, h0, rows);
     });
     __syncthreads(); /* new scales are there */
     if (exact) solve(b);
     b.clear();
-    b.sweep([&](int64_t h0, int rows, const float(&x)[PIECE]) {
-        float y[PIECE], value[PIECE];
-        uint16_t code[PIECE];
+    b.sweep([&](int64_t h0, int rows, const float(&x)[STEP]) {
+        float y[STEP], value[STEP];
+        uint16_t code[STEP];
         b.ideal(x, h0, rows, y);
         b.rounded(y, h0, rows, exact ? b.k.best : nullptr, value, code);
         b.dots(value, h0, rows);
-        b.squares(value, y, rows, &error);
+        b.squares(value, y, h0, rows, &error);
         own->changed += b.store(h0, rows, code);
     });
     b.store_scales(false);
-    if (!b.in) moved = error = 0;
-    own->moved = moved, own->error = error, own->after = b.acc_square();
+    own->moved = b.in ? moved.sum : 0, own->error = b.in ? error.sum : 0, own->after = b.acc_square();
 }
 
 /* factor 0: +0 whatever was there */
 template <int DTYPE, bool OUT>
 __device__ inline void clear_line(const Line<DTYPE, OUT> &b, Requantised *own) {
-    const uint16_t zero[PIECE] = {};
+    const uint16_t zero[STEP] = {};
     keep_scales(b, false); /* `kept` as old: codes alone count as changes */
     __syncthreads();
-    b.sweep([&](int64_t h0, int rows, const float(&)[PIECE]) { own->changed += b.store(h0, rows, zero); });
+    b.sweep([&](int64_t h0, int rows, const float(&)[STEP]) { own->changed += b.store(h0, rows, zero); });
     __syncthreads();
     keep_scales(b, true);
     own->after = 0;
 }
 
-template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(Requant q, int dots_alone) {
+template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND, DTYPE == EXC_F4 && OUT ? 2 : 3) requant(Requant q, int dots_alone) {
     DYN_SHARED(char, lines_kept);
     SHARED_ARRAY(double, room, WARP);
     SHARED_ARRAY(unsigned, most, 2);
@@ -499,7 +514,7 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(R
         if (threadIdx.x < 2) most[threadIdx.x] = 0;
         __syncthreads();
         Requantised own = {};
-        double length = 0;
+        Square length;
         first_sweep(b, &length, &own);
         if (dots_alone) continue;
         if (idle) {
@@ -508,7 +523,7 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND) requant(R
         } else if (q.factor && q.factor[b.matrix] == 0)
             clear_line(b, &own);
         else
-            edit_line(b, length, exact, &own);
+            edit_line(b, length.sum, exact, &own);
         double *const part[] = {&own.before, &own.after, &own.moved, &own.error, &own.size};
         for (double *x : part) *x = block_sum(*x, room);
         own.changed = (long long)block_sum((double)own.changed, room),

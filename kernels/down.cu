@@ -15,7 +15,7 @@ struct Down {
     int64_t whole; /* rows of whole pieces */
 };
 
-template <class TILE> __global__ void __launch_bounds__(TILE::THREADS) down_tiles(const Down d) {
+template <class TILE> __global__ void __launch_bounds__(TILE::THREADS, TILE::BLOCKS) down_tiles(const Down d) {
     DYN_SHARED(unsigned char, shared);
     SHARED_ARRAY(const unsigned char *, row, TILE::BM);
     using T = typename TILE::Act;

@@ -24,7 +24,7 @@ __device__ static float activate(float g, float u, const exc_activation &fn) {
 
 __device__ static int64_t token_of(const struct exc_glu_args &a, int64_t r) { return a.pair_of ? a.pair_of[r] / a.top_k : r; }
 
-template <class TILE> __global__ void __launch_bounds__(TILE::THREADS) glu_tiles(const Glu g) {
+template <class TILE> __global__ void __launch_bounds__(TILE::THREADS, TILE::BLOCKS) glu_tiles(const Glu g) {
     DYN_SHARED(unsigned char, shared);
     SHARED_ARRAY(const unsigned char *, row, TILE::BM);
     SHARED_ARRAY(int, seen, TILE::BM);

@@ -4,7 +4,7 @@
  * streams once for each block of rows. From 128 rows on the tile is 128 x 128: each operand byte is used twice as often. */
 #include "product.cuh"
 
-template <class TILE> __global__ void __launch_bounds__(TILE::THREADS) matmul_tiles(const struct exc_matmul_args a, Plane w, int64_t n, bool whole) {
+template <class TILE> __global__ void __launch_bounds__(TILE::THREADS, TILE::BLOCKS) matmul_tiles(const struct exc_matmul_args a, Plane w, int64_t n, bool whole) {
     DYN_SHARED(unsigned char, shared);
     SHARED_ARRAY(const unsigned char *, row, TILE::BM);
     using T = typename TILE::Act;

@@ -146,6 +146,7 @@ template <int W, int BM_, int BN_, int NB, int WARPS_M, int WARPS_N> struct Tens
                                          ? STAGES * sizeof(Stage)
                                          : sizeof(float) * NB *BM *OUT;
     using Act = bf16;
+    static constexpr int BLOCKS = BM <= 16 ? 6 : THREADS > 128 ? 2 : NB == 1 ? 4 : 3; /* of a processor, at least */
 
     __device__ static void load(Stage &s, const Rows &rows, const Plane *w, int64_t column, int64_t k0) {
         const int64_t k = w[0].k;
@@ -274,6 +275,7 @@ template <int W, int BM_, int BN_, int NB> struct PlainTile {
                                          ? sizeof(Stage)
                                          : sizeof(float) * NB *BM *OUT;
     using Act = float;
+    static constexpr int BLOCKS = 4; /* of a processor, at least */
 
     __device__ static void load(Stage &s, const Rows &rows, const Plane *w, int64_t column, int64_t k0) {
         for (int i = threadIdx.x; i < BM * BK; i += THREADS) {

@@ -124,7 +124,7 @@ __device__ static void weigh(const exc_gate &g, int K, int *id, float *w) {
     }
 }
 
-template <int N> __global__ void __launch_bounds__(WARPS *WARP) route_tokens(const Route r) {
+template <int N> __global__ void __launch_bounds__(WARPS *WARP, 2) route_tokens(const Route r) {
     DYN_SHARED(float, values); /* [WARPS][2 E] with groups */
     SHARED_ARRAY(int, ids, WARPS * (MAX_K + 1));
     SHARED_ARRAY(float, weights, WARPS * (MAX_K + 1));

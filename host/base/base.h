@@ -48,6 +48,10 @@ struct exc_ctx {
         void *thing; /* NULL: nothing kept */
         void (*drop)(void *thing);
     } kept; /* one thing that is dear to make and asked for again: the last tokenizer, by the hash of its file */
+    struct {
+        void *block; /* device memory that no dock uses just now */
+        size_t bytes;
+    } dock; /* base/dock.c */
 };
 
 /* ---- errors and events (base/status.c) */
@@ -103,6 +107,43 @@ exc_status exc_device_jobs(exc_ctx *ctx, const char *call);
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);
+
+/* ---- docks (base/dock.c): arrays of the host for one op call. Fields are addresses of pointers in its arguments; NULL ones are
+ * passed over. On the CPU all of it does nothing. Usage: {.ctx, .what}, list the fields, then EXC_DOCK_CALL; or enter, several
+ * calls, leave. leave is always due after enter and passes a status on. */
+enum { EXC_BERTHS = 24 };
+typedef struct exc_berth {
+    void *field, *host;
+    size_t bytes;
+    bool in, out;
+} exc_berth;
+typedef struct exc_dock {
+    exc_ctx *ctx;
+    const char *what; /* the arrays, for messages */
+    exc_berth berth[EXC_BERTHS];
+    int n;
+    bool full;
+    void *block;
+    size_t bytes;
+    exc_status status; /* of enter */
+} exc_dock;
+void exc_dock_in(exc_dock *d, void *field, size_t bytes);   /* the op reads it */
+void exc_dock_out(exc_dock *d, void *field, size_t bytes);  /* the op writes all of it */
+void exc_dock_both(exc_dock *d, void *field, size_t bytes); /* reads and writes */
+exc_status exc_dock_enter(exc_dock *d);
+exc_status exc_dock_leave(exc_dock *d, exc_status st);
+bool exc_dock_drop(exc_ctx *ctx); /* gives the kept block back; false: there was none */
+/* One call of an op with the scratch that it asks for. A failure says which op; what an op refuses is input it cannot do. */
+#define EXC_CALL(ctx, op, args)                                                                                                \
+    exc_op_done((ctx), #op,                                                                                                    \
+                !(ctx)->module || exc_op_ready((ctx), (ctx)->ops->op(exc_op_measure(ctx), (args)))                             \
+                    ? (ctx)->ops->op(&(ctx)->queue, (args))                                                                    \
+                    : EXC_ERR_MEMORY)
+#define EXC_DOCK_CALL(dock, op, args)                                                                                          \
+    exc_dock_leave((dock), exc_dock_enter(dock) == EXC_OK ? EXC_CALL((dock)->ctx, op, (args)) : (dock)->status)
+exc_queue *exc_op_measure(exc_ctx *ctx); /* of EXC_CALL: the queue, measuring */
+bool exc_op_ready(exc_ctx *ctx, exc_status measured);
+exc_status exc_op_done(exc_ctx *ctx, const char *op, exc_status st);
 
 /* ---- modules (base/library.c): a handle for dlsym, or NULL and one sentence in why; `env` may name another file */
 void *exc_library_open(const char *name, const char *env, char *why, size_t n);

@@ -98,7 +98,9 @@ exc_status exc_device_open(exc_ctx *ctx, int device)
 
 void exc_device_close(exc_ctx *ctx)
 {
-    if (ctx->module) ctx->module->close(&ctx->queue);
+    if (!ctx->module) return;
+    exc_dock_drop(ctx);
+    ctx->module->close(&ctx->queue);
     ctx->module = NULL;
 }
 
@@ -117,6 +119,7 @@ exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char 
     if (!exc_mul(count, size, &bytes))
         return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %zu x %zu bytes is more than memory can address", what, count, size);
     exc_status st = exc_alloc_fails_now() ? EXC_ERR_MEMORY : ctx->module->alloc(&ctx->queue, bytes, p);
+    if (st == EXC_ERR_MEMORY && exc_dock_drop(ctx)) st = ctx->module->alloc(&ctx->queue, bytes, p);
     return st == EXC_ERR_MEMORY ? too_little(ctx, what, bytes) : exc_device_failed(ctx, st, what);
 }
 

@@ -259,7 +259,7 @@ static void formats_match_templates(void **state) {
         exc_chat_free(c);
         json_decref(o);
     }
-    assert_int_equal(lines, 192);
+    assert_int_equal(lines, 384);
     unsetenv("SOURCE_DATE_EPOCH");
     free(text);
     free(command);

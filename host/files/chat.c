@@ -16,11 +16,13 @@ struct exc_chat {
 };
 
 /* XXH3-128 of a template's text -> format. The texts are those of the published tokenizer_config.json files,
- * the last three as other public trees carry them. */
+ * some as other public trees carry them. */
 static const struct {
     const char *hash, *format;
 } known[] = {
     {"4457e3d12b367a860283f874ff58d644", "qwen3"},       /* Qwen3 */
+    {"cb53a145cfc5e326bdee364f122d2352", "qwen3_thinking"}, /* Qwen3-..-Thinking-2507 */
+    {"ddff5cae9738234efa64bd8e686c0f33", "qwen3_instruct"}, /* Qwen3-..-Instruct-2507, as Unsloth has it */
     {"4539344e06ec0b776878d9ac13b3ef51", "deepseek_v3"}, /* DeepSeek-V3 */
     {"577a7fce73f72e1ee2be9fd6966bb5eb", "chatml"},      /* plain ChatML, no default system line: the demo */
     {"d35407b48a8e1a791defcb14b61ec0db", "glm4_moe"},    /* GLM-4.6 */

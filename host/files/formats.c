@@ -150,18 +150,20 @@ static exc_status chatml(const exc_turns *t) {
     return EXC_OK;
 }
 
-/* the last user turn that is no tool's response; thinking before it is left out */
-static size_t last_query(const exc_turns *t) {
+/* the last user turn that is no tool's response, n where there is none; thinking before it is left out */
+static size_t last_query(const exc_turns *t, bool stripped) {
     for (size_t i = t->n; i-- > 0;) {
         const exc_message *m = t->message + i;
-        bool tool = begins(m->content, "<tool_response>") && ends(m->content, "</tool_response>");
+        exc_span said = stripped ? strip(m->content, NULL) : m->content;
+        bool tool = begins(said, "<tool_response>") && ends(said, "</tool_response>");
         if (m->role == EXC_USER && !tool) return i;
     }
-    return t->n - 1;
+    return t->n;
 }
 
-static exc_status qwen3(const exc_turns *t) {
-    size_t query = last_query(t);
+/* Qwen3's turns; where a last answer has not thought it shows so, if `empty` */
+static void qwen_turns(const exc_turns *t, bool empty) {
+    size_t query = last_query(t, false);
     for (size_t i = 0; i < t->n; i++) {
         const exc_message *m = t->message + i;
         chatml_open(t, m);
@@ -169,7 +171,7 @@ static exc_status qwen3(const exc_turns *t) {
             words(t, m, m->content);
         } else {
             answer a = split_answer(m);
-            bool thinks = i > query && (i + 1 == t->n || a.reasoning.n);
+            bool thinks = i > query && ((empty && i + 1 == t->n) || a.reasoning.n);
             if (thinks) {
                 markup(t, "<think>\n");
                 model(t, strip(a.reasoning, "\n"));
@@ -180,14 +182,32 @@ static exc_status qwen3(const exc_turns *t) {
         markup(t, "<|im_end|>\n");
     }
     if (t->answer) markup(t, "<|im_start|>assistant\n");
+}
+
+static exc_status qwen3(const exc_turns *t) {
+    qwen_turns(t, true);
     if (t->answer && t->thinking == 0) markup(t, "<think>\n\n</think>\n\n");
+    return EXC_OK;
+}
+
+/* the releases of 2507 either always think, and the prompt opens it, or never do */
+static exc_status qwen3_thinking(const exc_turns *t) {
+    qwen_turns(t, true);
+    if (t->answer) markup(t, "<think>\n");
+    return EXC_OK;
+}
+
+static exc_status qwen3_instruct(const exc_turns *t) {
+    qwen_turns(t, false);
     return EXC_OK;
 }
 
 /* Qwen3.5: contents are stripped, the prompt opens the thinking itself */
 static exc_status qwen35(const exc_turns *t) {
     EXC_TRY(no_system_after_first(t, "qwen3_5"));
-    size_t query = last_query(t);
+    size_t query = last_query(t, true);
+    if (query == t->n)
+        return exc_fail(t->ctx, EXC_ERR_INPUT, "chat format qwen3_5: expected a user message, found none");
     for (size_t i = 0; i < t->n; i++) {
         const exc_message *m = t->message + i;
         exc_message stripped = {m->role, strip(m->content, NULL), m->reasoning};
@@ -392,6 +412,8 @@ static exc_status moonlight(const exc_turns *t) {
 const exc_format exc_formats[] = {
     {"chatml", "plain ChatML", chatml, {"<|im_start|>", "<|im_end|>"}},
     {"qwen3", "ChatML with thinking, Qwen3", qwen3, {"<|im_start|>", "<|im_end|>"}},
+    {"qwen3_thinking", "Qwen3 2507, Thinking", qwen3_thinking, {"<|im_start|>", "<|im_end|>", "<think>"}},
+    {"qwen3_instruct", "Qwen3 2507, Instruct", qwen3_instruct, {"<|im_start|>", "<|im_end|>"}},
     {"qwen3_5",
      "ChatML, stripped, thinking opened by the prompt",
      qwen35,

@@ -378,8 +378,21 @@ static void formats_are_refused_by_name(void **state) {
     refused(models[0], "config.json", "\"fmt\": \"e4m3\"", "\"fmt\": \"e5m2\"", "fmt", "e4m3", "e5m2");
     refused(models[1], "config.json", "\"quant_method\": \"mxfp4\"", "\"quant_method\": \"fp8\", \"weight_block_size\": [128, 128]", "_blocks", "mxfp4", "fp8");
     /* tensors tell what a silent config does not */
-    refused("models/qwen3_moe", "model-00001-of-00003.safetensors", "model.layers.0.mlp.experts.0.down_proj.weight", "model.layers.0.mlp.experts.0.downproj.qweight",
-            "", "", "");
+    static const struct {
+        const char *as, *says;
+    } marks[] = {{"down.qweight", "GPTQ or AWQ"}, {"weight_packed", "compressed-tensors"}, {"weight_scale_2", "NVFP4"}, {"weight.absmax", "bitsandbytes"}};
+    for (size_t i = 0; i < EXC_COUNT(marks); i++) {
+        static const char whole[] = "model.layers.0.mlp.experts.0.down_proj.weight";
+        int n = (int)(sizeof whole - 1), tail = (int)strlen(marks[i].as);
+        snprintf(to, sizeof to, "%.*s.%s", n - tail - 1, whole, marks[i].as); /* of the same length */
+        const char *file = "model-00001-of-00003.safetensors", *index = "model.safetensors.index.json";
+        exc_ctx *ctx = test_ctx(1);
+        char *dir = copy_with("models/qwen3_moe", file, whole, to);
+        remove(test_path(dir, index));
+        rename(test_path(dir, file), test_path(dir, "model.safetensors")); /* found before anything is missed */
+        test_refused(ctx, exc_inspect(ctx, dir, NULL), EXC_ERR_INPUT, "model.safetensors: ", to, "expected weights stored as", marks[i].says, "dequantised copy", NULL);
+        exc_ctx_free(ctx);
+    }
 }
 
 static void scales_must_fit(void **state) {

@@ -92,12 +92,12 @@ static void what_fails(void **state) {
     float x[4] = {1, 2, 3, 4};
     uint16_t y[4];
     exc_ctx *gpu = both[1];
-    for (uint64_t n = 1; n < 4; n++) { /* with the kept block none is left to fail */
+    for (uint64_t n = 1; n < 4; n++) { /* the list, then the block */
         exc_dock_drop(gpu);
         exc_alloc_fail_at(n);
         exc_status st = narrow(gpu, x, 4, y, NULL, NULL);
         exc_alloc_fail_at(0);
-        if (n == 1) test_refused(gpu, st, EXC_ERR_MEMORY, "numbers: ", "of device memory needed", NULL);
+        if (n < 3) test_refused(gpu, st, EXC_ERR_MEMORY, "numbers: ", n == 1 ? "no memory" : "of device memory needed", NULL);
         else assert_int_equal(st, EXC_OK);
         exc_clear(gpu);
     }
@@ -109,15 +109,26 @@ static void what_fails(void **state) {
         test_refused(both[b], EXC_DOCK_CALL(&d, convert, &odd), EXC_ERR_INPUT, "op convert", b ? "cuda" : "cpu", NULL);
         exc_clear(both[b]);
     }
-    exc_dock many = {.ctx = gpu, .what = "letters"};
-    const void *p[EXC_BERTHS + 1];
-    for (int i = 0; i <= EXC_BERTHS; i++) {
-        p[i] = x;
-        exc_dock_in(&many, &p[i], 1);
+    /* more arrays than the list begins with, and no memory for more of it */
+    enum { MANY = 100 };
+    for (int fails = 0; fails < 2; fails++) {
+        char letters[MANY], back[MANY] = {0};
+        exc_dock many = {.ctx = gpu, .what = "letters"};
+        char *p[MANY];
+        for (int i = 0; i < MANY; i++) {
+            letters[i] = (char)i;
+            p[i] = &back[i];
+            exc_alloc_fail_at(fails && i == 64 ? 1 : 0); /* where the list grows */
+            exc_dock_through(&many, &p[i], &letters[i], 1);
+        }
+        exc_status st = exc_dock_enter(&many);
+        if (fails) test_refused(gpu, st, EXC_ERR_MEMORY, "letters: no memory", NULL);
+        else assert_int_equal(exc_device_zero(gpu, p[3], 1), EXC_OK);
+        assert_int_equal(exc_dock_leave(&many, st), st);
+        letters[3] = 0;
+        if (!fails) assert_memory_equal(back, letters, MANY);
+        exc_clear(gpu);
     }
-    test_refused(gpu, exc_dock_enter(&many), EXC_ERR_DEVICE, "letters: more than", NULL);
-    exc_dock_leave(&many, EXC_OK);
-    exc_clear(gpu);
 }
 
 /* scratch of the op grows to what it asks for, and too little says so */
@@ -137,7 +148,8 @@ static void scratch(void **state) {
         if (k) assert_int_equal(both[1]->module->resize(&both[1]->queue, 0), EXC_OK);
         assert_int_equal(EXC_DOCK_CALL(&d, contrast, &a), EXC_OK);
     }
-    for (int i = 0; i < 5 * E; i++) assert_true(fabs(out[0][0][i] - out[1][0][i]) <= 1e-12 * (1 + fabs(out[0][0][i])));
+    for (int f = 0; f < 5; f++)
+        for (int i = 0; i < E; i++) assert_true(fabs(out[0][f][i] - out[1][f][i]) <= 1e-12 * (1 + fabs(out[0][f][i])));
 }
 
 int main(void) {

@@ -111,25 +111,26 @@ exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);
 /* ---- docks (base/dock.c): arrays of the host for one op call. Fields are addresses of pointers in its arguments; NULL ones are
  * passed over. On the CPU all of it does nothing. Usage: {.ctx, .what}, list the fields, then EXC_DOCK_CALL; or enter, several
  * calls, leave. leave is always due after enter and passes a status on. */
-enum { EXC_BERTHS = 24 };
 typedef struct exc_berth {
-    void *field, *host;
+    void *field, *host; /* host: what the field held */
+    const void *from;   /* what is put there, NULL: nothing */
     size_t bytes;
-    bool in, out;
+    bool out;
 } exc_berth;
 typedef struct exc_dock {
     exc_ctx *ctx;
     const char *what; /* the arrays, for messages */
-    exc_berth berth[EXC_BERTHS];
-    int n;
-    bool full;
+    exc_berth *berth; /* [n], on a device only */
+    size_t n, cap;
     void *block;
     size_t bytes;
-    exc_status status; /* of enter */
+    exc_status status; /* of listing and enter */
 } exc_dock;
 void exc_dock_in(exc_dock *d, void *field, size_t bytes);   /* the op reads it */
 void exc_dock_out(exc_dock *d, void *field, size_t bytes);  /* the op writes all of it */
 void exc_dock_both(exc_dock *d, void *field, size_t bytes); /* reads and writes */
+/* the op finds the bytes of `from` there and changes them in place; the field's array gets them back. CPU: see exc_compiled_apply */
+void exc_dock_through(exc_dock *d, void *field, const void *from, size_t bytes);
 exc_status exc_dock_enter(exc_dock *d);
 exc_status exc_dock_leave(exc_dock *d, exc_status st);
 bool exc_dock_drop(exc_ctx *ctx); /* gives the kept block back; false: there was none */

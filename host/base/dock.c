@@ -21,19 +21,28 @@ static void *pointer_in(const void *field) {
     return p;
 }
 
-static void add(exc_dock *d, void *field, size_t bytes, bool in, bool out) {
+static void add(exc_dock *d, void *field, const void *from, size_t bytes, bool out) {
     void *host = pointer_in(field);
     if (!host || !bytes || !d->ctx->module) return;
-    if (d->n == EXC_BERTHS) { /* told by exc_dock_enter */
-        d->full = true;
-        return;
+    if (d->n == d->cap) {
+        size_t cap = d->cap ? 4 * d->cap : 16;
+        exc_berth *more = d->status == EXC_OK ? exc_alloc(d->ctx, cap, sizeof *more, d->what) : NULL;
+        if (!more) { /* told by exc_dock_enter */
+            d->status = EXC_ERR_MEMORY;
+            return;
+        }
+        if (d->n) memcpy(more, d->berth, d->n * sizeof *more);
+        exc_release(d->berth);
+        d->berth = more;
+        d->cap = cap;
     }
-    d->berth[d->n++] = (exc_berth){field, host, bytes, in, out};
+    d->berth[d->n++] = (exc_berth){field, host, from, bytes, out};
 }
 
-void exc_dock_in(exc_dock *d, void *field, size_t bytes) { add(d, field, bytes, true, false); }
-void exc_dock_out(exc_dock *d, void *field, size_t bytes) { add(d, field, bytes, false, true); }
-void exc_dock_both(exc_dock *d, void *field, size_t bytes) { add(d, field, bytes, true, true); }
+void exc_dock_in(exc_dock *d, void *field, size_t bytes) { add(d, field, pointer_in(field), bytes, false); }
+void exc_dock_out(exc_dock *d, void *field, size_t bytes) { add(d, field, NULL, bytes, true); }
+void exc_dock_both(exc_dock *d, void *field, size_t bytes) { add(d, field, pointer_in(field), bytes, true); }
+void exc_dock_through(exc_dock *d, void *field, const void *from, size_t bytes) { add(d, field, from, bytes, true); }
 
 /* ------------------------------------------------------------------------------------------------------ the block */
 
@@ -77,28 +86,28 @@ static void leave_block(exc_dock *d) {
 
 exc_status exc_dock_enter(exc_dock *d) {
     size_t bytes = 0, at = 0;
-    if (d->full) return d->status = exc_fail(d->ctx, EXC_ERR_DEVICE, "%s: more than %d arrays for one op", d->what, EXC_BERTHS);
-    for (int i = 0; i < d->n; i++) bytes += rounded(d->berth[i].bytes);
-    if (!bytes) return d->status = EXC_OK;
-    d->status = take_block(d, bytes);
-    for (int i = 0; i < d->n && d->status == EXC_OK; i++) {
+    if (d->status != EXC_OK) return d->status;
+    for (size_t i = 0; i < d->n; i++) bytes += rounded(d->berth[i].bytes);
+    if (bytes) d->status = take_block(d, bytes);
+    for (size_t i = 0; i < d->n && d->status == EXC_OK; i++) {
         const exc_berth *b = &d->berth[i];
         void *place = (uint8_t *)d->block + at;
         at += rounded(b->bytes);
         memcpy(b->field, &place, sizeof place);
-        if (b->in) d->status = exc_device_put(d->ctx, place, b->host, b->bytes);
+        if (b->from) d->status = exc_device_put(d->ctx, place, b->from, b->bytes);
     }
     return d->status;
 }
 
 exc_status exc_dock_leave(exc_dock *d, exc_status st) {
-    for (int i = 0; i < d->n; i++) {
+    for (size_t i = 0; i < d->n; i++) {
         const exc_berth *b = &d->berth[i];
         if (st == EXC_OK && b->out) st = exc_device_get(d->ctx, b->host, pointer_in(b->field), b->bytes);
         memcpy(b->field, &b->host, sizeof b->host);
     }
     leave_block(d);
-    d->n = 0;
+    exc_release(d->berth);
+    *d = (exc_dock){.ctx = d->ctx, .what = d->what};
     return st;
 }
 

@@ -265,7 +265,6 @@ exc_status exc_apply(exc_ctx *ctx, const char *model_dir, const exc_plan *plan, 
     work k = {.ctx = ctx, .dir = model_dir, .out = out_dir, .plan = plan};
     if (!ctx) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "apply"));
     if (json) *json = NULL;
     k.opt = (exc_apply_options)EXC_APPLY_OPTIONS;
     if (options) {

@@ -116,9 +116,12 @@ static exc_status see_through_norm(compiler *k, int64_t layer, double *q, int64_
     uint8_t *copy = exc_alloc(k->ctx, exc_weight_span(w), 1, "norm"); /* the map may be unaligned */
     exc_status st = norm && copy ? EXC_OK : EXC_ERR_MEMORY;
     if (st == EXC_OK) {
+        struct exc_convert_args to_f64 = {.src = copy, .src_dtype = w->dtype, .dst = norm, .dst_dtype = EXC_F64, .n = H};
+        exc_dock d = {.ctx = k->ctx, .what = "norm"};
         memcpy(copy, exc_atlas_data(a, w), exc_weight_span(w));
-        st = k->ctx->ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = copy, .src_dtype = w->dtype, .dst = norm,
-                                                                             .dst_dtype = EXC_F64, .n = H});
+        exc_dock_in(&d, &to_f64.src, exc_weight_span(w));
+        exc_dock_out(&d, &to_f64.dst, (size_t)H * sizeof *norm);
+        st = EXC_DOCK_CALL(&d, convert, &to_f64);
     }
     for (int64_t r = 0; r < *rank && st == EXC_OK; r++)
         for (int64_t h = 0; h < H; h++) q[r * H + h] *= norm[h] + (a->family->norm_zero_centred ? 1 : 0);
@@ -331,6 +334,8 @@ exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p,
 
 /* ---------------------------------------------------------------------------------------------------------- apply */
 
+/* Weights and scales below lie where ops run (apply_there brings them); all else is the host's, and docks for each call. */
+
 /* one call of an op: `n` matrices, and what it reports of each */
 typedef struct call {
     exc_ctx *ctx;
@@ -394,34 +399,74 @@ static void turn(struct exc_project_args *a) {
 /* scales that are powers of two stay such: one that the checkpoint calls so, whatever the dtype */
 static int powers_only(const call *k) { return k->c->a->shape.scale_power; }
 
-static exc_status run_op(call *k) {
+/* the tables of matrices and scales */
+static void dock_tables(exc_dock *d, const call *k, void *src, void *dst, void *scale, void *scale_to) {
+    exc_dock_in(d, src, k->n * sizeof(void *));
+    exc_dock_in(d, dst, k->n * sizeof(void *));
+    exc_dock_in(d, scale, k->n * sizeof(void *));
+    exc_dock_in(d, scale_to, k->n * sizeof(void *));
+}
+
+/* what an op reports of each matrix, in 64-bit numbers */
+static void dock_reports(exc_dock *d, const call *k, void *const *field, size_t fields) {
+    for (size_t i = 0; i < fields; i++) exc_dock_out(d, field[i], k->n * sizeof(double));
+}
+
+static exc_status run_scale(call *k) {
+    const exc_weight *w = k->w[0];
+    struct exc_scale_args a = {.src = k->from, .dst = k->to, .dtype = w->dtype, .count = (int64_t)k->n, .n = k->s->rows ? w->in : w->out * w->in,
+                               .factor = k->amount, .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow,
+                               .rows = w->out, .cols = w->in, .scale = (const void *const *)k->scale, .scale_to = k->scale,
+                               .scale_dtype = w->scale_dtype, .scale_power = powers_only(k)};
+    exc_dock d = {.ctx = k->ctx, .what = "matrices of an edit"};
+    dock_tables(&d, k, &a.src, &a.dst, &a.scale, &a.scale_to);
+    exc_dock_in(&d, &a.factor, k->n * sizeof *a.factor);
+    dock_reports(&d, k, (void *[]){&a.changed, &a.nonfinite, &a.overflow}, 3);
+    return EXC_DOCK_CALL(&d, scale, &a);
+}
+
+static exc_status run_project(call *k) {
     const exc_edit_step *s = k->s;
     const exc_weight *w = k->w[0];
-    int64_t n = (int64_t)k->n;
-    int dtype = w->dtype;
-    if (s->rows && exc_weight_coded(w))
-        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: edits[%lld]: expected a router of numbers to scale row by row, found %s of %s", k->c->name,
-                        (long long)s->edit, w->tensor->name, exc_dtype_name((exc_dtype)dtype));
-    if (s->scales)
-        return k->ctx->ops->scale(&k->ctx->queue,
-                                  &(struct exc_scale_args){.src = k->from, .dst = k->to, .dtype = dtype, .count = n,
-                                                           .n = s->rows ? w->in : w->out * w->in, .factor = k->amount,
-                                                           .changed = k->changed, .nonfinite = k->nonfinite, .overflow = k->overflow,
-                                                           .rows = w->out, .cols = w->in, .scale = (const void *const *)k->scale,
-                                                           .scale_to = k->scale, .scale_dtype = w->scale_dtype, .scale_power = powers_only(k)});
-    struct exc_project_args a = {.src = k->from, .dst = k->to, .dtype = dtype, .count = n, .rows = w->out, .cols = w->in,
+    struct exc_project_args a = {.src = k->from, .dst = k->to, .dtype = w->dtype, .count = (int64_t)k->n, .rows = w->out, .cols = w->in,
                                  .side = s->side, .basis = s->basis, .rank = s->rank, .strength = k->strength, .norm = (int)s->norm,
                                  .before = k->before, .after = k->after, .changed = k->changed, .nonfinite = k->nonfinite,
                                  .rounding = (int)k->c->rounding, .seed = (uint64_t)s->edit, .stream = k->stream,
                                  .scale = (const void *const *)k->scale, .scale_to = k->scale, .scale_dtype = w->scale_dtype,
                                  .scale_power = powers_only(k), .moved = k->moved, .error = k->error, .size = k->size};
     if (exc_weight_transposed(w)) turn(&a);
+    exc_dock d = {.ctx = k->ctx, .what = "matrices of an edit"};
+    dock_tables(&d, k, &a.src, &a.dst, &a.scale, &a.scale_to);
+    exc_dock_in(&d, &a.basis, (size_t)(s->rank * k->c->a->shape.hidden) * sizeof *a.basis);
+    exc_dock_in(&d, &a.strength, k->n * sizeof *a.strength);
+    exc_dock_in(&d, &a.stream, k->n * sizeof *a.stream);
+    dock_reports(&d, k, (void *[]){&a.before, &a.after, &a.changed, &a.nonfinite, &a.moved, &a.error, &a.size}, 7);
     /* lengths of rows across columns: these need R W of all of them */
     bool wide = a.norm == EXC_NORM_ROW && a.side == EXC_SIDE_OUT && (exc_weight_coded(w) || k->c->rounding != EXC_ROUND_RN);
-    if (wide && !(a.c = exc_alloc(k->ctx, (size_t)(n * a.rank * a.cols), sizeof *a.c, "projections"))) return EXC_ERR_MEMORY;
-    exc_status st = k->ctx->ops->project(&k->ctx->queue, &a);
-    exc_release(a.c);
+    void *c = NULL;
+    exc_status st = wide ? exc_device_alloc(k->ctx, (size_t)((int64_t)k->n * a.rank * a.cols), sizeof *a.c, "projections", &c) : EXC_OK;
+    a.c = c;
+    st = st == EXC_OK ? EXC_DOCK_CALL(&d, project, &a) : exc_dock_leave(&d, st);
+    exc_device_release(k->ctx, c);
     return st;
+}
+
+/* says of which weight an op spoke */
+static exc_status named(const call *k, exc_status st) {
+    char text[sizeof k->ctx->error];
+    if (st == EXC_OK) return st;
+    memcpy(text, k->ctx->error, sizeof text);
+    exc_clear(k->ctx);
+    return exc_fail(k->ctx, st, "%s [%lld,%lld]: %s", k->w[0]->tensor->name, (long long)k->w[0]->out, (long long)k->w[0]->in, text);
+}
+
+static exc_status run_op(call *k) {
+    const exc_edit_step *s = k->s;
+    const exc_weight *w = k->w[0];
+    if (s->rows && exc_weight_coded(w))
+        return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: edits[%lld]: expected a router of numbers to scale row by row, found %s of %s", k->c->name,
+                        (long long)s->edit, w->tensor->name, exc_dtype_name((exc_dtype)w->dtype));
+    return named(k, s->scales ? run_scale(k) : run_project(k));
 }
 
 /* NaN and infinity are counted where a step first meets them: earlier steps may have left this weight alone, and later ones
@@ -450,33 +495,38 @@ static void add_effects(const call *k, exc_effect *effects) {
     }
 }
 
+/* n numbers of the host from one dtype to another; to NULL: only counted */
+static exc_status converted(const call *k, const void *from, exc_dtype dtype, void *to, exc_dtype to_dtype, int64_t n, int64_t *nonfinite) {
+    struct exc_convert_args a = {.src = from, .src_dtype = (int)dtype, .dst = to, .dst_dtype = (int)to_dtype, .n = n, .nonfinite = nonfinite};
+    exc_dock d = {.ctx = k->ctx, .what = "router bias"};
+    exc_dock_in(&d, &a.src, (size_t)n * exc_dtype_bits(dtype) / 8);
+    exc_dock_out(&d, &a.dst, (size_t)n * exc_dtype_bits(to_dtype) / 8);
+    exc_dock_out(&d, &a.nonfinite, sizeof *nonfinite);
+    return EXC_DOCK_CALL(&d, convert, &a);
+}
+
 /* adds to vectors: sums in f64, rounded once to the stored dtype */
 static exc_status add_to(const call *k, const exc_weight *w, const void *src, void *dst, exc_effect *e) {
-    const struct exc_ops *ops = k->ctx->ops;
     int64_t n = w->out, before = 0, after = 0;
-    int dtype = w->dtype;
-    size_t unit = exc_dtype_bits((exc_dtype)w->dtype) / 8;
+    exc_dtype dtype = (exc_dtype)w->dtype;
+    size_t unit = exc_dtype_bits(dtype) / 8, bytes = (size_t)n * unit;
     double *sum = exc_alloc(k->ctx, (size_t)n, sizeof *sum, "router bias");
-    uint8_t *result = exc_alloc(k->ctx, (size_t)n, unit, "router bias");
-    exc_status st = sum && result ? EXC_OK : EXC_ERR_MEMORY;
-    if (st == EXC_OK)
-        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = src, .src_dtype = dtype, .dst = sum, .dst_dtype = EXC_F64, .n = n,
-                                                                     .nonfinite = &before});
+    uint8_t *old = exc_alloc(k->ctx, bytes, 1, "router bias"), *result = exc_alloc(k->ctx, bytes, 1, "router bias");
+    exc_status st = sum && old && result ? exc_device_get(k->ctx, old, src, bytes) : EXC_ERR_MEMORY;
+    if (st == EXC_OK) st = converted(k, old, dtype, sum, EXC_F64, n, &before);
     for (int64_t i = 0; i < n && st == EXC_OK; i++) sum[i] += k->s->amount[i];
-    if (st == EXC_OK)
-        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = sum, .src_dtype = EXC_F64, .dst = result, .dst_dtype = dtype, .n = n});
-    if (st == EXC_OK)
-        st = ops->convert(&k->ctx->queue, &(struct exc_convert_args){.src = result, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = &after});
-    for (int64_t i = 0; i < n && st == EXC_OK; i++)
-        e->changed += memcmp(result + (size_t)i * unit, (const uint8_t *)src + (size_t)i * unit, unit) != 0;
+    if (st == EXC_OK) st = converted(k, sum, EXC_F64, result, dtype, n, NULL);
+    if (st == EXC_OK) st = converted(k, result, dtype, NULL, dtype, n, &after);
+    if (st == EXC_OK) st = exc_device_put(k->ctx, dst, result, bytes);
+    for (size_t i = 0; i < bytes && st == EXC_OK; i += unit) e->changed += memcmp(result + i, old + i, unit) != 0;
     if (st == EXC_OK) {
         if (!e->nonfinite && !e->overflow) e->nonfinite += before;
         e->overflow += after - before;
-        memcpy(dst, result, (size_t)n * unit);
     }
     exc_release(sum);
+    exc_release(old);
     exc_release(result);
-    return st;
+    return named(k, st);
 }
 
 static exc_status run_step(call *k, const void *const *src, void *const *dst, exc_effect *effects) {
@@ -520,12 +570,10 @@ static exc_status apply_as_they_lie(exc_ctx *ctx, const exc_compiled *c, const e
         if (!busy) continue;
         k.s = s;
         st = run_step(&k, first ? src : (const void *const *)dst, dst, effects);
-        if (st == EXC_ERR_USAGE)
-            st = exc_fail(ctx, st, "%s: op %s refused its arguments", w[0]->tensor->name, s->adds ? "convert" : s->scales ? "scale" : "project");
         first = false;
     }
     for (size_t i = 0; i < count && first && st == EXC_OK; i++)
-        if (src[i] != dst[i]) memcpy(dst[i], src[i], exc_weight_span(w[i]));
+        if (src[i] != dst[i]) st = exc_device_copy(ctx, dst[i], src[i], exc_weight_span(w[i]));
     exc_release(slab);
     return st;
 }
@@ -539,8 +587,7 @@ static exc_status copy_view(exc_ctx *ctx, const exc_weight *w, const void *lying
         a.src = dense, a.src_row = w->in / pack, a.src_column = 1;
         a.dst = (void *)(uintptr_t)lying, a.dst_row = w->out_step / pack, a.dst_column = w->in_step;
     }
-    exc_status st = ctx->ops->view(&ctx->queue, &a);
-    return st == EXC_OK ? st : exc_fail(ctx, st, "%s: op view refused its arguments", w->tensor->name);
+    return EXC_CALL(ctx, view, &a);
 }
 
 /* weights in between others: taken out, edited as dense ones, put back */
@@ -552,13 +599,39 @@ static exc_status apply_to_copy(exc_ctx *ctx, const exc_compiled *c, const exc_w
     own.in_step = 1;
     own.begin = 0;
     own.end = exc_weight_bytes(w);
-    void *copy = exc_alloc(ctx, (size_t)own.end, 1, "copy of a weight");
-    if (!copy) return EXC_ERR_MEMORY;
+    void *copy;
+    EXC_TRY(exc_device_alloc(ctx, (size_t)own.end, 1, "copy of a weight", &copy));
     const void *from = copy;
     exc_status st = copy_view(ctx, w, src, copy, false);
     if (st == EXC_OK) st = apply_as_they_lie(ctx, c, &shown, 1, &from, &copy, scale, effect);
     if (st == EXC_OK) st = copy_view(ctx, w, dst, copy, true);
-    exc_release(copy);
+    exc_device_release(ctx, copy);
+    return st;
+}
+
+static exc_status apply_here(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
+                             void *const *dst, void *const *scale, exc_effect *effects) {
+    if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, scale, effects);
+    return apply_to_copy(ctx, c, w[0], src[0], dst[0], scale, effects);
+}
+
+/* On the CPU ops work in the caller's buffers. On a device the old bytes go over, are edited in place, and the new ones come back. */
+static exc_status apply_there(exc_ctx *ctx, const exc_compiled *c, const exc_weight *const *w, size_t count, const void *const *src,
+                              void *const *dst, void *const *scale, exc_effect *effects) {
+    if (!ctx->module) return apply_here(ctx, c, w, count, src, dst, scale, effects);
+    void **to = exc_alloc(ctx, 2 * count, sizeof *to, "matrices of an edit"), **scale_to = to + count;
+    if (!to) return EXC_ERR_MEMORY;
+    exc_dock d = {.ctx = ctx, .what = "weights of an edit"};
+    for (size_t i = 0; i < count; i++) {
+        to[i] = dst[i];
+        scale_to[i] = scale ? scale[i] : NULL;
+        exc_dock_through(&d, &to[i], src[i], exc_weight_span(w[i]));
+        if (scale && scale[i]) exc_dock_both(&d, &scale_to[i], exc_weight_scale_bytes(w[i]));
+    }
+    exc_status st = exc_dock_enter(&d);
+    if (st == EXC_OK) st = apply_here(ctx, c, w, count, (const void *const *)to, to, scale ? scale_to : NULL, effects);
+    st = exc_dock_leave(&d, st);
+    exc_release(to);
     return st;
 }
 
@@ -568,7 +641,8 @@ exc_status exc_compiled_apply(exc_ctx *ctx, const exc_compiled *c, const exc_wei
     if (exc_weight_coded(w[0]) && w[0]->scale_shared)
         return exc_fail(ctx, EXC_ERR_INPUT, "%s: %s of %s: expected blocks of scales of its own to be edited as it is stored, found one that is also "
                         "another part's; write the checkpoint as bf16 instead (apply --to bf16)", c->name, exc_role_name(w[0]->role), w[0]->tensor->name);
-    if (fits_ops(c, w[0])) return apply_as_they_lie(ctx, c, w, count, src, dst, scale, effects);
-    for (size_t i = 0; i < count; i++) EXC_TRY(apply_to_copy(ctx, c, w[i], src[i], dst[i], scale ? scale + i : NULL, &effects[i]));
+    if (fits_ops(c, w[0])) return apply_there(ctx, c, w, count, src, dst, scale, effects);
+    /* one by one: what lies in between others would bring the others' old bytes back with it */
+    for (size_t i = 0; i < count; i++) EXC_TRY(apply_there(ctx, c, w + i, 1, src + i, dst + i, scale ? scale + i : NULL, effects + i));
     return EXC_OK;
 }

@@ -227,21 +227,27 @@ static void each_row(work *w, exc_task_fn fn) {
 static exc_status subspace(work *w, const float *x, int64_t samples, int64_t rank, float *basis,
                            float *singular, double *energy, double *residual) {
     int64_t stride = w->rows * w->hidden;
-    exc_status st =
-        w->ctx->ops->subspace(&w->ctx->queue, &(struct exc_subspace_args){.x = x,
-                                                                          .layers = w->rows,
-                                                                          .layer_stride = w->hidden,
-                                                                          .samples = samples,
-                                                                          .row_stride = stride,
-                                                                          .width = w->hidden,
-                                                                          .rank = rank,
-                                                                          .basis = basis,
-                                                                          .singular = singular,
-                                                                          .energy = energy,
-                                                                          .residual = residual,
-                                                                          .work = w->scratch,
-                                                                          .work_bytes = w->scratch_bytes});
-    return st ? exc_fail(w->ctx, st, "directions: op subspace refused its arguments") : EXC_OK;
+    size_t rows = (size_t)w->rows;
+    struct exc_subspace_args a = {.x = x,
+                                  .layers = w->rows,
+                                  .layer_stride = w->hidden,
+                                  .samples = samples,
+                                  .row_stride = stride,
+                                  .width = w->hidden,
+                                  .rank = rank,
+                                  .basis = basis,
+                                  .singular = singular,
+                                  .energy = energy,
+                                  .residual = residual,
+                                  .work = w->scratch,
+                                  .work_bytes = w->scratch_bytes};
+    exc_dock d = {.ctx = w->ctx, .what = "samples of the directions"};
+    exc_dock_in(&d, &a.x, (size_t)(samples * stride) * sizeof *x);
+    exc_dock_out(&d, &a.basis, rows * (size_t)(rank * w->hidden) * sizeof *basis);
+    exc_dock_out(&d, &a.singular, rows * (size_t)rank * sizeof *singular);
+    exc_dock_out(&d, &a.energy, rows * sizeof *energy);
+    exc_dock_out(&d, &a.residual, rows * sizeof *residual);
+    return EXC_DOCK_CALL(&d, subspace, &a);
 }
 
 /* How many factors of a row stand out, and the variance of each direction they leave. Pure noise of P samples
@@ -447,6 +453,7 @@ static exc_status make_room(work *w, bool per_expert) {
         w->factor_residual = room(w, &st, L, sizeof(double));
         w->rest = room(w, &st, L, sizeof(double));
     }
+    if (w->ctx->module) w->scratch_bytes = 0; /* a device has scratch of its own */
     if (w->scratch_bytes) w->scratch = room(w, &st, (int64_t)w->scratch_bytes, 1);
     return st;
 }
@@ -539,7 +546,6 @@ exc_status exc_directions(exc_ctx *ctx, const exc_stats *stats, const exc_direct
     int64_t with = 0;
     exc_status st;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "directions"));
     if (json) *json = NULL;
     if (!stats || !dirs)
         return exc_fail(ctx, EXC_ERR_USAGE, "directions: expected stats and a place for the result");

@@ -127,7 +127,12 @@ static exc_status code_not_finite(exc_edited *e, const exc_weight *w) {
     exc_scale_gather(w, e->a->files->files[w->scale->shard]->map + w->scale_begin, scale);
     struct exc_widen_args a = {.src = exc_atlas_data(e->a, w), .dtype = w->dtype, .scale = scale, .scale_dtype = w->scale_dtype, .rows = w->out,
                                .cols = w->in, .nonfinite = &bad, .index = &index};
-    if (exc_weight_dense(w) && e->ctx->ops->widen(&e->ctx->queue, &a) == EXC_OK && index >= 0)
+    exc_dock d = {.ctx = e->ctx, .what = "a weight that is not finite"};
+    exc_dock_in(&d, &a.src, bytes_of(w));
+    exc_dock_in(&d, &a.scale, exc_weight_scale_bytes(w));
+    exc_dock_out(&d, &a.nonfinite, sizeof bad);
+    exc_dock_out(&d, &a.index, sizeof index);
+    if (exc_weight_dense(w) && EXC_DOCK_CALL(&d, widen, &a) == EXC_OK && index >= 0)
         snprintf(place, sizeof place, " at [%lld,%lld] (%lld in this tensor)", (long long)(index / w->in), (long long)(index % w->in), (long long)bad);
     exc_release(scale);
     return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity%s", e->a->files->files[w->tensor->shard]->path,
@@ -140,9 +145,12 @@ static exc_status not_finite(exc_edited *e, const exc_weight *w, void *room) {
     int64_t bad = 0, index = -1, unit = (int64_t)exc_dtype_bits((exc_dtype)w->dtype) / 8, n = (int64_t)bytes_of(w) / unit;
     char name[256];
     memcpy(room, exc_atlas_data(e->a, w), bytes_of(w));
-    exc_status st = e->ctx->ops->convert(&e->ctx->queue, &(struct exc_convert_args){.src = room, .src_dtype = w->dtype,
-                                                                                    .dst_dtype = w->dtype, .n = n,
-                                                                                    .nonfinite = &bad, .index = &index});
+    struct exc_convert_args a = {.src = room, .src_dtype = w->dtype, .dst_dtype = w->dtype, .n = n, .nonfinite = &bad, .index = &index};
+    exc_dock d = {.ctx = e->ctx, .what = "a weight that is not finite"};
+    exc_dock_in(&d, &a.src, bytes_of(w));
+    exc_dock_out(&d, &a.nonfinite, sizeof bad);
+    exc_dock_out(&d, &a.index, sizeof index);
+    exc_status st = EXC_DOCK_CALL(&d, convert, &a);
     exc_weight_label(w, name, sizeof name);
     if (st != EXC_OK || index < 0) return exc_fail(e->ctx, EXC_ERR_NUMERIC, "%s: expected finite weights, found NaN or infinity", name);
     int64_t row = w->out_step > w->in_step ? w->out_step : w->in_step; /* elements of a stored row */

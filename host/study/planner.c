@@ -379,7 +379,6 @@ exc_status exc_plan_make(exc_ctx *ctx, const char *model_dir, const exc_stats *s
     exc_atlas *a = NULL;
     if (!ctx || !plan) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "plan"));
     *plan = NULL;
     if (json) *json = NULL;
     if (!model_dir || !dirs)

@@ -42,31 +42,53 @@ static bool has_decode(const exc_stats *s) {
 /* ------------------------------------------------------------------------------------------------- routing
  */
 
-static exc_status contrast_prefill(exc_ctx *ctx, const exc_stats *s, const choices *c, exc_experts *t) {
-    int64_t E = s->experts, stride = s->moe_layers * E;
+/* `all` points to the first layer's arrays, each followed by those of the others */
+static exc_status contrast_layers(exc_ctx *ctx, const exc_stats *s, const struct exc_contrast_args *all) {
     for (int64_t m = 0; m < s->moe_layers; m++) {
-        int64_t at = m * E;
-        exc_status st = ctx->ops->contrast(
-            &ctx->queue, &(struct exc_contrast_args){.target = s->prompt_count[EXC_TARGET] + at,
-                                                     .target_prompts = s->prompts[EXC_TARGET],
-                                                     .baseline = s->prompt_count[EXC_BASELINE] + at,
-                                                     .baseline_prompts = s->prompts[EXC_BASELINE],
-                                                     .stride = stride,
-                                                     .experts = E,
-                                                     .top_k = s->top_k,
-                                                     .alpha = c->alpha,
-                                                     .resamples = c->resamples,
-                                                     .seed = c->seed,
-                                                     .stream = (uint64_t)s->layer_of[m],
-                                                     .log_ratio = t->phase[EXC_PREFILL].log_ratio + at,
-                                                     .se = t->phase[EXC_PREFILL].se + at,
-                                                     .z = t->phase[EXC_PREFILL].z + at,
-                                                     .p = t->phase[EXC_PREFILL].p + at,
-                                                     .risk = t->phase[EXC_PREFILL].risk + at});
-        if (st) return exc_fail(ctx, st, "contrast: op contrast refused its arguments");
+        int64_t at = m * s->experts;
+        struct exc_contrast_args a = *all;
+        a.stream = (uint64_t)s->layer_of[m];
+        a.target += at;
+        a.baseline += at;
+        a.log_ratio += at;
+        a.se += at;
+        a.z += at;
+        a.p += at;
+        a.risk += at;
+        EXC_TRY(EXC_CALL(ctx, contrast, &a));
         EXC_TRY(exc_progress(ctx, "contrast", (uint64_t)m + 1, (uint64_t)s->moe_layers, "layers"));
     }
     return EXC_OK;
+}
+
+static exc_status contrast_prefill(exc_ctx *ctx, const exc_stats *s, const choices *c, exc_experts *t) {
+    int64_t cells = s->moe_layers * s->experts;
+    size_t counts = (size_t)cells * sizeof(uint32_t), numbers = (size_t)cells * sizeof(double);
+    struct exc_contrast_args a = {.target = s->prompt_count[EXC_TARGET],
+                                  .target_prompts = s->prompts[EXC_TARGET],
+                                  .baseline = s->prompt_count[EXC_BASELINE],
+                                  .baseline_prompts = s->prompts[EXC_BASELINE],
+                                  .stride = cells,
+                                  .experts = s->experts,
+                                  .top_k = s->top_k,
+                                  .alpha = c->alpha,
+                                  .resamples = c->resamples,
+                                  .seed = c->seed,
+                                  .log_ratio = t->phase[EXC_PREFILL].log_ratio,
+                                  .se = t->phase[EXC_PREFILL].se,
+                                  .z = t->phase[EXC_PREFILL].z,
+                                  .p = t->phase[EXC_PREFILL].p,
+                                  .risk = t->phase[EXC_PREFILL].risk};
+    exc_dock d = {.ctx = ctx, .what = "counts by prompt"};
+    exc_dock_in(&d, &a.target, (size_t)s->prompts[EXC_TARGET] * counts);
+    exc_dock_in(&d, &a.baseline, (size_t)s->prompts[EXC_BASELINE] * counts);
+    exc_dock_out(&d, &a.log_ratio, numbers);
+    exc_dock_out(&d, &a.se, numbers);
+    exc_dock_out(&d, &a.z, numbers);
+    exc_dock_out(&d, &a.p, numbers);
+    exc_dock_out(&d, &a.risk, numbers);
+    exc_status st = exc_dock_enter(&d);
+    return exc_dock_leave(&d, st == EXC_OK ? contrast_layers(ctx, s, &a) : st);
 }
 
 /* An error is no error when nothing was drawn: an expert that no token chose (its log-ratio speaks of the
@@ -447,7 +469,6 @@ exc_status exc_contrast(exc_ctx *ctx, const exc_stats *stats, const exc_dirs *di
     exc_experts t;
     choices c;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "contrast"));
     if (json) *json = NULL;
     if (!stats || !out) return exc_fail(ctx, EXC_ERR_USAGE, "contrast: expected stats and a path to write");
     if (!ends_with(out, ".csv") && !ends_with(out, ".jsonl"))

@@ -186,11 +186,13 @@ exc_status exc_stats_new(exc_ctx *ctx, const exc_stats *sizes, bool out_sum, exc
 exc_status exc_all_finite(exc_ctx *ctx, const char *what, const char *array, const void *data,
                           exc_dtype dtype, int64_t n) {
     int64_t bad = 0, index = -1;
-    exc_status st = ctx->ops->convert(
-        &ctx->queue,
-        &(struct exc_convert_args){
-            .src = data, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = &bad, .index = &index});
-    if (st) return exc_fail(ctx, st, "%s: %s: op convert refused its arguments", what, array);
+    struct exc_convert_args a = {
+        .src = data, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = &bad, .index = &index};
+    exc_dock d = {.ctx = ctx, .what = array};
+    exc_dock_in(&d, &a.src, (size_t)n * exc_dtype_bits(dtype) / 8);
+    exc_dock_out(&d, &a.nonfinite, sizeof bad);
+    exc_dock_out(&d, &a.index, sizeof index);
+    EXC_TRY(EXC_DOCK_CALL(&d, convert, &a));
     if (!bad) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_NUMERIC,
                     "%s: %s: expected finite values, found NaN or infinity at element %lld "
@@ -474,8 +476,6 @@ done:
 exc_status exc_stats_load(exc_ctx *ctx, const char *path, exc_stats **stats) {
     exc_tensors *file = NULL;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "stats"));
-    EXC_TRY(exc_device_jobs(ctx, "stats"));
     if (!path || !stats)
         return exc_fail(ctx, EXC_ERR_USAGE, "stats: expected a path and a place for the result");
     *stats = NULL;

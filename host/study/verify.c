@@ -388,7 +388,6 @@ exc_status exc_verify(exc_ctx *ctx, const char *model_dir, const char *out_dir, 
     exc_status st = EXC_OK;
     if (!ctx) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "verify"));
     if (json) *json = NULL;
     if (!model_dir || !out_dir) return exc_fail(ctx, EXC_ERR_USAGE, "verify: expected a model folder and the folder made from it");
     /* the plan in OUT, or what a plan that leaves it open does not say: how it was rounded */

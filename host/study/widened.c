@@ -82,6 +82,8 @@ static exc_status widen(maker *m, const exc_tensor *t, kind k) {
     int64_t slabs = stacked ? t->shape[0] : 1, rows = f4 ? t->shape[0] * t->shape[1] : t->shape[stacked], cols = f4 ? t->shape[2] * 32 : t->shape[stacked + 1];
     int scale_dtype = s->dtype == EXC_U8 ? EXC_F8_E8M0 : (int)s->dtype;
     size_t unit = exc_dtype_bits(s->dtype) / 8, each = (size_t)(f4 ? rows * cols / 32 : blocks(rows) * blocks(cols)) * unit, codes = (size_t)(rows * cols) / (f4 ? 2 : 1);
+    if (scale_dtype != EXC_F8_E8M0 && (f4 || (scale_dtype != EXC_F32 && scale_dtype != EXC_BF16)))
+        return misfit(m, t, "scales of F32, BF16 or F8_E8M0");
     if (s->end - s->begin != each * (size_t)slabs) return misfit(m, t, "a scale for every block");
     uint8_t *scale = exc_alloc(ctx, each ? each : 1, 1, "scales");
     if (!scale) return EXC_ERR_MEMORY;
@@ -92,10 +94,15 @@ static exc_status widen(maker *m, const exc_tensor *t, kind k) {
         struct exc_widen_args a = {.src = (const uint8_t *)exc_checkpoint_data(c, t) + (size_t)i * codes, .dtype = f4 ? EXC_F4 : EXC_F8_E4M3, .scale = scale,
                                    .scale_dtype = scale_dtype, .rows = rows, .cols = cols, .dst = m->data + (size_t)(i * rows * cols) * 2,
                                    .dst_dtype = EXC_BF16, .nonfinite = &bad};
-        st = ctx->ops->widen(&ctx->queue, &a);
+        exc_dock d = {.ctx = ctx, .what = "widened tensor"};
+        exc_dock_in(&d, &a.src, codes);
+        exc_dock_in(&d, &a.scale, each);
+        exc_dock_out(&d, &a.dst, (size_t)(rows * cols) * 2);
+        exc_dock_out(&d, &a.nonfinite, sizeof bad);
+        st = EXC_DOCK_CALL(&d, widen, &a);
     }
     exc_release(scale);
-    if (st != EXC_OK) return misfit(m, t, "scales of F32, BF16 or F8_E8M0");
+    EXC_TRY(st);
     if (!bad || m->e->allow_nonfinite) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_NUMERIC, "%s: %s: expected finite weights, found NaN or infinity", c->files[t->shard]->path, exc_show(t->name, strlen(t->name)));
 }
@@ -128,12 +135,16 @@ static exc_status edit(maker *m, const exc_tensor *t) {
 
 /* [E,out,in] -> [E,in,out] */
 static exc_status turn(maker *m, const exc_widened *w) {
-    exc_ctx *ctx = m->e->ctx;
     int64_t in = w->shape[1], out = w->shape[2];
-    for (int64_t i = 0; i < w->shape[0]; i++)
-        EXC_TRY(ctx->ops->view(&ctx->queue, &(struct exc_view_args){.src = m->data + (size_t)(i * in * out) * 2, .src_row = 1, .src_column = in,
-                                                                    .dst = m->turned + (size_t)(i * in * out) * 2, .dst_row = out, .dst_column = 1,
-                                                                    .rows = in, .columns = out, .unit = 2}));
+    size_t each = (size_t)(in * out) * 2;
+    for (int64_t i = 0; i < w->shape[0]; i++) {
+        struct exc_view_args a = {.src = m->data + (size_t)i * each, .src_row = 1, .src_column = in, .dst = m->turned + (size_t)i * each,
+                                  .dst_row = out, .dst_column = 1, .rows = in, .columns = out, .unit = 2};
+        exc_dock d = {.ctx = m->e->ctx, .what = "widened tensor"};
+        exc_dock_in(&d, &a.src, each);
+        exc_dock_out(&d, &a.dst, each);
+        EXC_TRY(EXC_DOCK_CALL(&d, view, &a));
+    }
     return EXC_OK;
 }
 

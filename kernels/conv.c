@@ -2,78 +2,89 @@
  *
  * x f32 [T, channels], a sequence's rows one after the other; what a row needs from before this call lies in the state of
  * the sequence's slot, a ring of the last taps - 1 inputs [taps-1, channels] (the input of position p in row p mod
- * (taps-1)). A unit of work is a block of channels of one sequence. An output is one chain over ascending taps whether its
- * inputs come from the ring or from the batch, so a sequence may be cut into calls anywhere. */
+ * (taps-1)). A task is a stretch of rows of the batch, read and written in whole rows: blocks of channels would jump from page
+ * to page. Rings are brought up to date when all rows are done. An output is one chain over ascending taps, with zeros from
+ * before the sequence, whether its inputs come from the ring or from the batch, so a sequence may be cut into calls anywhere. */
 #include <string.h>
 
 #include "lanes.h"
 
-#define BLOCK 512 /* channels of a unit */
 #define MOST_TAPS 64
-
-typedef struct unit {
-    int64_t row, rows; /* of the batch */
-    int64_t before;    /* inputs of the sequence that earlier calls saw */
-    int64_t channel, channels;
-    float *ring;
-} unit;
-
-/* the input of a position, channels of the unit */
-EXC_INLINE const float *input(const struct exc_conv_args *a, const unit *u, int64_t position) {
-    if (position >= u->before) return a->x + (u->row + position - u->before) * a->x_stride + u->channel;
-    return u->ring + position % (a->taps - 1) * a->channels + u->channel;
-}
-
-EXC_INLINE void block_body(const struct exc_conv_args *a, const unit *u) {
-    int64_t n = u->channels;
-    const float *x[MOST_TAPS], *w[MOST_TAPS];
-    for (int64_t r = 0; r < u->rows; r++) {
-        float *y = a->y + (u->row + r) * a->y_stride + u->channel;
-        int64_t oldest = u->before + r - (a->taps - 1), i = 0;
-        int taps = 0;
-        for (int64_t j = oldest < 0 ? -oldest : 0; j < a->taps; j++, taps++) {
-            x[taps] = input(a, u, oldest + j);
-            w[taps] = a->weight + j * a->channels + u->channel;
-        }
-        for (; i + LANES <= n; i += LANES) {
-            float sum[LANES] = {0};
-            for (int j = 0; j < taps; j++)
-                for (int l = 0; l < LANES; l++) sum[l] += w[j][i + l] * x[j][i + l];
-            for (int l = 0; l < LANES; l++) y[i + l] = sum[l] * exc_sigmoid(sum[l]);
-        }
-        for (; i < n; i++) {
-            float sum = 0;
-            for (int j = 0; j < taps; j++) sum += w[j][i] * x[j][i];
-            y[i] = sum * exc_sigmoid(sum);
-        }
-    }
-    int64_t end = u->before + u->rows, kept = exc_least(a->taps - 1, u->rows);
-    for (int64_t p = end - kept; p < end; p++)
-        memcpy(u->ring + p % (a->taps - 1) * a->channels + u->channel, input(a, u, p), (size_t)n * sizeof(float));
-}
-EXC_DISPATCH(block, (const struct exc_conv_args *a, const unit *u), (a, u))
+#define TASK_ROWS 64
+#define ROWS 4 /* made at once: an input is still near when the next rows want it again */
 
 typedef struct job {
     const struct exc_conv_args *a;
-    int64_t blocks;
-    void (*block)(const struct exc_conv_args *a, const unit *u);
+    void (*stretch)(const struct exc_conv_args *a, int64_t first, int64_t end);
 } job;
+
+/* the input of a position of sequence s, of which this call brings rows from `before` on; NULL: before the sequence */
+EXC_INLINE const float *input(const struct exc_conv_args *a, int64_t s, int64_t before, int64_t position) {
+    if (position < 0) return NULL;
+    if (position >= before) return a->x + (a->begin[s] + position - before) * a->x_stride;
+    return a->state + a->slot[s] * a->state_stride + position % (a->taps - 1) * a->channels;
+}
+
+/* `rows` outputs from inputs x[0 .. rows+taps-2] */
+EXC_INLINE void outputs(const struct exc_conv_args *a, const float *const *x, int rows, float *y) {
+    static const exc_floats none;
+    int64_t i = 0, n = a->channels, taps = a->taps;
+    for (; i + LANES <= n; i += LANES) {
+        exc_floats total[ROWS] = {{0}}; /* compilers take loops over arrays of floats apart into single ones */
+        for (int64_t j = 0; j < taps; j++)
+            for (int r = 0; r < rows; r++)
+                total[r] += *(const exc_floats *)(a->weight + j * n + i) * (x[r + j] ? *(const exc_floats *)(x[r + j] + i) : none);
+        for (int r = 0; r < rows; r++) {
+            float sum[LANES];
+            memcpy(sum, &total[r], sizeof sum);
+            for (int l = 0; l < LANES; l++) y[r * a->y_stride + i + l] = sum[l] * exc_sigmoid(sum[l]);
+        }
+    }
+    for (; i < n; i++)
+        for (int r = 0; r < rows; r++) {
+            float sum = 0;
+            for (int64_t j = 0; j < taps; j++) sum += a->weight[j * n + i] * (x[r + j] ? x[r + j][i] : 0.0f);
+            y[r * a->y_stride + i] = sum * exc_sigmoid(sum);
+        }
+}
+
+/* rows first .. end-1 of the batch, of one sequence or several */
+EXC_INLINE void stretch_body(const struct exc_conv_args *a, int64_t first, int64_t end) {
+    const float *x[ROWS + MOST_TAPS];
+    int64_t s = 0;
+    for (int64_t row = first, n; row < end; row += n) {
+        while (row >= a->begin[s + 1]) s++;
+        int64_t before = a->length[s] - (a->begin[s + 1] - a->begin[s]), last = exc_least(end, a->begin[s + 1]);
+        n = last - row >= ROWS ? ROWS : 1;
+        for (int64_t k = 0; k < n + a->taps - 1; k++) x[k] = input(a, s, before, before + row - a->begin[s] - (a->taps - 1) + k);
+        if (n == ROWS) outputs(a, x, ROWS, a->y + row * a->y_stride);
+        else outputs(a, x, 1, a->y + row * a->y_stride);
+    }
+}
+EXC_DISPATCH(stretch, (const struct exc_conv_args *a, int64_t first, int64_t end), (a, first, end))
 
 static void run(void *arg, size_t task, int worker) {
     const job *j = arg;
-    const struct exc_conv_args *a = j->a;
-    int64_t s = (int64_t)task / j->blocks, channel = (int64_t)task % j->blocks * BLOCK;
-    unit u = {.row = a->begin[s], .rows = a->begin[s + 1] - a->begin[s], .channel = channel};
+    int64_t first = j->a->begin[0] + (int64_t)task * TASK_ROWS;
     (void)worker;
-    u.before = a->length[s] - u.rows;
-    u.channels = exc_least(BLOCK, a->channels - channel);
-    u.ring = a->state + a->slot[s] * a->state_stride;
-    j->block(a, &u);
+    j->stretch(j->a, first, exc_least(first + TASK_ROWS, j->a->begin[j->a->sequences]));
+}
+
+/* the last inputs of a sequence */
+static void keep(void *arg, size_t task, int worker) {
+    const struct exc_conv_args *a = ((const job *)arg)->a;
+    int64_t s = (int64_t)task, rows = a->begin[s + 1] - a->begin[s], end = a->length[s];
+    float *ring = a->state + a->slot[s] * a->state_stride;
+    (void)worker;
+    for (int64_t p = end - exc_least(a->taps - 1, rows); p < end; p++)
+        memcpy(ring + p % (a->taps - 1) * a->channels, input(a, s, end - rows, p), (size_t)a->channels * sizeof *ring);
 }
 
 exc_status exc_cpu_conv(exc_queue *q, const struct exc_conv_args *a) {
     if (a->sequences < 0 || a->channels < 1 || a->taps < 1 || a->taps > MOST_TAPS) return EXC_ERR_USAGE;
-    job j = {.a = a, .block = block_for(), .blocks = (a->channels + BLOCK - 1) / BLOCK};
-    q->parallel(q, (size_t)(a->sequences * j.blocks), run, &j);
+    if (!a->sequences) return EXC_OK;
+    job j = {.a = a, .stretch = stretch_for()};
+    q->parallel(q, exc_task_count(a->begin[a->sequences] - a->begin[0], TASK_ROWS), run, &j);
+    q->parallel(q, (size_t)a->sequences, keep, &j);
     return EXC_OK;
 }

@@ -1,7 +1,8 @@
 /* module.cu - the device module's table: is there a GPU, opening and closing a queue on it, and its ops by name.
  *
  * Any code of the driver but success means "no GPU", in words. A queue is a stream that does not wait for others, scratch that
- * its ops share in stream order, and a counter of non-finite numbers. */
+ * its ops share in stream order, a counter of non-finite numbers, and handles of NVIDIA's libraries where those are. */
+#include "libraries.cuh"
 #include "memory.cuh"
 #include "module.h"
 
@@ -94,13 +95,15 @@ static exc_status open_queue(exc_queue *q, int device, void *callers, size_t wor
     if (e == cudaSuccess && !callers) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (e != cudaSuccess) return exc_enqueued(q, "opening a stream", e);
     q->stream = stream;
-    return resize(q, work_bytes);
+    exc_status st = exc_libraries_open(q);
+    return st == EXC_OK ? resize(q, work_bytes) : st;
 }
 
 static void close_queue(exc_queue *q) {
     if (!q->stream) return;
     cudaSetDevice(q->device);
     cudaStreamSynchronize((cudaStream_t)q->stream);
+    exc_libraries_close(q);
     if (q->nonfinite) exc_cuda_release(q, q->nonfinite);
     if (!q->borrowed) cudaStreamDestroy((cudaStream_t)q->stream);
     cudaGetLastError();
@@ -119,7 +122,10 @@ static exc_status constant(exc_queue *q, float value, const float **device) {
     return EXC_OK;
 }
 
-static const char *error_text(const exc_queue *q) { return cudaGetErrorString((cudaError_t)q->failed); }
+static const char *error_text(const exc_queue *q) {
+    const char *text = exc_library_error(q->failed);
+    return text ? text : cudaGetErrorString((cudaError_t)q->failed);
+}
 
 static const exc_module table = {
     EXC_MODULE_VERSION,
@@ -146,6 +152,7 @@ static const exc_module table = {
     exc_cuda_sync,
     constant,
     error_text,
+    exc_libraries_describe,
 };
 
 extern "C" const exc_module *exc_module_open(uint32_t version) { return version == EXC_MODULE_VERSION ? &table : nullptr; }

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define EXC_MODULE_VERSION 1
+#define EXC_MODULE_VERSION 2
 
 typedef struct exc_device_info {
     char name[256];
@@ -49,6 +49,8 @@ typedef struct exc_module {
     /* a value in device memory for the ops enqueued next, until another is asked for */
     exc_status (*constant)(exc_queue *q, float value, const float **device);
     const char *(*error)(const exc_queue *q); /* text of q->failed */
+    /* a line for each of NVIDIA's libraries: version and what it does here, or why it is not used and what does it instead */
+    void (*libraries)(char *text, size_t bytes);
 } exc_module;
 
 typedef const exc_module *(*exc_module_open_fn)(uint32_t version);

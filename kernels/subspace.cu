@@ -5,18 +5,19 @@
  * z = A q. Every sweep ends in Rayleigh-Ritz: q z^T is diagonalised by one block a layer (Jacobi, in shared
  * memory), q and z are turned to the Ritz vectors, their residuals and the bound of their angle are taken,
  * and z, made orthonormal by two rounds of Cholesky QR (rows scaled first), is the next q. Where one side is
- * small its Gram matrix is diagonalised for a start that is the answer. Nothing waits for the host: a fixed
- * number of sweeps is enqueued, and the kernels of a layer that is `done` return at once. The scratch is
- * carved from the queue; a->work is the CPU's. */
-#include "cuda.cuh"
-
-extern "C" exc_status exc_cuda_gram(exc_queue *q, const struct exc_gram_args *a); /* gram.cu */
+ * small its Gram matrix is diagonalised for a start that is the answer: up to DIRECT by a block of ours, up to
+ * LIBRARY by cuSOLVER, where it is at hand. Either is only a start: what is returned has been swept and judged
+ * by its own residuals, and a layer whose matrix the library could not do starts from random vectors, as all do
+ * without it. Nothing waits for the host: a fixed number of sweeps is enqueued, and the kernels of a layer that
+ * is `done` return at once. The scratch is carved from the queue; a->work is the CPU's. */
+#include "gram.cuh"
 
 namespace {
 
 constexpr int SPARE = 8,
               SIDE = 16;   /* vectors beyond the rank, at least; their number is a multiple of SIDE */
-constexpr int DIRECT = 96; /* a side up to this is diagonalised */
+constexpr int DIRECT = 96; /* a side up to this is diagonalised by a block */
+constexpr int LIBRARY = 1024; /* by cuSOLVER; beyond, iteration is the shorter way to so few vectors */
 constexpr int SWEEPS = 120, DIRECT_SWEEPS = 2;
 constexpr double ANGLE = 5e-7, NUMERICAL_RANK = 3e-7; /* as in subspace.c */
 constexpr double DEPENDENT = 1e-14; /* what is left of a row's square when it depends on those before it */
@@ -28,12 +29,12 @@ constexpr size_t ROUND_BYTES = (size_t)256
 struct Space {
     double *q, *z;    /* [m, width] */
     double *y;        /* [m, samples] */
-    double *g, *u;    /* [side, side], side = max(m, DIRECT) */
+    double *g, *u;    /* [side, side] */
     double *value;    /* [side] */
     double *residual; /* [1] */
     int *done;        /* [1] */
-    int64_t m, width, samples;
-    __host__ __device__ int64_t small() const { return m > DIRECT ? m : DIRECT; }
+    int *spoilt;      /* [1] nonzero: cuSOLVER has no eigenvectors of it */
+    int64_t m, width, samples, side;
 };
 
 /* -------------------------------------------------------------------------------------------------------
@@ -267,10 +268,15 @@ __device__ inline uint64_t mix(uint64_t z) {
 }
 
 /* the CPU's start: numbers that depend on seed and layer */
+__device__ inline uint64_t layer_key(uint64_t seed, int64_t layer) {
+    return mix(seed + 0x9e3779b97f4a7c15u * (uint64_t)(layer + 1));
+}
+__device__ inline double random_number(uint64_t key, int64_t i) {
+    return (double)(int64_t)mix(key + 0x9e3779b97f4a7c15u * (uint64_t)(i + 1)) * 0x1p-63;
+}
 __global__ void random_start(uint64_t seed, int64_t first, int64_t n, double *q) {
-    const uint64_t key = mix(seed + 0x9e3779b97f4a7c15u * (uint64_t)(first + blockIdx.y + 1));
-    for (int64_t i : grid_stride(n))
-        q[blockIdx.y * n + i] = (double)(int64_t)mix(key + 0x9e3779b97f4a7c15u * (uint64_t)(i + 1)) * 0x1p-63;
+    const uint64_t key = layer_key(seed, first + blockIdx.y);
+    for (int64_t i : grid_stride(n)) q[blockIdx.y * n + i] = random_number(key, i);
 }
 
 /* leading m rows of u [n, n], zero where there are none -> to [m, n] */
@@ -279,13 +285,37 @@ __global__ void leading(const double *u, int64_t stride, int64_t m, int64_t n, d
         to[blockIdx.y * m * n + i] = i < n * n ? u[blockIdx.y * stride + i] : 0.0;
 }
 
+/* A matrix that is not finite is made zero before the library sees it, which promises nothing about such. A block
+ * a layer. */
+__global__ void __launch_bounds__(256) keep_finite(double *g, int64_t count, int *spoilt) {
+    SHARED_ARRAY(int, room, WARP);
+    g += blockIdx.x * count;
+    int bad = 0;
+    for (int64_t i : block_stride(count)) bad |= !(fabs(g[i]) < INFINITY);
+    bad = block_sum(bad, room);
+    if (threadIdx.x == 0) spoilt[blockIdx.x] = bad;
+    for (int64_t i : block_stride(bad ? count : 0)) g[i] = 0;
+}
+
+/* the library's vectors [n, n], values ascending -> the last m of them, last first, to [m, n]; random numbers where it
+ * had none, by its word (info) or ours */
+__global__ void last(const double *vectors, int64_t m, int64_t n, const int *info, const int *spoilt, uint64_t seed,
+                     int64_t first, double *to) {
+    const int64_t layer = blockIdx.y;
+    const uint64_t key = layer_key(seed, first + layer);
+    for (int64_t i : grid_stride(m * n))
+        to[layer * m * n + i] = info[layer] || spoilt[layer]
+                                    ? random_number(key, i)
+                                    : vectors[(layer * n + n - 1 - i / n) * n + i % n];
+}
+
 /* Residuals of the Ritz pairs and the bound of their angle, as ritz() in subspace.c has them; decides whether
  * that will do. */
 __global__ void __launch_bounds__(256) judge(Space s, int64_t rank, double angle_wanted) {
     SHARED_ARRAY(double, room, WARP);
     const int64_t layer = blockIdx.x, n = s.width;
     if (s.done[layer]) return;
-    const double *value = s.value + layer * s.small();
+    const double *value = s.value + layer * s.side;
     double worst = 0, off = 0;
     for (int64_t i = 0; i < rank; i++) {
         const double *q = s.q + (layer * s.m + i) * n, *z = s.z + (layer * s.m + i) * n;
@@ -310,7 +340,7 @@ __global__ void __launch_bounds__(256) give(Space s, int64_t first, exc_subspace
     SHARED_ARRAY(double, largest, 256);
     SHARED_ARRAY(int64_t, where, 256);
     const int64_t layer = blockIdx.x, to = first + layer, n = s.width;
-    const double *value = s.value + layer * s.small();
+    const double *value = s.value + layer * s.side;
     const float *x = a.x + to * a.layer_stride;
     double all = 0, held = 0;
     for (int64_t i = 0; i < a.samples; i++)
@@ -342,15 +372,31 @@ __global__ void __launch_bounds__(256) give(Space s, int64_t first, exc_subspace
 /* -------------------------------------------------------------------------------------------------------------
  * the op */
 
+/* the library's part in it: n is the smaller side; nothing where `layers` is 0 */
+struct Library {
+    int64_t n, layers; /* layers of a round */
+    int *info;         /* [layers] */
+    char *work;
+    size_t bytes;
+};
+
 /* a round of layers under way */
 struct Round {
     exc_queue *q;
     const struct exc_subspace_args *a;
     Space s;
+    Library library;
+    GramRoom gram;
     int64_t first, layers;
     unsigned across() const { return (unsigned)layers; }
     const float *x() const { return a->x + first * a->layer_stride; }
-    int64_t stride() const { return s.small() * s.small(); }
+    int64_t stride() const { return s.side * s.side; }
+    int64_t least() const { return s.samples < s.width ? s.samples : s.width; }
+    bool by_rows() const { return s.samples <= s.width; }
+    struct exc_gram_args gram_of(int64_t count) const {
+        return {x(),     count, a->layer_stride, s.samples, a->row_stride,
+                s.width, by_rows() ? EXC_GRAM_SAMPLES : EXC_GRAM_WIDTH, s.g};
+    }
 };
 
 exc_status through_samples(const Round &r, const double *v, double *y) { /* y = X v */
@@ -389,7 +435,7 @@ exc_status diagonalised(const Round &r, int n, int64_t g_stride) {
     const int even = n + n % 2;
     const size_t shared = (size_t)(2 * even * (even + 1) + 2 * even) * sizeof(double);
     ENQUEUE(r.q, eigen, r.across(), SMALL, shared, (const double *)r.s.g, g_stride, n, even, r.s.value,
-            r.s.small(), r.s.u, r.stride(), (const int *)r.s.done);
+            r.s.side, r.s.u, r.stride(), (const int *)r.s.done);
     return EXC_OK;
 }
 
@@ -413,27 +459,41 @@ exc_status orthonormal(const Round &r, double *z, double *to) {
         if (passed_ != EXC_OK) return passed_;                                                               \
     } while (0)
 
-exc_status begin(const Round &r, int64_t least) {
+/* cuSOLVER's answer for the Gram matrices in s.g, [n, n] one after the other: leading vectors -> to */
+exc_status diagonalised_by_library(const Round &r, double *to) {
     const Space &s = r.s;
-    const int64_t n = s.m * s.width;
-    if (least > DIRECT) {
+    const Library &l = r.library;
+    const Handles *h = handles_of(r.q);
+    ENQUEUE(r.q, keep_finite, r.across(), 256, 0, s.g, l.n * l.n, s.spoilt);
+    PASS(exc_enqueued(r.q, "cusolverDnXsyevBatched", cudaSetDevice(r.q->device)));
+    PASS(exc_library_status(r.q, EXC_SOLVER, "cusolverDnXsyevBatched",
+                            h->solver->cusolverDnXsyevBatched(
+                                h->dense, h->params, nv::CUSOLVER_EIG_MODE_VECTOR, nv::CUBLAS_FILL_MODE_LOWER, l.n,
+                                nv::CUDA_R_64F, s.g, l.n, nv::CUDA_R_64F, s.value, nv::CUDA_R_64F, l.work, l.bytes, h->host,
+                                h->host_bytes, l.info, r.layers)));
+    ENQUEUE(r.q, last, dim3(grid_for(s.m * l.n, 256), r.across()), 256, 0, (const double *)s.g, s.m, l.n,
+            (const int *)l.info, (const int *)s.spoilt, r.a->seed, r.first, to);
+    return EXC_OK;
+}
+
+exc_status begin(const Round &r) {
+    const Space &s = r.s;
+    const int64_t n = s.m * s.width, least = r.least();
+    if (least > DIRECT && !r.library.layers) {
         ENQUEUE(r.q, random_start, dim3(grid_for(n, 256, 8), r.across()), 256, 0, r.a->seed, r.first, n, s.q);
         return orthonormal(r, s.q, s.q);
     }
-    const bool rows = s.samples <= s.width;
-    struct exc_gram_args g = {r.x(),
-                              r.layers,
-                              r.a->layer_stride,
-                              s.samples,
-                              r.a->row_stride,
-                              s.width,
-                              rows ? EXC_GRAM_SAMPLES : EXC_GRAM_WIDTH,
-                              s.g};
-    PASS(exc_cuda_gram(r.q, &g));
-    PASS(diagonalised(r, (int)least, least * least));
-    ENQUEUE(r.q, leading, dim3(grid_for(s.m * least, 256), r.across()), 256, 0, (const double *)s.u,
-            r.stride(), s.m, least, rows ? s.y : s.q);
-    if (rows) PASS(back(r, s.y, s.q));
+    const struct exc_gram_args g = r.gram_of(r.layers);
+    double *to = r.by_rows() ? s.y : s.q;
+    PASS(exc_gram_run(r.q, &g, r.gram));
+    if (least > DIRECT) {
+        PASS(diagonalised_by_library(r, to));
+    } else {
+        PASS(diagonalised(r, (int)least, least * least));
+        ENQUEUE(r.q, leading, dim3(grid_for(s.m * least, 256), r.across()), 256, 0, (const double *)s.u, r.stride(),
+                s.m, least, to);
+    }
+    if (r.by_rows()) PASS(back(r, s.y, s.q));
     return orthonormal(r, s.q, s.q);
 }
 
@@ -449,35 +509,80 @@ exc_status sweep(const Round &r, bool last) {
     return last ? EXC_OK : orthonormal(r, s.z, s.q);
 }
 
+/* whether cuSOLVER may be called for it: its handle is made while measuring, and a capture it may not survive */
+exc_status library_at_hand(exc_queue *q, int64_t least, bool *yes) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    *yes = false;
+    if (q->reproducible || least <= DIRECT || least > LIBRARY) return EXC_OK;
+    if (q->measuring) exc_libraries_solver(q);
+    else PASS(exc_enqueued(q, "subspace", cudaStreamIsCapturing((cudaStream_t)q->stream, &capture)));
+    const Handles *h = handles_of(q);
+    *yes = h && h->solver && capture == cudaStreamCaptureStatusNone;
+    return EXC_OK;
+}
+
+/* what it needs beside the matrices */
+exc_status library_room(Carve &work, int64_t n, int64_t layers, Library *l) {
+    exc_queue *q = work.q;
+    Handles *h = handles_of(q);
+    size_t host = 0;
+    *l = {n, layers, nullptr, nullptr, 0};
+    PASS(exc_enqueued(q, "cusolverDnXsyevBatched_bufferSize", cudaSetDevice(q->device)));
+    PASS(exc_library_status(q, EXC_SOLVER, "cusolverDnXsyevBatched_bufferSize",
+                            h->solver->cusolverDnXsyevBatched_bufferSize(
+                                h->dense, h->params, nv::CUSOLVER_EIG_MODE_VECTOR, nv::CUBLAS_FILL_MODE_LOWER, n,
+                                nv::CUDA_R_64F, nullptr, n, nv::CUDA_R_64F, nullptr, nv::CUDA_R_64F, &l->bytes, &host,
+                                layers)));
+    if (host > h->host_bytes) { /* larger than what was measured: that would have to allocate */
+        if (!q->measuring) return EXC_ERR_MEMORY;
+        free(h->host);
+        h->host = malloc(host);
+        h->host_bytes = h->host ? host : 0;
+        if (!h->host) return EXC_ERR_MEMORY;
+    }
+    l->info = work.take<int>(layers);
+    l->work = work.take<char>((int64_t)l->bytes);
+    return EXC_OK;
+}
+
 } // namespace
 
 extern "C" exc_status exc_cuda_subspace(exc_queue *q, const struct exc_subspace_args *a) {
     if (a->layers < 0 || a->samples < 0 || a->width < 1 || a->rank < 1 || a->rank > 64) return EXC_ERR_USAGE;
-    const int64_t least = a->samples < a->width ? a->samples : a->width;
-    Round r = {q, a, {}, 0, 0};
+    if (!a->layers) return EXC_OK;
+    Round r = {};
     Space &s = r.s;
+    r.q = q, r.a = a;
     s.m = ceil_div(a->rank + SPARE, SIDE) * SIDE, s.width = a->width, s.samples = a->samples;
+    bool library;
+    PASS(library_at_hand(q, r.least(), &library));
+    s.side = library ? r.least() : s.m > DIRECT ? s.m : DIRECT;
     const int64_t each =
-        (2 * s.m * s.width + s.m * s.samples + 2 * r.stride() + s.small()) * (int64_t)sizeof(double);
-    int64_t round = (int64_t)ROUND_BYTES / each;
-    round = round < 1 ? 1 : round < a->layers ? round : a->layers;
+        (2 * s.m * s.width + s.m * s.samples + 2 * r.stride() + s.side) * (int64_t)sizeof(double);
+    int64_t most = (int64_t)ROUND_BYTES / each;
+    r.layers = ceil_div(a->layers, ceil_div(a->layers, most < 1 ? 1 : most));
     Carve work(q);
-    s.q = work.take<double>(round * s.m * s.width);
-    s.z = work.take<double>(round * s.m * s.width);
-    s.y = work.take<double>(round * s.m * s.samples);
-    s.g = work.take<double>(round * r.stride());
-    s.u = work.take<double>(round * r.stride());
-    s.value = work.take<double>(round * s.small());
-    s.residual = work.take<double>(round);
-    s.done = work.take<int>(round);
+    s.q = work.take<double>(r.layers * s.m * s.width);
+    s.z = work.take<double>(r.layers * s.m * s.width);
+    s.y = work.take<double>(r.layers * s.m * s.samples);
+    s.g = work.take<double>(r.layers * r.stride());
+    s.u = work.take<double>(r.layers * r.stride());
+    s.value = work.take<double>(r.layers * s.side);
+    s.residual = work.take<double>(r.layers);
+    s.done = work.take<int>(r.layers);
+    s.spoilt = work.take<int>(r.layers);
+    const struct exc_gram_args gram = r.gram_of(r.layers);
+    if (library) PASS(library_room(work, r.least(), r.layers, &r.library));
+    if (library || r.least() <= DIRECT) PASS(exc_gram_take(work, &gram, &r.gram));
     if (!work.ready()) return work.status;
     struct exc_subspace_args here = *a;
     here.work = nullptr; /* of the CPU */
-    for (; r.first < a->layers; r.first += round) {
-        r.layers = a->layers - r.first < round ? a->layers - r.first : round;
+    for (int64_t done = 0; done < a->layers; done += r.layers) {
+        /* rounds are of one size, for which the libraries were asked: the last one takes some layers once more */
+        r.first = done + r.layers <= a->layers ? done : a->layers - r.layers;
         PASS(exc_enqueue_fill(q, s.done, 0, (size_t)r.layers * sizeof(int)));
-        PASS(begin(r, least));
-        const int sweeps = least > DIRECT ? SWEEPS : DIRECT_SWEEPS;
+        PASS(begin(r));
+        const int sweeps = r.least() > DIRECT ? SWEEPS : DIRECT_SWEEPS;
         for (int i = 0; i < sweeps; i++) PASS(sweep(r, i == sweeps - 1));
         ENQUEUE(q, give, r.across(), 256, 0, s, r.first, here);
     }

@@ -40,6 +40,8 @@ static inline int twin_open(void **state) {
         self[n] = 0;
         snprintf(path, sizeof path, "%s/libexcise_emulated.so", dirname(self));
         setenv("EXCISE_CUDA_MODULE", path, 1);
+        snprintf(path, sizeof path, "%s/libraries", self); /* dirname() has cut it: the stand-ins for NVIDIA's */
+        setenv("EXCISE_CUDA_LIBRARIES", path, 0);
     }
     twin.cpu = test_ctx(2);
     twin.gpu = calloc(1, sizeof *twin.gpu);

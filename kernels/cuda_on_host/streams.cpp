@@ -349,6 +349,11 @@ API cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     x->capture.reset(new CUgraph_st);
     return cudaSuccess;
 }
+API cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus *status) {
+    LOCK;
+    *status = S(s)->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
 API cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
     LOCK;
     *g = S(s)->capture.release();

@@ -263,7 +263,12 @@ static void layer_rows(gpu *g, int64_t T, int64_t context) {
     double rows = (double)(T * K), used = rows < (double)E ? rows : (double)E;
     snprintf(shape, sizeof shape, "T=%lld %lldx%lld bf16", (long long)T, (long long)qkv, (long long)H);
     l.matmul = (struct exc_matmul_args){.x = x, .x_stride = H, .act = EXC_BF16, .w = &l.w, .y = qkv_out, .y_stride = qkv, .rows = T};
-    row(g, "matmul", shape, matmul_once, &l, 2.0 * (double)(qkv * H) + 2.0 * (double)(T * H) + 4.0 * (double)(T * qkv), 2.0 * (double)T * (double)(qkv * H));
+    double moved = 2.0 * (double)(qkv * H) + 2.0 * (double)(T * H) + 4.0 * (double)(T * qkv), flop = 2.0 * (double)T * (double)(qkv * H);
+    row(g, "matmul", shape, matmul_once, &l, moved, flop);
+    snprintf(shape, sizeof shape, "T=%lld %lldx%lld bf16 own tiles", (long long)T, (long long)qkv, (long long)H);
+    g->ctx->queue.reproducible = 1; /* so that cuBLASLt keeps out of it */
+    row(g, "matmul", shape, matmul_once, &l, moved, flop);
+    g->ctx->queue.reproducible = 0;
     snprintf(shape, sizeof shape, "T=%lld H=%lld", (long long)T, (long long)H);
     l.norm = (struct exc_norm_args){h, H, ones, 0, 1e-6f, T, H, x, H, EXC_BF16};
     row(g, "norm", shape, norm_once, &l, 6.0 * (double)(T * H), 0);
@@ -351,6 +356,9 @@ int main(int argc, char **argv) {
     must(&g, g.ctx->module->describe(o.device, &g.info), "describe");
     fprintf(stderr, "%s, compute capability %d.%d, %d processors, %.1f GiB\n", g.info.name, g.info.major, g.info.minor, g.info.processors,
             (double)g.info.memory / (1 << 30));
+    char libraries[2048];
+    g.ctx->module->libraries(libraries, sizeof libraries);
+    fprintf(stderr, "%s\n", libraries);
     copy_row(&g);
     edit_rows(&g);
     layer_rows(&g, g.quick ? 20 : 8192, 1);      /* prefill */

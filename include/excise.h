@@ -78,7 +78,7 @@ EXC_API exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **ctx)
 EXC_API void exc_ctx_free(exc_ctx *ctx);
 EXC_API const char *exc_ctx_error(const exc_ctx *ctx); /* of the last failed call; "" if none */
 EXC_API void exc_ctx_rank(const exc_ctx *ctx, int *rank, int *ranks); /* 0 of 1 when this process works alone */
-/* [job] {"version","backend","backends":[{"name","usable","why"}],"threads","isa","features":{..}} */
+/* [job] {"version","backend","backends":[{"name","usable","why"}],"libraries":{NAME:text} on cuda,"threads","isa",..} */
 EXC_API exc_status exc_ctx_describe(exc_ctx *ctx, char **json);
 
 /* ------------------------------------------------------------------------------------- plans (read before models) */

@@ -91,8 +91,8 @@ __global__ void mirror(double *g, int64_t layers, int64_t size) {
     }
 }
 
-constexpr int64_t LEAST = 96;                    /* side */
-constexpr int64_t WIDE = (int64_t)16 << 20;      /* numbers widened at once: 128 MiB */
+constexpr int64_t LEAST = 96;              /* side */
+constexpr int64_t WIDE = (int64_t)4 << 20; /* numbers widened at once: 32 MiB stay in the second-level cache */
 
 int64_t side_of(const struct exc_gram_args *a) { return a->side == EXC_GRAM_SAMPLES ? a->samples : a->width; }
 int64_t depth_of(const struct exc_gram_args *a) { return a->side == EXC_GRAM_SAMPLES ? a->width : a->samples; }

@@ -142,6 +142,7 @@ void exc_libraries_solver(exc_queue *q) {
     if (!h || h->solver || !opened(libraries[1])) return;
     const nv::Solver &s = solver.table;
     const char *call = "cusolverDnCreate";
+    cudaSetDevice(q->device);
     int status = s.cusolverDnCreate(&h->dense);
     if (status == nv::CUSOLVER_STATUS_SUCCESS) {
         call = "cusolverDnSetStream";
@@ -178,12 +179,14 @@ void exc_libraries_describe(char *text, size_t bytes) {
     text[0] = 0;
     for (Library &l : libraries) {
         const char *line = at ? "\n" : "";
-        int n = opened(l) ? snprintf(text + at, bytes - at, "%s%s %d.%d.%d: %s", line, l.title, l.version[0], l.version[1],
+        int n = opened(l) ? snprintf(text + at, bytes - at, "%s%s: %d.%d.%d, for %s", line, l.title, l.version[0], l.version[1],
                                      l.version[2], l.serves)
-                          : snprintf(text + at, bytes - at, "%sno %s (%s): %s", line, l.title, l.why, l.without);
-        if (n < 0 || (size_t)n >= bytes - at) return;
+                          : snprintf(text + at, bytes - at, "%s%s: not used, %s; %s", line, l.title, l.why, l.without);
+        if (n < 0 || (size_t)n >= bytes - at) break;
         at += (size_t)n;
     }
+    for (char *c = text; *c; c++)
+        if (*c == '"' || *c == '\\' || ((unsigned char)*c < ' ' && *c != '\n')) *c = ' '; /* lines are quoted in JSON */
 }
 
 exc_status exc_library_status(exc_queue *q, int library, const char *call, int status) {

@@ -49,7 +49,7 @@ typedef struct exc_module {
     /* a value in device memory for the ops enqueued next, until another is asked for */
     exc_status (*constant)(exc_queue *q, float value, const float **device);
     const char *(*error)(const exc_queue *q); /* text of q->failed */
-    /* a line for each of NVIDIA's libraries: version and what it does here, or why it is not used and what does it instead */
+    /* a line for each of NVIDIA's libraries, "NAME: ..": version and what it is for, or why not and what does that instead */
     void (*libraries)(char *text, size_t bytes);
 } exc_module;
 

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "base.h"
-#include "ops.h"
+#include "module.h"
 
 typedef struct backend {
     const char *name;
@@ -84,7 +84,18 @@ exc_status exc_ctx_describe(exc_ctx *ctx, char **json)
         if (why) exc_buf_printf(&b, ",\"why\":\"%s\"", why);
         exc_buf_puts(&b, "}");
     }
-    exc_buf_printf(&b, "],\"threads\":%d,\"isa\":\"%s\",\"reproducible\":%s,\"rank\":%d,\"ranks\":%d}", ctx->queue.workers,
+    exc_buf_puts(&b, "]");
+    if (ctx->module) {
+        char lines[2048], *rest = lines;
+        ctx->module->libraries(lines, sizeof lines);
+        exc_buf_puts(&b, ",\"libraries\":{");
+        for (const char *name = strsep(&rest, ":"); name; name = strsep(&rest, ":")) {
+            const char *what = strsep(&rest, "\n");
+            exc_buf_printf(&b, "\"%s\":\"%s\"%s", name, what ? what + 1 : "", rest ? "," : "");
+        }
+        exc_buf_puts(&b, "}");
+    }
+    exc_buf_printf(&b, ",\"threads\":%d,\"isa\":\"%s\",\"reproducible\":%s,\"rank\":%d,\"ranks\":%d}", ctx->queue.workers,
                    exc_isa_name(exc_isa_level()), ctx->queue.reproducible ? "true" : "false", exc_ranks_me(ctx),
                    exc_ranks_count(ctx));
     if (b.failed) {

@@ -64,10 +64,9 @@ template <class T> int put(T &to, const void *value, size_t bytes) {
 }
 
 size_t size_of(int type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
-double at(const void *p, int type, int64_t i) {
-    if (type == CUDA_R_64F) return static_cast<const double *>(p)[i];
-    return (double)(type == CUDA_R_32F ? static_cast<const float *>(p)[i] : widen(static_cast<const bf16 *>(p)[i]));
-}
+double wide(double x) { return x; }
+float wide(float x) { return x; }
+float wide(bf16 x) { return widen(x); }
 
 /* a problem whose parts fit together, or the status that says otherwise */
 struct Problem {
@@ -113,25 +112,32 @@ struct Run {
     const void *pa, *pb, *pc;
     void *pd, *workspace;
 
-    template <class S> void one(int64_t batch, int64_t i, int64_t j) const {
+    template <class T, class S> S dot(int64_t batch, int64_t i, int64_t j, int64_t from, int64_t to) const {
+        const int64_t step_a = desc.turn_a ? 1 : a.leading, step_b = desc.turn_b ? b.leading : 1;
+        const T *x = static_cast<const T *>(pa) + batch * a.step + i * (desc.turn_a ? a.leading : 1);
+        const T *y = static_cast<const T *>(pb) + batch * b.step + j * (desc.turn_b ? 1 : b.leading);
+        S sum = 0;
+        for (int64_t at = from; at < to; at++) sum += (S)wide(x[at * step_a]) * (S)wide(y[at * step_b]);
+        return sum;
+    }
+    template <class T, class S> void one(int64_t batch, int64_t i, int64_t j) const {
         S total = 0;
-        for (int64_t part = 0; part < parts; part++) {
-            S sum = 0;
-            for (int64_t x = part * k / parts; x < (part + 1) * k / parts; x++)
-                sum += (S)at(pa, a.type, batch * a.step + (desc.turn_a ? i * a.leading + x : x * a.leading + i)) *
-                       (S)at(pb, b.type, batch * b.step + (desc.turn_b ? x * b.leading + j : j * b.leading + x));
-            total += sum;
-        }
+        for (int64_t part = 0; part < parts; part++) total += dot<T, S>(batch, i, j, part * k / parts, (part + 1) * k / parts);
         total = (S)alpha * total;
-        if (beta != 0) total += (S)beta * (S)at(pc, c.type, batch * c.step + j * c.leading + i);
-        if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) total += (S)at(desc.bias, d.type, i);
+        if (beta != 0) total += (S)beta * static_cast<const S *>(pc)[batch * c.step + j * c.leading + i];
+        if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) total += static_cast<const S *>(desc.bias)[i];
         static_cast<S *>(pd)[batch * d.step + j * d.leading + i] = total;
+    }
+    template <class T, class S> void all() const {
+        for (int64_t batch = 0; batch < d.batch; batch++)
+            for (int64_t j = 0; j < n; j++)
+                for (int64_t i = 0; i < m; i++) one<T, S>(batch, i, j);
     }
     void operator()() const {
         if (parts > 1) memset(workspace, 0x5a, (size_t)(m * n) * 4); /* it is the library's to spoil */
-        for (int64_t batch = 0; batch < d.batch; batch++)
-            for (int64_t j = 0; j < n; j++)
-                for (int64_t i = 0; i < m; i++) d.type == CUDA_R_64F ? one<double>(batch, i, j) : one<float>(batch, i, j);
+        if (a.type == CUDA_R_64F) all<double, double>();
+        else if (a.type == CUDA_R_32F) all<float, float>();
+        else all<bf16, float>();
         hc::log_line("product", m, n, k, d.batch);
     }
 };

@@ -1,5 +1,5 @@
 /* standin.h - what the stand-ins of NVIDIA's libraries share. They are files of the libraries' names (CMakeLists.txt), found
- * and opened as the real ones are, and hold the calls of kernels/libraries.cuh and no other, with their rules checked as
+ * and opened as the real ones are, and hold the calls of kernels/vendor.cuh and no other, with their rules checked as
  * strictly as the documentation words them.
  *
  * Tests say by the environment, read at every call, how a library is to misbehave: HC_LIBRARY_FAILS "CALL:STATUS", that call
@@ -8,7 +8,8 @@
 #ifndef EXC_CUDA_STANDIN_H
 #define EXC_CUDA_STANDIN_H
 
-#include "../libraries.cuh"
+#include "../cuda.cuh"
+#include "../vendor.cuh"
 #include <cstdlib>
 #include <deque>
 #include <memory>

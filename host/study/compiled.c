@@ -407,9 +407,9 @@ static void dock_tables(exc_dock *d, const call *k, void *src, void *dst, void *
     exc_dock_in(d, scale_to, k->n * sizeof(void *));
 }
 
-/* what an op reports of each matrix, in 64-bit numbers */
+/* what an op reports of each matrix, in 64-bit numbers; what it has nothing to say of stays 0 */
 static void dock_reports(exc_dock *d, const call *k, void *const *field, size_t fields) {
-    for (size_t i = 0; i < fields; i++) exc_dock_out(d, field[i], k->n * sizeof(double));
+    for (size_t i = 0; i < fields; i++) exc_dock_both(d, field[i], k->n * sizeof(double));
 }
 
 static exc_status run_scale(call *k) {

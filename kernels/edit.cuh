@@ -47,7 +47,9 @@ struct Job {
     int rank, norm;
     const float *strength;                 /* [matrices] */
     float *c;                              /* [matrices of the round, rank, cols or rows] or NULL */
-    Tally *sums;                           /* [matrices of the round, strips] or NULL */
+    Tally *sums;                           /* [matrices of the round, strips], zeros, or NULL */
+    Tally *parts;                          /* of clusters: [matrices of the round, tallies], likewise */
+    int64_t tallies;
     int before, after, changed, nonfinite; /* which of them are wanted */
     int looked_at;                         /* matrices of strength 0 too: sums or c of them are wanted */
     int64_t strips;                        /* of a matrix */

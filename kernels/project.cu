@@ -86,17 +86,20 @@ template <class T> __global__ void __launch_bounds__(THREADS) rescaled(Job j, in
 /* ------------------------------------------------------------------------------------------------------ the
  * op */
 
-/* sums of a matrix from those of its strips, in order */
+__device__ inline void add(Tally &all, const Tally *from, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        all.before += from[i].before, all.after += from[i].after, all.changed += from[i].changed,
+            all.nonfinite += from[i].nonfinite;
+}
+
+/* sums of a matrix from those that blocks and clusters have left, in order */
 __global__ void __launch_bounds__(64)
-    collect(const Tally *sums, int64_t strips, int64_t count, double *before, double *after, int64_t *changed,
-            int64_t *nonfinite) {
+    collect(Job j, double *before, double *after, int64_t *changed, int64_t *nonfinite) {
     const int64_t m = (int64_t)blockIdx.x * 64 + threadIdx.x;
-    if (m >= count) return;
+    if (m >= j.count) return;
     Tally all = {};
-    for (int64_t s = 0; s < strips; s++) {
-        const Tally &t = sums[m * strips + s];
-        all.before += t.before, all.after += t.after, all.changed += t.changed, all.nonfinite += t.nonfinite;
-    }
+    add(all, j.sums + m * j.strips, j.strips);
+    add(all, j.parts + m * j.tallies, j.tallies);
     if (before) before[m] = all.before;
     if (after) after[m] = all.after;
     if (changed) changed[m] = all.changed;
@@ -172,56 +175,75 @@ template <class T, int K, bool WIDE> exc_status start_strips(const Call &c, cons
 /* the cut of the kernels that know everything; sums are counted by its strips */
 template <class T> Cut full_cut(const Call &c) { return choose(c.d, c.j.rows, N<T>, c.j.rank, RANKS, true); }
 
-/* the widest strip of which two stages and more fit in a cluster; stages 0: none */
-template <class T> Ring ring_of(const Call &c) {
-    Ring r = {};
-    for (r.lanes = 16; r.lanes >= 4; r.lanes /= 2) {
-        Stage none;
-        r.each = (int)ceil_div(ceil_div(c.j.rows, CHUNK), CLUSTER);
-        for (r.stages = 4; r.stages >= 2; r.stages--) {
-            r.bytes = carve(nullptr, r, N<T>, c.j.rank, &none);
-            if (r.bytes <= c.d.shared) return r;
-        }
-    }
-    r.stages = 0;
+/* ways to lay strips in clusters, the better ones first */
+constexpr struct Way {
+    int lanes, size;
+} WAYS[] = {{16, CLUSTER}, {16, 2 * CLUSTER}, {8, CLUSTER}, {8, 2 * CLUSTER}, {4, CLUSTER}};
+
+/* slots 0: rows are shorter, or too little is on its way beside a strip that is worked on */
+template <class T> Ring ring_of(const Call &c, const Way &way, bool general) {
+    const size_t chunk = (size_t)CHUNK * way.lanes * 16, bytes = (size_t)c.j.cols * sizeof(T);
+    Ring r = {way.size, way.lanes, (int)ceil_div(ceil_div(c.j.rows, CHUNK), way.size), 0, 0};
+    Stage none;
+    const size_t fixed = carve(nullptr, r, N<T>, c.j.rank, general, &none);
+    if (fixed > c.d.shared || (r.lanes > 4 && (size_t)r.lanes * 16 / 2 >= bytes)) return r;
+    r.slots = (int)((c.d.shared - fixed) / (chunk + 16));
+    if (r.slots <= r.each || (r.slots - r.each) * chunk < c.d.shared / 4) r.slots = 0;
+    r.bytes = carve(nullptr, r, N<T>, c.j.rank, general, &none);
     return r;
 }
 
+template <class T> int64_t strips_of(const Job &j, const Ring &r) { return ceil_div(j.cols, r.lanes * N<T>); }
+
 template <class T, int K> cudaError_t start_clusters(const Call &c, const Ring &r) {
     Job j = c.j;
-    j.strips = ceil_div(j.cols, r.lanes * N<T>);
+    j.strips = strips_of<T>(j, r);
     if (c.q->measuring || !j.count || !j.strips) return cudaSuccess;
     const cudaError_t e = cudaSetDevice(c.q->device);
     return e != cudaSuccess ? e
-                            : LAUNCH_CLUSTERS(j.count * j.strips, (clustered<T, K>), THREADS, r.bytes,
+                            : LAUNCH_CLUSTERS(j.count * j.strips, r.size, (clustered<T, K>), THREADS, r.bytes,
                                               (cudaStream_t)c.q->stream, j, r);
 }
 
 /* false: not on this device, or no cluster fits on what is left of it (a partition) */
-template <class T> bool by_clusters(const Call &c, exc_status *st) {
-    const Ring r = c.d.major >= 9 ? ring_of<T>(c) : Ring();
-    if (!r.stages) return false;
-    const cudaError_t e = c.j.rank == 1   ? start_clusters<T, 1>(c, r)
-                          : c.j.rank == 2 ? start_clusters<T, 2>(c, r)
-                          : c.j.rank == 3 ? start_clusters<T, 3>(c, r)
-                                          : start_clusters<T, 4>(c, r);
-    if (e == cudaErrorInvalidConfiguration) {
-        cudaGetLastError();
-        return false;
+template <class T> bool by_clusters(const Call &c, bool plain, exc_status *st) {
+    for (auto &way : WAYS) {
+        const Ring r = c.d.major >= 9 ? ring_of<T>(c, way, !plain) : Ring();
+        if (!r.slots) continue;
+        const cudaError_t e = !plain            ? start_clusters<T, 0>(c, r)
+                              : c.j.rank == 1   ? start_clusters<T, 1>(c, r)
+                              : c.j.rank == 2 ? start_clusters<T, 2>(c, r)
+                              : c.j.rank == 3 ? start_clusters<T, 3>(c, r)
+                                              : start_clusters<T, 4>(c, r);
+        if (e == cudaErrorInvalidConfiguration) {
+            cudaGetLastError();
+            continue;
+        }
+        *st = exc_enqueued(c.q, "clustered", e);
+        return true;
     }
-    *st = exc_enqueued(c.q, "clustered", e);
-    return true;
+    return false;
+}
+
+/* the most parts in which clusters may leave the sums of a matrix */
+template <class T> int64_t tallies_of(const Call &c) {
+    int64_t most = 0;
+    for (auto &way : WAYS) {
+        const int64_t n = ceil_div(c.j.cols, way.lanes * N<T>) * way.size;
+        if (c.d.major >= 9 && n > most) most = n;
+    }
+    return most;
 }
 
 template <class T> exc_status edit_strips(const Call &c, Mode what) {
     const int rank = c.j.rank;
-    const bool plain = !c.j.sums && c.j.norm == EXC_NORM_NONE && rank <= RANKS;
+    const bool plain = !c.j.sums && c.j.norm == EXC_NORM_NONE && rank <= RANKS && what == EDIT;
     const Cut few = choose(c.d, c.j.rows, N<T>, rank, rank, false);
     return wide_and_narrow(c.j, (size_t)c.j.cols * sizeof(T), [&](auto is_wide) {
         constexpr bool WIDE = decltype(is_wide)::value;
         if constexpr (WIDE) {
             exc_status st;
-            if (plain && by_clusters<T>(c, &st)) return st;
+            if (what == EDIT && by_clusters<T>(c, plain, &st)) return st;
             if (plain && rank == 1) return start_strips<T, 1, WIDE>(c, few, what);
             if (plain && rank == 2) return start_strips<T, 2, WIDE>(c, few, what);
             if (plain && rank == 3) return start_strips<T, 3, WIDE>(c, few, what);
@@ -252,12 +274,17 @@ template <class T> exc_status edit_rows(const Call &c) {
     });
 }
 
+exc_status clear(const Call &c) {
+    if (!c.j.sums) return EXC_OK;
+    EXC_PASS(exc_enqueue_fill(c.q, c.j.sums, 0, c.j.count * c.j.strips * sizeof(Tally)));
+    return exc_enqueue_fill(c.q, c.j.parts, 0, c.j.count * c.j.tallies * sizeof(Tally));
+}
+
 /* sums of the round's matrices to where the caller wants them */
 exc_status give(const Call &c, double *before, double *after, int64_t *changed, int64_t *nonfinite) {
     const int64_t f = c.j.first;
     if (!c.j.sums) return EXC_OK;
-    ENQUEUE(c.q, collect, grid_for(c.j.count, 64), 64, 0, (const Tally *)c.j.sums, c.j.strips, c.j.count,
-            before ? before + f : nullptr, after ? after + f : nullptr, changed ? changed + f : nullptr,
+    ENQUEUE(c.q, collect, grid_for(c.j.count, 64), 64, 0, c.j, before ? before + f : nullptr, after ? after + f : nullptr, changed ? changed + f : nullptr,
             nonfinite ? nonfinite + f : nullptr);
     return EXC_OK;
 }
@@ -272,6 +299,7 @@ template <class T> exc_status rescale(Call &c) {
     if (!a->after) return EXC_OK;
     Call left = c;
     left.j.nonfinite = 0;
+    EXC_PASS(clear(c));
     EXC_PASS(edit_strips<T>(left, AFTER));
     return give(c, nullptr, a->after, nullptr, nullptr);
 }
@@ -288,8 +316,9 @@ template <class T> exc_status project(Call &c) {
     if (!out && !tall) return EXC_ERR_USAGE;
     j.src_stride *= sizeof(T), j.dst_stride *= sizeof(T);
     j.strips = out ? strips_of(j, full_cut<T>(c), N<T>) : ceil_div(j.rows, tall);
+    j.tallies = out ? tallies_of<T>(c) : 0;
     const int64_t c_size = a->rank * (out ? a->cols : a->rows), own = by_rows && !a->c ? c_size : 0;
-    const int64_t sums = j.before || j.after || j.changed || j.nonfinite ? j.strips : 0;
+    const int64_t sums = j.before || j.after || j.changed || j.nonfinite ? j.strips + j.tallies : 0;
     const int64_t each = own * (int64_t)sizeof(float) + sums * (int64_t)sizeof(Tally);
     int64_t round = each ? (int64_t)ROUND_BYTES / each : a->count;
     round = round < 1 ? 1 : round < a->count ? round : a->count;
@@ -301,6 +330,8 @@ template <class T> exc_status project(Call &c) {
         j.count = a->count - j.first < round ? a->count - j.first : round;
         j.c = a->c ? a->c + j.first * c_size : own ? own_c : nullptr;
         j.sums = sums ? own_sums : nullptr;
+        j.parts = sums ? own_sums + j.count * j.strips : nullptr;
+        EXC_PASS(clear(c));
         if (by_rows) {
             EXC_PASS(rescale<T>(c));
             continue;

@@ -266,10 +266,7 @@ template <class T, bool WIDE> __global__ void __launch_bounds__(THREADS, 2) rows
         char *dst = dst_of(j, matrix) + off;
         m.rows = (int)min((int64_t)tall, j.rows - first);
         if (wide(src_of(j, matrix), dst_of(j, matrix), j.cols * sizeof(T)) != WIDE) continue;
-        if (j.strength[matrix] == 0.0f && src == dst && !j.looked_at) {
-            if (j.sums && threadIdx.x == 0) j.sums[task] = Tally{};
-            continue;
-        }
+        if (j.strength[matrix] == 0.0f && src == dst && !j.looked_at) continue;
         const Tally sum = row_block<T, WIDE>(j, m, src, dst, matrix, first);
         if (j.sums && threadIdx.x == 0) j.sums[task] = sum;
     }

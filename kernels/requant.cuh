@@ -72,7 +72,7 @@ template <int DTYPE, bool OUT> struct Line {
     uint8_t *scale_to;
     uint32_t key;
     float base, gain;
-    mutable float largest; /* of the ideal result since the last piece began */
+    mutable float peak; /* of the ideal result since the last piece began */
     float *kept;
     unsigned *most; /* shared, [2] */
     const float *row_gain;
@@ -201,20 +201,20 @@ template <int DTYPE, bool OUT> struct Line {
                     kept[kept_place(h0 + h)] = next_scale(old_scale(h0 + h), f32_of(group));
             }
         } else if constexpr (CODED) {
-            if (h0 % PIECE == 0) largest = 0;
+            if (h0 % PIECE == 0) peak = 0;
 #pragma unroll
             for (int h = 0; h < STEP; h++)
-                if (h < rows && fabsf(y[h]) > largest) largest = fabsf(y[h]);
+                if (h < rows && fabsf(y[h]) > peak) peak = fabsf(y[h]);
             if (!piece_ends(h0)) return;
             if constexpr (DTYPE == EXC_F8_E4M3)
                 choose_of_block(h0);
             else if (in)
-                kept[kept_place(h0)] = next_scale(old_scale(h0), largest);
+                kept[kept_place(h0)] = next_scale(old_scale(h0), peak);
         }
     }
     __device__ void choose_of_block(int64_t h0) const {
         unsigned *m = most + h0 / SCALE_BLOCK % 2;
-        const unsigned warp = __reduce_max_sync(ALL_LANES, bits_of(largest));
+        const unsigned warp = __reduce_max_sync(ALL_LANES, bits_of(peak));
         if (l % WARP == 0) atomicMax(m, warp);
         if (h0 % SCALE_BLOCK + STEP < SCALE_BLOCK && h0 + STEP < q.along) return;
         __syncthreads();

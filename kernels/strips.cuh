@@ -342,7 +342,6 @@ __global__ void __launch_bounds__(THREADS, 2) strips(Job j, Cut k, Mode what) {
         if (wide(src_of(j, matrix), dst_of(j, matrix), t.pitch) != WIDE) continue;
         if (j.strength[matrix] == 0.0f && !j.looked_at) {
             if (what != AFTER && t.src != t.dst) copy<T, WIDE>(t);
-            if (j.sums && threadIdx.x == 0) j.sums[task] = Tally{0, 0, 0, 0};
         } else if constexpr (K > 0) {
             plain<T, K, WIDE>(j, t, m, matrix, column);
         } else {

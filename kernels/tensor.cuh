@@ -6,8 +6,7 @@
  * column g of the tile, elements 2q, 2q+1). cp_async16 copies 16 bytes global -> shared; what was issued before a
  * commit is one group, cp_async_wait<N>() waits until at most N groups are open, and a barrier must follow for others to see it.
  *
- * wgmma, TMA and mbarrier get no wrapper here: they belong behind a tile call (load, multiply, store a tile) whose
- * portable path is made of these. */
+ * Copies by the asynchronous proxy and mbarriers are in bulk.cuh. */
 #ifndef EXC_TENSOR_CUH
 #define EXC_TENSOR_CUH
 
@@ -76,9 +75,9 @@ EXC_LOAD16(load_drop, "evict_first")
 __device__ inline void store_drop(void *p, const uint4 &v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-constexpr int CLUSTER = 8; /* blocks; what every Hopper can hold */
+constexpr int CLUSTER = 8; /* blocks; what every Hopper can hold. Twice as many where the device says so */
 /* Blocks of a cluster (sm_90; compiled away below): rank; a barrier of all their threads, which orders what they wrote to each
- * other's shared memory; a store to the place of `p` in the shared memory of another. */
+ * other's shared memory. */
 __device__ inline int cluster_rank() {
     unsigned rank = 0;
 #if __CUDA_ARCH__ >= 900
@@ -92,42 +91,39 @@ __device__ inline void cluster_sync() {
 #endif
 }
 __device__ inline void cluster_begin(void *) { cluster_sync(); }
-__device__ inline void cluster_store(float *p, int rank, float x) {
-#if __CUDA_ARCH__ >= 900
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
-#endif
-}
 namespace exc {
-/* as many clusters as fit, `most` at most */
+/* as many clusters of `blocks` as fit, `most` at most; cudaErrorInvalidConfiguration: not one fits */
 template <class... P, class... A>
-cudaError_t launch_clusters(int64_t most, void (*kernel)(P...), unsigned threads, size_t smem, cudaStream_t stream, A &&...a) {
+cudaError_t launch_clusters(int64_t most, int blocks, void (*kernel)(P...), unsigned threads, size_t smem, cudaStream_t stream, A &&...a) {
     std::tuple<std::decay_t<P>...> values(std::forward<A>(a)...);
     cudaLaunchAttribute size = {};
     size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = CLUSTER, size.val.clusterDim.y = size.val.clusterDim.z = 1;
+    size.val.clusterDim.x = (unsigned)blocks, size.val.clusterDim.y = size.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = CLUSTER, config.blockDim = threads, config.dynamicSmemBytes = smem, config.stream = stream;
+    config.gridDim = (unsigned)blocks, config.blockDim = threads, config.dynamicSmemBytes = smem, config.stream = stream;
     config.attrs = &size, config.numAttrs = 1;
     int fit = 0;
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&fit, (const void *)kernel, &config);
+    if (e == cudaSuccess && blocks > CLUSTER)
+        e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (e != cudaSuccess) return e;
+    e = cudaOccupancyMaxActiveClusters(&fit, (const void *)kernel, &config);
+    if (e != cudaSuccess && blocks > CLUSTER) e = cudaErrorInvalidConfiguration; /* not on this device */
     if (e != cudaSuccess) return e;
     if (!fit) return cudaErrorInvalidConfiguration;
-    config.gridDim = (unsigned)(most < fit ? most : fit) * CLUSTER;
+    config.gridDim = (unsigned)(most < fit ? most : fit) * (unsigned)blocks;
     return std::apply([&](auto &...v) {
         void *p[] = {(void *)&v...};
         return cudaLaunchKernelExC(&config, (const void *)kernel, p);
     }, values);
 }
 } // namespace exc
-#define LAUNCH_CLUSTERS(most, kernel, ...) exc::launch_clusters(most, kernel, __VA_ARGS__)
+#define LAUNCH_CLUSTERS(most, size, kernel, ...) exc::launch_clusters(most, size, kernel, __VA_ARGS__)
 #else
 #include "cuda_on_host/tensor.h"
 /* on the host a launch is one cluster: all its blocks run at once */
 constexpr int CLUSTER = 8;
-inline char *exc_cluster_shared[CLUSTER];
+inline char *exc_cluster_shared[2 * CLUSTER];
 inline int cluster_rank() { return (int)blockIdx.x; }
 #define cluster_sync() grid_sync()
 #define cluster_begin(base)                                                                                            \
@@ -135,12 +131,12 @@ inline int cluster_rank() { return (int)blockIdx.x; }
         if (threadIdx.x == 0) exc_cluster_shared[blockIdx.x] = (char *)(base);                                         \
         grid_sync();                                                                                                   \
     } while (0)
-inline void cluster_store(float *p, int rank, float x) {
-    const char *own = exc_cluster_shared[blockIdx.x];
-    *(float *)(exc_cluster_shared[rank] + ((const char *)p - own)) = x;
+/* the place of `p` in the shared memory of another */
+inline void *cluster_place(void *p, int rank) {
+    return exc_cluster_shared[rank] + ((const char *)p - exc_cluster_shared[blockIdx.x]);
 }
-#define LAUNCH_CLUSTERS(most, kernel, threads, smem, stream, ...)                                                      \
-    hc::launch_kernel(#kernel, true, kernel, dim3(CLUSTER), dim3(threads), smem, stream, __VA_ARGS__)
+#define LAUNCH_CLUSTERS(most, size, kernel, threads, smem, stream, ...)                                                \
+    hc::launch_kernel(#kernel, true, kernel, dim3(size), dim3(threads), smem, stream, __VA_ARGS__)
 template <int OPEN> inline void cp_async_wait() { hc::cp_async_wait(OPEN); }
 inline unsigned pack_f16(float lo, float hi) {
     auto one = [](float x) -> unsigned { return x != x ? 0x7fffu : narrow<f16>(x).bits; };

@@ -4,7 +4,7 @@
  * with 0 only when nobody noticed. Number 0 is correct and must pass everywhere. tests/bugs.sh runs the list. */
 #include <cstdlib>
 
-#include "tensor.cuh"
+#include "bulk.cuh"
 
 static cudaStream_t s, other;
 static float *d, *h;
@@ -267,6 +267,57 @@ static int wait_in_capture() {
     return wait(), 0;
 }
 
+/* bulk copies: d[i] = counts[i] + 1 by way of shared memory, with one thing left out or wrong */
+enum Slip { NO_SLIP, NO_WAIT, ODD_SIZE, TOO_MANY, TOO_FEW, TWO_ARRIVALS, NO_FENCE, NO_READ, NO_GATE, OTHER_PLACE };
+__global__ void bulk_copies(const int *from, float *to, Slip slip) {
+    SHARED_ARRAY(int, room, 64);
+    SHARED_ARRAY(Gate, gate, 2);
+    const int i = threadIdx.x;
+    const unsigned bytes = slip == ODD_SIZE ? 248 : 256;
+    if (i == 0 && slip != NO_GATE) gate_init(gate, 1);
+    gates_ready();
+    __syncthreads();
+    if (i == 0) {
+        gate_expect(gate, slip == TOO_MANY ? 128 : slip == TOO_FEW ? 512 : bytes);
+        if (slip == TWO_ARRIVALS) gate_expect(gate, 0);
+        bulk_load(slip == OTHER_PLACE ? room + 1 : room, from, bytes, gate);
+    }
+    if (slip != NO_WAIT) gate_wait(gate, 0);
+    const float x = (float)room[i] + 1;
+    __syncthreads();
+    reinterpret_cast<float *>(room)[i] = x;
+    if (slip != NO_FENCE) bulk_fence();
+    __syncthreads();
+    if (i) return;
+    bulk_store(to, room, 256);
+    bulk_commit();
+    if (slip != NO_READ) bulk_wait<0>();
+}
+template <Slip slip> static int bulk() {
+    must(LAUNCH(bulk_copies, 1, N, 0, s, counts, d, slip));
+    return compare(N, one);
+}
+
+/* the blocks of a cluster tell each other their ranks; one that is told of too few bytes, too many of them */
+__global__ void tell_ranks(float *o, int extra) {
+    DYN_SHARED(unsigned char, base);
+    float *told = reinterpret_cast<float *>(base);
+    Gate *gate = reinterpret_cast<Gate *>(base + 64);
+    if (threadIdx.x == 0) gate_init(gate, 1);
+    gates_ready();
+    cluster_begin(base);
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) gate_expect(gate, CLUSTER * 4 - extra);
+    if (threadIdx.x < CLUSTER) remote_store(told + rank, threadIdx.x, (float)rank, gate);
+    gate_wait(gate, 0);
+    if (threadIdx.x < CLUSTER) o[rank * CLUSTER + threadIdx.x] = 1 + told[threadIdx.x] - (float)threadIdx.x;
+    cluster_sync();
+}
+template <int EXTRA> static int ranks_told() {
+    must(LAUNCH_CLUSTERS(1, CLUSTER, tell_ranks, 32, 128, s, d, EXTRA));
+    return compare(N, one);
+}
+
 static const struct {
     const char *mode, *what;
     int (*run)();
@@ -300,6 +351,18 @@ static const struct {
     {"thread", "the same between barriers", blocks_between_barriers},
     {"plain", "allocation while a graph is captured", allocation_in_capture},
     {"plain", "wait while a graph is captured", wait_in_capture},
+    {"none", "correct bulk copies", bulk<NO_SLIP>},
+    {"plain", "bulk load read before its gate", bulk<NO_WAIT>},
+    {"plain", "bulk load of no multiple of 16 bytes", bulk<ODD_SIZE>},
+    {"plain", "bulk load to no multiple of 16", bulk<OTHER_PLACE>},
+    {"plain", "more bytes than a gate was told of", bulk<TOO_MANY>},
+    {"plain", "fewer bytes than a gate was told of", bulk<TOO_FEW>},
+    {"plain", "more arrivals than a gate was made for", bulk<TWO_ARRIVALS>},
+    {"plain", "bulk store without a fence", bulk<NO_FENCE>},
+    {"plain", "a thread that ends before its bulk store was read", bulk<NO_READ>},
+    {"plain", "a gate that was not made", bulk<NO_GATE>},
+    {"none", "correct stores within a cluster", ranks_told<0>},
+    {"plain", "stores within a cluster, more than announced", ranks_told<4>},
 };
 
 int main(int argc, char **argv) {

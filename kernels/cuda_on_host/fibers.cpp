@@ -8,13 +8,16 @@
 #include "inside.h"
 #include "tensor.h"
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdarg>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <sys/mman.h>
 #include <thread>
 #include <unistd.h>
+#include <unordered_set>
 #include <vector>
 #if defined(HC_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -76,9 +79,19 @@ struct Async {
     const void *s;
     int n, group; /* bytes, the rest of 16 is zeroed */
 };
+struct Store { // a bulk store: global, shared, and what was read of it
+    void *d;
+    const void *s;
+    unsigned n;
+    int group;
+    std::vector<char> read;
+};
 struct Fiber {
     std::vector<Async> pending;
     int groups = 0; /* committed so far */
+    std::vector<Store> stores;
+    int store_groups = 0;
+    bool fenced = false; /* since the last bulk_commit */
     Ctx c;
     char *lo = nullptr;
     size_t n = 0;
@@ -109,10 +122,37 @@ struct GridBar {
     unsigned n = 0, in = 0, gen = 0;
     char tok[2];
 };
+struct Move { // bytes on the way to shared memory
+    void *d;
+    const void *s; // null: the value
+    unsigned n;
+    float value;
+};
+struct Gate { // an mbarrier: arrivals and bytes of the phase under way
+    const void *block; // null: it has ended
+    int arrivals, left;
+    unsigned long long announced, under_way;
+    unsigned phase;
+    std::vector<Move> moves;
+    char tok;
+};
+// gates of a launch; `events` counts what may let a waiting thread go on
+struct Gates {
+    std::mutex m;
+    std::condition_variable cv;
+    std::deque<Gate> all;
+    std::unordered_set<unsigned long long> known; // their addresses
+    unsigned long events = 0;
+    void happened() {
+        events++;
+        cv.notify_all();
+    }
+};
 struct Job {
     const Launch *l;
     const std::function<void()> *body;
     GridBar *gb = nullptr;
+    Gates gates;
     std::atomic<unsigned long> next{0};
     unsigned long nblk = 0;
     char tok = 0;
@@ -164,6 +204,8 @@ struct Runner {
         void *p;
     };
     std::vector<Static> statics; // SHARED_ARRAY storage of the block
+    std::vector<Thread *> asleep; // threads that wait at gates
+    unsigned long seen = 0;       // events of the gates when they were last woken
 
     Runner() {
         all.reserve(2048);
@@ -253,6 +295,30 @@ struct Runner {
         if (!(x.runnable | x.unstarted)) ready &= ~(1u << wi);
         return &th[wi * 32 + l];
     }
+    // as pick; when nothing else can run, threads at gates look again, once something has happened there
+    Thread *pick_or_wake(int wi, bool *fresh) {
+        Thread *t = pick(wi, fresh);
+        if (t || asleep.empty()) return t;
+        Gates &g = job->gates;
+        std::unique_lock<std::mutex> k(g.m);
+        auto news = [&] { return g.events != seen; };
+        if (!news() && (!job->gb || !g.cv.wait_for(k, std::chrono::seconds(10), news))) {
+            cur = asleep[0];
+            describe_gates(g);
+        }
+        seen = g.events;
+        k.unlock();
+        for (Thread *a : asleep) wake(a->warp, 1u << a->lane);
+        asleep.clear();
+        return pick(wi, fresh);
+    }
+    [[noreturn]] void describe_gates(Gates &g) {
+        for (Gate &x : g.all)
+            if (x.block && (x.left != x.arrivals || x.announced || x.under_way))
+                fprintf(stderr, "hc: a gate waits for %d of %d arrivals; %llu bytes were announced, %llu are there\n",
+                        x.left, x.arrivals, x.announced, x.under_way);
+        fail("%s:%d: threads wait at gates for what nobody sends", cur->file, cur->line);
+    }
     void wake(int wi, unsigned lanes) {
         w[wi].runnable |= lanes;
         if (lanes) ready |= 1u << wi;
@@ -273,7 +339,7 @@ struct Runner {
         t->file = s.file;
         t->line = s.line;
         bool fresh;
-        Thread *n = pick(t->warp, &fresh);
+        Thread *n = pick_or_wake(t->warp, &fresh);
         if (!n) deadlock();
         if (n == t) return;
         if (fresh) {
@@ -301,6 +367,7 @@ struct Runner {
             cur = t;
             ACQ(&tok_begin);
             (*job->body)();
+            end_stores(f);
             REL(&tok_end);
             Warp &x = w[t->warp];
             x.alive &= ~(1u << t->lane);
@@ -312,7 +379,7 @@ struct Runner {
                 HC_LANES(l, ws) if (x.waiting >> l & 1) try_complete(t->warp, l);
             }
             bool fresh;
-            Thread *n = pick(t->warp, &fresh);
+            Thread *n = pick_or_wake(t->warp, &fresh);
             if (!n) {
                 if (alive) deadlock();
                 put_idle(f);
@@ -335,6 +402,24 @@ struct Runner {
 #endif
             cur = n;
             jump(f, n->fib);
+        }
+    }
+    static void end_stores(Fiber *f) {
+        for (Store &x : f->stores) {
+            if (x.read.empty()) fail("a thread ends, but its bulk stores may not have been read");
+            memcpy(x.d, x.read.data(), x.n);
+        }
+        f->stores.clear();
+        f->fenced = false;
+    }
+    void end_gates() {
+        Gates &g = job->gates;
+        std::lock_guard<std::mutex> k(g.m);
+        for (Gate &x : g.all) {
+            if (x.block != &blk) continue;
+            if (!x.moves.empty() && (x.left || x.under_way != x.announced))
+                fail("a block ends with %llu bytes on the way to its shared memory", x.under_way);
+            x.block = nullptr;
         }
     }
     std::vector<Fiber *> retired;
@@ -406,6 +491,7 @@ struct Runner {
         REL(&tok_begin);
         cur = t;
         jump(&main, t->fib);
+        end_gates();
         for (Fiber *f : retired) put_idle(f);
         retired.clear();
         // TSan: the block's memory is freed in a context of its own, so that `main` learns nothing of this block's
@@ -498,6 +584,110 @@ void cp_async_wait(int open) {
         if (c.n < 16) memset((char *)c.d + c.n, 0, (size_t)(16 - c.n));
     }
     f->pending.resize(left);
+}
+// ---------------------------------------------------------------- gates and bulk copies
+static Gate *gate_of(unsigned long long *word) {
+    if (!cur->fib->run->job->gates.known.count(*word)) fail("this gate was not made by gate_init");
+    Gate *g = (Gate *)(uintptr_t)*word;
+    if (!g->block) fail("a gate in the shared memory of a block that has ended");
+    return g;
+}
+static bool complete(const Gate &g) { return g.left == 0 && g.under_way == g.announced; }
+// the phase ends: bytes land
+static void finish_phase(Gate &g) {
+    for (Move &x : g.moves) memcpy(x.d, x.s ? x.s : &x.value, x.n);
+    g.moves.clear();
+    g.announced = g.under_way = 0;
+    g.left = g.arrivals;
+    g.phase++;
+}
+void gate_init(unsigned long long *word, int arrivals) {
+    if (arrivals < 1) fail("a gate for %d arrivals", arrivals);
+    Runner *r = cur->fib->run;
+    Gates &all = r->job->gates;
+    std::lock_guard<std::mutex> k(all.m);
+    all.all.push_back(Gate{&r->blk, arrivals, arrivals, 0, 0, 0, {}, 0});
+    *word = (unsigned long long)(uintptr_t)&all.all.back();
+    all.known.insert(*word);
+}
+void gate_expect(unsigned long long *word, unsigned bytes) {
+    Gates &all = cur->fib->run->job->gates;
+    std::lock_guard<std::mutex> k(all.m);
+    Gate *g = gate_of(word);
+    if (complete(*g)) finish_phase(*g);
+    if (!g->left) fail("more arrivals at a gate than the %d it was made for", g->arrivals);
+    REL(&g->tok);
+    g->left--;
+    g->announced += bytes;
+    if (!g->left && g->under_way > g->announced)
+        fail("%llu bytes come to a gate that was told of %llu", g->under_way, g->announced);
+    all.happened();
+}
+void gate_bring(unsigned long long *word, void *to, const void *from, unsigned bytes, bool bulk) {
+    if (bulk && ((uintptr_t)to | (uintptr_t)from | bytes) % 16)
+        fail("bulk load: an address or the size, %u, is no multiple of 16", bytes);
+    if (!bytes) fail("a bulk copy of nothing");
+    Gates &all = cur->fib->run->job->gates;
+    std::lock_guard<std::mutex> k(all.m);
+    Gate *g = gate_of(word);
+    if (complete(*g)) finish_phase(*g);
+    REL(&g->tok);
+    Move m = {to, bulk ? from : nullptr, bytes, 0};
+    if (!bulk) memcpy(&m.value, from, sizeof m.value);
+    g->moves.push_back(m);
+    g->under_way += bytes;
+    if (!g->left && g->under_way > g->announced)
+        fail("%llu bytes come to a gate that was told of %llu", g->under_way, g->announced);
+    all.happened();
+}
+void gate_wait(unsigned long long *word, unsigned parity, Site s) {
+    Runner *r = cur->fib->run;
+    Gates &all = r->job->gates;
+    for (;;) {
+        {
+            std::lock_guard<std::mutex> k(all.m);
+            Gate *g = gate_of(word);
+            if (g->block != &r->blk) fail("%s:%d: only its own block may wait at a gate", s.file, s.line);
+            if ((g->phase & 1) == (parity & 1) && complete(*g)) {
+                ACQ(&g->tok);
+                finish_phase(*g);
+                REL(&g->tok);
+                all.happened();
+            }
+            if ((g->phase & 1) != (parity & 1)) {
+                ACQ(&g->tok);
+                return;
+            }
+        }
+        r->asleep.push_back(cur);
+        r->suspend(s);
+    }
+}
+void bulk_store(void *global, const void *shared, unsigned bytes) {
+    Fiber *f = cur->fib;
+    if (((uintptr_t)global | (uintptr_t)shared | bytes) % 16)
+        fail("bulk store: an address or the size, %u, is no multiple of 16", bytes);
+    if (!f->fenced) fail("bulk store: no fence after what was written before");
+    f->stores.push_back({global, shared, bytes, f->store_groups, {}});
+}
+void bulk_fence() { cur->fib->fenced = true; }
+void bulk_commit() {
+    cur->fib->store_groups++;
+    cur->fib->fenced = false;
+}
+void bulk_wait(int open, bool read_only) {
+    Fiber *f = cur->fib;
+    size_t left = 0;
+    for (size_t i = 0; i < f->stores.size(); i++) {
+        Store &x = f->stores[i];
+        const bool due = x.group < f->store_groups - open;
+        if (due && x.read.empty()) x.read.assign((const char *)x.s, (const char *)x.s + x.n);
+        if (due && !read_only)
+            memcpy(x.d, x.read.data(), x.n);
+        else if (left++ != i)
+            f->stores[left - 1] = std::move(x);
+    }
+    f->stores.resize(left);
 }
 void *shared_mem(const void *key, size_t n, size_t align) {
     Runner *r = cur->fib->run;

@@ -4,8 +4,8 @@
  * store when a thread waits for its phase and the phase is complete, a bulk store when its group is waited for; so what
  * reads too early reads what lay there before. Stops the program: addresses or sizes that are no multiples of 16, a gate
  * that was not made or whose block has ended, more arrivals than it was made for, more bytes than were announced, bytes
- * that a complete set of waiting threads waits for in vain, a bulk store without a fence, a thread that ends with bulk
- * stores that may not have been read, a block that ends with bytes on the way to it. */
+ * that a complete set of waiting threads waits for in vain, a bulk store without a fence, a bulk load over what
+ * a bulk store may not have read, a thread that ends with such stores, a block that ends with bytes on the way to it. */
 #ifndef EXC_CUDA_BULK_H
 #define EXC_CUDA_BULK_H
 

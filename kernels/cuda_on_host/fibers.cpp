@@ -627,6 +627,13 @@ void gate_bring(unsigned long long *word, void *to, const void *from, unsigned b
     if (bulk && ((uintptr_t)to | (uintptr_t)from | bytes) % 16)
         fail("bulk load: an address or the size, %u, is no multiple of 16", bytes);
     if (!bytes) fail("a bulk copy of nothing");
+    if (bulk)
+        for (Thread &t : cur->fib->run->th)
+            for (size_t i = 0; t.fib && t.fib->start == &t && i < t.fib->stores.size(); i++) {
+                const Store &x = t.fib->stores[i];
+                if (x.read.empty() && (char *)to < (const char *)x.s + x.n && (const char *)x.s < (char *)to + bytes)
+                    fail("bulk load over what a bulk store may not have read yet");
+            }
     Gates &all = cur->fib->run->job->gates;
     std::lock_guard<std::mutex> k(all.m);
     Gate *g = gate_of(word);

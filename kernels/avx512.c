@@ -12,6 +12,8 @@
 #define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq")))
 #define TARGET_DOT __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
 #define BODY static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq")))
+#define TARGET_BYTES __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx512vbmi")))
+#define BODY_BYTES static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,avx512vbmi")))
 #define BODY_DOT static inline __attribute__((always_inline, target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16")))
 
 /* -------------------------------------------------------------------------------------------------------------- ends */
@@ -151,6 +153,11 @@ TARGET static void gather_pairs(const void *const *row, int rows, int64_t k, voi
     gather_words(row, rows, k, (k + 1) / 2, tile);
 }
 
+/* quantised weights come four inputs at a time */
+TARGET static void gather_quads(const void *const *row, int rows, int64_t k, void *tile) {
+    gather_words(row, rows, k, (k + 3) / 4 * 2, tile);
+}
+
 TARGET static void gather_f32(const void *const *row, int rows, int64_t k, void *tile) {
     gather_words(row, rows, 2 * k, (k + 1) / 2 * 2, tile);
 }
@@ -240,26 +247,42 @@ BODY void wide_f32(const void *tile, int rows, const exc_weights *w, int64_t k, 
 
 /* ------------------------------------------------------------------------------------------------------------- codes
  *
- * Two inputs of 16 outputs: 16 words of e4m3 or 16 bytes of fp4. For dot products they become bf16: an e4m3 moves into place and
- * gets another bias, its subnormal numbers and all fp4 are looked up by vpermw, which minds five bits of an index. For f32 the
+ * Two inputs of 16 outputs: 16 words of e4m3 or 16 bytes of fp4. For dot products they become bf16, four inputs at a time: bytes
+ * of an e4m3 are looked up by its lower seven bits, all fp4 by vpermw, which minds five bits of an index. For f32 the
  * shifted code is a number 2^-120 too small, or picks one of sixteen. Codes are whole operands: the scale is applied to
  * the sums of a span, which are added up in `out`; fewer rows than for bf16 leave registers for the decoding. */
 
 #define CODE_ROWS 12
 
-BODY_DOT __m512bh codes_bf16(const uint8_t *w, int dtype) {
+/* bits of the bf16 of an e4m3 without its sign, upper or lower byte */
+#define E4M3_BITS(c) ((c) > 7 ? (c) * 16 + 0x3c00 : (c) > 3 ? (c) * 32 + 0x3b80 : (c) > 1 ? (c) * 64 + 0x3b00 : (c) * 0x3b00)
+#define UPPER(c) E4M3_BITS(c) >> 8
+#define LOWER(c) E4M3_BITS(c) & 0xff
+#define EIGHT(f, c) f(c), f(c + 1), f(c + 2), f(c + 3), f(c + 4), f(c + 5), f(c + 6), f(c + 7)
+#define SIXTY_FOUR(f, c)                                                                                                         \
+    EIGHT(f, c), EIGHT(f, c + 8), EIGHT(f, c + 16), EIGHT(f, c + 24), EIGHT(f, c + 32), EIGHT(f, c + 40), EIGHT(f, c + 48), EIGHT(f, c + 56)
+static const uint8_t upper_bytes[128] __attribute__((aligned(64))) = {SIXTY_FOUR(UPPER, 0), SIXTY_FOUR(UPPER, 64)};
+static const uint8_t lower_bytes[128] __attribute__((aligned(64))) = {SIXTY_FOUR(LOWER, 0), SIXTY_FOUR(LOWER, 64)};
+
+/* the bf16 of inputs i, i+1 and of i+2, i+3 of 16 outputs */
+BODY_BYTES void codes_bf16(const uint8_t *w, int dtype, __m512bh *first, __m512bh *second) {
     if (dtype == EXC_F4) {
         __m512i table = _mm512_set_epi16(-0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080, -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040,
                                          0x4000, 0x3fc0, 0x3f80, 0x3f00, 0, -0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080,
                                          -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0);
-        __m512i b = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w));
-        return (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(b, _mm512_slli_epi32(b, 12)), table);
+        __m512i halves = _mm512_set1_epi64(0x2424202004040000); /* word by word: the byte's lower half, its upper half */
+        __m512i a = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w)), b = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w + 1));
+        *first = (__m512bh)_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(halves, a), table);
+        *second = (__m512bh)_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(halves, b), table);
+        return;
     }
-    __m512i small = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    __m512i c = _mm512_cvtepu8_epi16(_mm256_load_si256((const __m256i *)w)), size = _mm512_slli_epi16(c, 4);
-    size = _mm512_add_epi16(_mm512_and_si512(size, _mm512_set1_epi16(0x7f0)), _mm512_set1_epi16(0x3c00));
-    size = _mm512_mask_permutexvar_epi16(size, _mm512_testn_epi16_mask(c, _mm512_set1_epi16(0x78)), c, small);
-    return (__m512bh)_mm512_ternarylogic_epi32(size, _mm512_slli_epi16(c, 8), _mm512_set1_epi16(-0x8000), 0xf8); /* a | b & c */
+    /* bytes of the two steps side by side, so that the unpacking puts them apart */
+    __m512i c = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_load_si512(w));
+    __m512i upper = _mm512_permutex2var_epi8(_mm512_load_si512(upper_bytes), c, _mm512_load_si512(upper_bytes + 64));
+    __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(lower_bytes), c, _mm512_load_si512(lower_bytes + 64));
+    upper = _mm512_ternarylogic_epi32(upper, c, _mm512_set1_epi8(-0x80), 0xf8); /* a | b & c */
+    *first = (__m512bh)_mm512_unpacklo_epi8(lower, upper);
+    *second = (__m512bh)_mm512_unpackhi_epi8(lower, upper);
 }
 
 BODY __m512 e4m3(__m512i top) {
@@ -298,28 +321,57 @@ BODY void fold(__m512 (*sum)[2], int rows, const uint8_t *const scale[2], int dt
     }
 }
 
-/* decoded: panels of bf16 codes, scales elsewhere */
-BODY_DOT void dot_spans(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, int decoded, float (*out)[EXC_PAIR]) {
-    const uint8_t *a = w->now[0], *b = w->now[1], *c = w->next[0], *d = w->next[1];
-    const uint8_t *const scale[2] = {decoded ? w->scale[0] : a + exc_code_bytes(k, dtype), decoded ? w->scale[1] : b + exc_code_bytes(k, dtype)};
-    const int64_t ahead = w->step, length = exc_scale_span(dtype), line = decoded ? 64 : dtype == EXC_F4 ? 16 : 32;
-    const int32_t *x = tile;
-    for (int64_t first = 0, span = 0; first < k; first += length, span++) {
-        int64_t last = first + length < k ? first + length : k;
-        __m512 sum[CODE_ROWS][2];
-        clear(sum, rows);
-        for (int64_t i = first; i < last; i += 2, a += line, b += line, c += ahead, d += ahead, x += rows) {
-            __m512bh wa = decoded ? (__m512bh)_mm512_load_si512(a) : codes_bf16(a, dtype);
-            __m512bh wb = decoded ? (__m512bh)_mm512_load_si512(b) : codes_bf16(b, dtype);
-            fetch(c, d);
-#pragma GCC unroll 12
-            for (int r = 0; r < rows; r++) {
+/* the sums of `spans` spans of a pair of panels at once, each a chain of its own; a span has `steps` times four inputs */
+typedef struct coded {
+    const uint8_t *now[2], *next[2];
+    const int32_t *x;
+    int64_t ahead;
+} coded;
+BODY_BYTES void dot_steps(coded *q, int rows, int dtype, int decoded, int spans, int64_t steps, __m512 (*sum)[CODE_ROWS][2]) {
+    const int64_t line = decoded ? 128 : dtype == EXC_F4 ? 32 : 64;
+    for (int64_t i = 0; i < steps; i++) {
+#pragma GCC unroll 4
+        for (int s = 0; s < spans; s++) {
+            const int32_t *x = q->x + s * steps * 2 * rows;
+            __m512bh w[2][2];
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) {
+                const uint8_t *at = q->now[p] + s * steps * line;
+                if (!decoded) codes_bf16(at, dtype, &w[p][0], &w[p][1]);
+                else w[p][0] = (__m512bh)_mm512_load_si512(at), w[p][1] = (__m512bh)_mm512_load_si512(at + 64);
+            }
+#pragma GCC unroll 24
+            for (int r = 0; r < 2 * rows; r++) {
                 __m512bh v = (__m512bh)_mm512_set1_epi32(x[r]);
-                sum[r][0] = _mm512_dpbf16_ps(sum[r][0], v, wa);
-                sum[r][1] = _mm512_dpbf16_ps(sum[r][1], v, wb);
+                sum[s][r % rows][0] = _mm512_dpbf16_ps(sum[s][r % rows][0], v, w[0][r / rows]);
+                sum[s][r % rows][1] = _mm512_dpbf16_ps(sum[s][r % rows][1], v, w[1][r / rows]);
             }
         }
-        fold(sum, rows, scale, dtype, span, out);
+        fetch(q->next[0], q->next[1]);
+        q->next[0] += q->ahead, q->next[1] += q->ahead;
+        q->now[0] += line, q->now[1] += line, q->x += 2 * rows;
+    }
+    q->now[0] += (spans - 1) * steps * line, q->now[1] += (spans - 1) * steps * line, q->x += (spans - 1) * steps * 2 * rows;
+}
+
+/* decoded: panels of bf16 codes, scales elsewhere. Few rows make few chains, which wait for themselves: two spans run together. */
+BODY_BYTES void dot_spans(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, int decoded, float (*out)[EXC_PAIR]) {
+    const uint8_t *const scale[2] = {decoded ? w->scale[0] : w->now[0] + exc_code_bytes(k, dtype),
+                                     decoded ? w->scale[1] : w->now[1] + exc_code_bytes(k, dtype)};
+    const int64_t length = exc_scale_span(dtype), together = rows < 4 ? 2 : 1;
+    coded q = {{w->now[0], w->now[1]}, {w->next[0], w->next[1]}, tile, w->step};
+    int64_t first = 0, span = 0;
+    for (; first + together * length <= k; first += together * length, span += together) {
+        __m512 sum[2][CODE_ROWS][2];
+        for (int s = 0; s < together; s++) clear(sum[s], rows);
+        dot_steps(&q, rows, dtype, decoded, (int)together, length / 4, sum);
+        for (int s = 0; s < together; s++) fold(sum[s], rows, scale, dtype, span + s, out);
+    }
+    for (; first < k; first += length, span++) {
+        __m512 sum[1][CODE_ROWS][2];
+        clear(sum[0], rows);
+        dot_steps(&q, rows, dtype, decoded, 1, ((first + length < k ? length : k - first) + 3) / 4, sum);
+        fold(sum[0], rows, scale, dtype, span, out);
     }
 }
 
@@ -375,10 +427,10 @@ TARGET static void multiply_f32(const void *tile, int rows, const exc_weights *w
     CHOOSE(wide_f32)
 }
 
-BODY_DOT void dot_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+BODY_BYTES void dot_codes(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
     dot_spans(tile, rows, w, k, dtype, 0, out);
 }
-BODY_DOT void dot_decoded(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
+BODY_BYTES void dot_decoded(const void *tile, int rows, const exc_weights *w, int64_t k, int dtype, float (*out)[EXC_PAIR]) {
     dot_spans(tile, rows, w, k, dtype, 1, out);
 }
 
@@ -398,29 +450,33 @@ BODY_DOT void dot_decoded(const void *tile, int rows, const exc_weights *w, int6
     default: body(tile, 12, w, k, dtype, out);                 \
     }
 
-TARGET_DOT static void dot_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+TARGET_BYTES static void dot_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE_CODES(dot_codes, EXC_F8_E4M3)
 }
 
-TARGET_DOT static void dot_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+TARGET_BYTES static void dot_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE_CODES(dot_codes, EXC_F4)
 }
 
-TARGET_DOT static void dot_decoded_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+TARGET_BYTES static void dot_decoded_f8(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE_CODES(dot_decoded, EXC_F8_E4M3)
 }
 
-TARGET_DOT static void dot_decoded_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
+TARGET_BYTES static void dot_decoded_f4(const void *tile, int rows, const exc_weights *w, int64_t k, float (*out)[EXC_PAIR]) {
     CHOOSE_CODES(dot_decoded, EXC_F4)
 }
 
-TARGET_DOT static void decode_f8(const uint8_t *panel, int64_t k, uint8_t *out) {
-    for (int64_t i = 0; i < k; i += 2, panel += 32, out += 64) _mm512_store_si512(out, (__m512i)codes_bf16(panel, EXC_F8_E4M3));
+BODY_BYTES void decode(const uint8_t *panel, int64_t k, int dtype, uint8_t *out) {
+    for (int64_t i = 0; i < k; i += 4, panel += dtype == EXC_F4 ? 32 : 64, out += 128) {
+        __m512bh first, second;
+        codes_bf16(panel, dtype, &first, &second);
+        _mm512_store_si512(out, (__m512i)first);
+        _mm512_store_si512(out + 64, (__m512i)second);
+    }
 }
 
-TARGET_DOT static void decode_f4(const uint8_t *panel, int64_t k, uint8_t *out) {
-    for (int64_t i = 0; i < k; i += 2, panel += 16, out += 64) _mm512_store_si512(out, (__m512i)codes_bf16(panel, EXC_F4));
-}
+TARGET_BYTES static void decode_f8(const uint8_t *panel, int64_t k, uint8_t *out) { decode(panel, k, EXC_F8_E4M3, out); }
+TARGET_BYTES static void decode_f4(const uint8_t *panel, int64_t k, uint8_t *out) { decode(panel, k, EXC_F4, out); }
 
 static size_t code_bytes_f8(int64_t k) { return exc_code_bytes(k, EXC_F8_E4M3); }
 static size_t code_bytes_f4(int64_t k) { return exc_code_bytes(k, EXC_F4); }
@@ -445,9 +501,9 @@ const exc_tile exc_tile_avx512[EXC_TILES] = {
 
 const exc_tile exc_tile_dot[EXC_TILES] = {
     [EXC_TILE_BF16_BF16] = {ROWS, 2, 2, 64, gather_pairs, multiply_dot, exc_store_avx512, exc_gate_avx512},
-    [EXC_TILE_BF16_F8] = {CODE_ROWS, 2, 2, 32, gather_pairs, dot_f8, exc_store_avx512, exc_gate_avx512, decode_f8, dot_decoded_f8,
+    [EXC_TILE_BF16_F8] = {CODE_ROWS, 4, 2, 64, gather_quads, dot_f8, exc_store_avx512, exc_gate_avx512, decode_f8, dot_decoded_f8,
                           code_bytes_f8},
-    [EXC_TILE_BF16_F4] = {CODE_ROWS, 2, 2, 16, gather_pairs, dot_f4, exc_store_avx512, exc_gate_avx512, decode_f4, dot_decoded_f4,
+    [EXC_TILE_BF16_F4] = {CODE_ROWS, 4, 2, 32, gather_quads, dot_f4, exc_store_avx512, exc_gate_avx512, decode_f4, dot_decoded_f4,
                           code_bytes_f4},
 };
 #else

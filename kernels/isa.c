@@ -39,8 +39,8 @@ static enum exc_isa find(void) {
     uint32_t wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if ((state & zmm) != zmm || (b & wide) != wide) return EXC_ISA_AVX2;
     const uint32_t amx = 1u << 22 | 1u << 24; /* AMX-BF16, AMX-TILE in EDX of leaf 7.0 */
-    int has_amx = (state & tiles) == tiles && (d & amx) == amx;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return EXC_ISA_AVX512; /* AVX512_BF16 */
+    int has_amx = (state & tiles) == tiles && (d & amx) == amx, has_bytes = c >> 1 & 1; /* AVX512_VBMI */
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5) || !has_bytes) return EXC_ISA_AVX512; /* AVX512_BF16 */
     if (has_amx && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return EXC_ISA_AMX;
     return EXC_ISA_AVX512BF16;
 }

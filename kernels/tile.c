@@ -161,7 +161,7 @@ static void sweep_pair(const exc_sweep *s, int64_t p, int64_t first, int64_t row
     /* a panel line a step, spread over the tiles; a single tile is bound by memory, and the processor's own prefetch, which sees
      * two long streams, keeps that busier than we can */
     w.step = tiles > 1 ? (s->tile->line + tiles - 1) / tiles : 0;
-    int decoded = room && tiles > 1;
+    int decoded = room && tiles > 3; /* fewer decode in registers: a pair goes through the second-level cache */
     if (decoded) decode_pair(s, &w, room);
     for (int64_t r = 0, n; r < rows; r += n) {
         n = tile_height(s->tile, r, rows);

@@ -38,6 +38,15 @@ static exc_status choose(exc_ctx *ctx, const char *name)
     return exc_fail(ctx, EXC_ERR_USAGE, "backend: expected cpu or cuda, found %s", exc_show(name, strlen(name)));
 }
 
+static exc_status open_backend(exc_ctx *ctx)
+{
+    exc_status st = choose(ctx, ctx->opt.backend);
+    if (st == EXC_OK) st = exc_queue_open(ctx, ctx->opt.threads);
+    ctx->queue.reproducible = ctx->opt.reproducible != 0;
+    ctx->queue.nonfinite = &ctx->nonfinite;
+    return st == EXC_OK && !ctx->ops ? exc_device_open(ctx, ctx->opt.device) : st;
+}
+
 exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
 {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
@@ -53,13 +62,8 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     if (!ctx) return EXC_ERR_MEMORY;
     ctx->opt = opt;
     *out = ctx; /* also on failure: exc_ctx_error() says why, exc_ctx_free() is due */
-    exc_status st = choose(ctx, opt.backend);
-    if (st == EXC_OK) st = exc_queue_open(ctx, opt.threads);
-    if (st == EXC_OK) st = exc_ranks_open(ctx, opt.ranks);
-    ctx->queue.reproducible = opt.reproducible != 0;
-    ctx->queue.nonfinite = &ctx->nonfinite;
-    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, opt.device);
-    return st;
+    EXC_TRY(exc_ranks_open(ctx, opt.ranks)); /* first: so that a backend that cannot be used is said once */
+    return exc_ranks_agree(ctx, "opening the backend", open_backend(ctx));
 }
 
 void exc_ctx_free(exc_ctx *ctx)

@@ -1,4 +1,4 @@
-/* ranks.c - the communicator over a transport module: announcements, sums in rank order, pieces of any size.
+/* ranks.c - the communicator over a transport: announcements, sums in rank order, pieces of any size.
  *
  * A context without ranks is rank 0 of 1 and every call here is a plain copy or nothing at all, so that callers have
  * one way to write their loops. */
@@ -75,13 +75,7 @@ static exc_status allocate(exc_ctx *ctx, const exc_transport *t, int rank, int s
     return r->mine && r->all && r->bytes ? EXC_OK : EXC_ERR_MEMORY;
 }
 
-exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
-    bool must = how && !strcmp(how, "mpi");
-    if (!how || !strcmp(how, "none")) return EXC_OK;
-    if (!must && strcmp(how, "auto"))
-        return exc_fail(ctx, EXC_ERR_USAGE, "ranks: expected auto, mpi or none, found %s", exc_show(how, strlen(how)));
-    long n = launched();
-    if (!must && n == 1) return EXC_OK;
+static exc_status open_mpi(exc_ctx *ctx, long n, const exc_transport **t) {
     char why[512];
     void *module = exc_library_open("libexcise_mpi.so", "EXCISE_MPI_MODULE", why, sizeof why);
     if (!module)
@@ -89,9 +83,20 @@ exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
     exc_transport_fn get = NULL;
     void *symbol = dlsym(module, EXC_TRANSPORT_SYMBOL);
     memcpy(&get, &symbol, sizeof get);
-    const exc_transport *t = get ? get() : NULL;
-    if (!t || t->version != EXC_TRANSPORT_VERSION)
-        return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: the MPI module is of another version of Excise");
+    *t = get ? get() : NULL;
+    if (*t && (*t)->version == EXC_TRANSPORT_VERSION) return EXC_OK;
+    return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: the MPI module is of another version of Excise");
+}
+
+exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
+    bool must = how && !strcmp(how, "mpi");
+    if (!how || !strcmp(how, "none")) return EXC_OK;
+    if (!must && strcmp(how, "auto"))
+        return exc_fail(ctx, EXC_ERR_USAGE, "ranks: expected auto, mpi or none, found %s", exc_show(how, strlen(how)));
+    const exc_transport *t = !must && getenv(EXC_RANK_SOCKETS) ? &exc_sockets : NULL;
+    long n = launched();
+    if (!must && !t && n == 1) return EXC_OK;
+    if (!t) EXC_TRY(open_mpi(ctx, n, &t));
     int rank = 0, size = 1;
     const char *bad = t->join(&rank, &size, time_limit());
     if (bad) return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: %s", bad);

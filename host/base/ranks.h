@@ -3,8 +3,9 @@
  * All ranks make the same calls in the same order. Two movements of bytes carry everything (all_gather, all_to_all);
  * sums are gathered and added in rank order, so every rank has the same bits. Before bytes move the ranks tell
  * each other what they are about to do: ranks out of step get an error that names both places, and a rank that does
- * not come within the time limit is named too, so nobody waits for a dead one. The transport is a module opened at
- * run time (MPI: mpi.c): one binary runs with and without it. */
+ * not come within the time limit is named too, so nobody waits for a dead one. The transport of host memory is sockets
+ * between ranks of one launcher of ours (sockets.c), or a module opened at run time (MPI: mpi.c): one binary runs with and
+ * without it. */
 #ifndef EXC_RANKS_H
 #define EXC_RANKS_H
 
@@ -12,7 +13,7 @@
 #include <stdint.h>
 
 /* What a transport module gives; counts of bytes are per peer, arrays are [size]. Functions return NULL or one sentence. */
-#define EXC_TRANSPORT_VERSION 1
+#define EXC_TRANSPORT_VERSION 2
 #define EXC_TRANSPORT_SYMBOL "exc_transport_table"
 typedef struct exc_transport {
     uint32_t version;
@@ -24,7 +25,12 @@ typedef struct exc_transport {
     /* at most INT32_MAX bytes a peer */
     const char *(*all_to_all)(const void *send, const size_t *send_bytes, const size_t *send_at, void *recv,
                               const size_t *recv_bytes, const size_t *recv_at);
+    /* outside an exchange: a rank that is known to have ended; NULL: none is */
+    const char *(*missing)(void);
 } exc_transport;
 typedef const exc_transport *(*exc_transport_fn)(void);
+
+#define EXC_RANK_SOCKETS "EXCISE_RANK_SOCKETS" /* the variable by which a rank finds its sockets */
+extern const exc_transport exc_sockets;
 
 #endif

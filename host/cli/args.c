@@ -18,7 +18,7 @@
 
 #include "cli.h"
 
-#define COMMON 9
+#define COMMON 10
 static void common(cli *c, cli_option out[COMMON]) {
     const cli_option table[COMMON] = {
         CLI_HEAD("every verb"),
@@ -27,7 +27,8 @@ static void common(cli *c, cli_option out[COMMON]) {
          "where work runs; a named one that is absent is an error. Default: the first usable"},
         {"--threads", CLI_INT, &c->threads, "N",
          "CPU threads; any number gives the same bits. Default: all cores"},
-        {"--gpus", CLI_TEXT, &c->gpus, "LIST", "devices of the cuda backend. Default: 0"},
+        {"--gpus", CLI_TEXT, &c->gpus, "0,1,..", "GPUs of the cuda backend, a process each. Default: 0"},
+        {"--ranks", CLI_COUNT, &c->ranks, "N", "processes on this machine that share the experts. Default: 1"},
         {"--reproducible", CLI_FLAG, &c->reproducible, NULL,
          "same logits, states, replies and sums, bit for bit, for any batching too"},
         {"--force", CLI_FLAG, &c->force, NULL, "overwrite existing outputs"},
@@ -146,7 +147,7 @@ static int store(cli *c, const cli_option *o, const char *value) {
     }
 }
 
-static exc_status open_context(cli *c) {
+static exc_status open_context(cli *c, int device) {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     opt.backend = c->backend;
     opt.threads = c->threads;
@@ -154,6 +155,7 @@ static exc_status open_context(cli *c) {
     opt.on_event = cli_event;
     opt.user = c;
     opt.ranks = "auto";
+    opt.device = device;
     exc_status st = exc_ctx_create(&opt, &c->ctx);
     int count = 1;
     if (c->ctx) exc_ctx_rank(c->ctx, &c->rank, &count);
@@ -207,7 +209,9 @@ int cli_begin(cli *c, const cli_option *options, int least, int most) {
         cli_usage(c, "usage: excise %s %s", c->verb->name, c->verb->usage);
         return 1;
     }
-    exc_status st = open_context(c);
+    int device = 0;
+    if (cli_launch(c, &device)) return 1;
+    exc_status st = open_context(c, device);
     if (st == EXC_OK) return 0;
     c->code = cli_done(c, st);
     return 1;
@@ -241,8 +245,8 @@ int cli_done(cli *c, exc_status st) {
     if (!strncmp(why, c->verb->name, n) && !strncmp(why + n, ": ", 2)) why += n + 2; /* said already */
     /* What all ranks refuse alike is said once: by the first, whose end makes the launcher end the others while they wait
      * here (mpirun takes a second or two). What only this one refuses, a file that its machine lacks, nobody else would say. */
-    bool ended = c->rank && nanosleep(&(struct timespec){.tv_sec = 4}, NULL);
-    if (!ended) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
+    for (int i = 0; c->rank && i < 80 && !cli_stopped(); i++) nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    if (!c->rank || !cli_stopped()) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
     return exc_status_exit(st);
 }
 

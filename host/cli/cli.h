@@ -26,7 +26,7 @@ typedef struct cli {
     char **argv;                /* after the verb */
     char **rest;                /* positional arguments, in order */
     int n_rest;
-    int json, quiet, verbose, force, threads, reproducible;
+    int json, quiet, verbose, force, threads, reproducible, ranks;
     const char *backend, *gpus;
     exc_ctx *ctx;
     int rank;                   /* of this process among those of one job */
@@ -51,10 +51,15 @@ int cli_result(cli *c, exc_status st, char *json, void (*text)(const json_t *));
 void cli_help(const cli_verb *verb, const cli_option *options);
 char *cli_relative(const char *file, const char *to); /* path of `file` as seen from the folder of `to`; malloc'ed */
 
+/* launch.c: starts the processes that --gpus and --ranks ask for. 0: go on, as one of them, on this device; else all have
+ * ended, or the options are wrong: return c->code. */
+int cli_launch(cli *c, int *device);
+
 /* progress.c */
 int cli_event(void *user, const exc_event *event);
 void cli_progress_end(cli *c);
 void cli_catch_signals(void);
+int cli_stopped(void); /* a signal asked to stop */
 double cli_clock(void);
 
 /* show.c */

@@ -28,6 +28,8 @@ void cli_catch_signals(void) {
     signal(SIGXFSZ, SIG_IGN); /* a file limit is an error message, not a death */
 }
 
+int cli_stopped(void) { return stop; }
+
 double cli_clock(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -96,12 +96,22 @@ const char *exc_device_why_not(void);             /* NULL when a GPU can be used
 exc_status exc_device_open(exc_ctx *ctx, int device);
 void exc_device_close(exc_ctx *ctx);
 exc_status exc_device_reserve(exc_ctx *ctx, size_t work_bytes); /* scratch of ops: at least this much from now on */
+size_t exc_device_free(exc_ctx *ctx); /* bytes that exc_device_alloc may still give; SIZE_MAX on the CPU */
+/* EXC_ERR_MEMORY: what is needed for what, and what is free; on a device only */
+exc_status exc_device_short(exc_ctx *ctx, size_t bytes, const char *fmt, ...) EXC_PRINTF(3, 4);
+/* after an op that refused for want of scratch: gives the queue what it asked for; true: call the op again */
+bool exc_device_grew(exc_ctx *ctx, exc_status st);
 exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what, void **p);
 void exc_device_release(exc_ctx *ctx, void *p);
 exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t bytes);
 exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes);
 exc_status exc_device_copy(exc_ctx *ctx, void *dst, const void *src, size_t bytes);
 exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
+/* Memory of the host that ops read or write too. On the CPU they take it as it is; on a device a block of the same size stands
+ * for it: mirror makes that block (NULL on the CPU), side is the one of the two that ops are given. put and get between
+ * the two cost nothing on the CPU. */
+exc_status exc_device_mirror(exc_ctx *ctx, size_t count, size_t size, const char *what, void **block);
+void *exc_device_side(const exc_ctx *ctx, void *host, void *block);
 /* for [job] calls, whose rooms hand host memory to ops: EXC_ERR_DEVICE on a context that works on a GPU */
 exc_status exc_device_jobs(exc_ctx *ctx, const char *call);
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */

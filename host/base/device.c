@@ -53,10 +53,21 @@ static void amount(double bytes, char text[32])
     snprintf(text, 32, u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
 }
 
-static exc_status too_little(exc_ctx *ctx, const char *what, size_t bytes)
+size_t exc_device_free(exc_ctx *ctx)
 {
     exc_device_info info = {0};
-    char need[32], have[32], all[32];
+    if (!ctx->module) return SIZE_MAX;
+    return ctx->module->describe(ctx->queue.device, &info) == EXC_OK ? (size_t)info.free : 0;
+}
+
+exc_status exc_device_short(exc_ctx *ctx, size_t bytes, const char *fmt, ...)
+{
+    exc_device_info info = {0};
+    char what[512], need[32], have[32], all[32];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(what, sizeof what, fmt, ap);
+    va_end(ap);
     ctx->module->describe(ctx->queue.device, &info);
     amount((double)bytes, need);
     amount((double)info.free, have);
@@ -64,6 +75,8 @@ static exc_status too_little(exc_ctx *ctx, const char *what, size_t bytes)
     return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %s of device memory needed, %s of %s are free on GPU %d (%s)", what, need, have,
                     all, ctx->queue.device, info.name);
 }
+
+static exc_status too_little(exc_ctx *ctx, const char *what, size_t bytes) { return exc_device_short(ctx, bytes, "%s", what); }
 
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what)
 {
@@ -111,6 +124,12 @@ exc_status exc_device_reserve(exc_ctx *ctx, size_t work_bytes)
     return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", work_bytes) : exc_device_failed(ctx, st, "scratch");
 }
 
+bool exc_device_grew(exc_ctx *ctx, exc_status st)
+{
+    size_t needed = ctx->queue.work_needed;
+    return st == EXC_ERR_MEMORY && ctx->module && needed > ctx->queue.work_bytes && exc_device_reserve(ctx, needed) == EXC_OK;
+}
+
 exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char *what, void **p)
 {
     size_t bytes;
@@ -132,16 +151,24 @@ void exc_device_release(exc_ctx *ctx, void *p)
 exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t bytes)
 {
     if (ctx->module) return exc_device_failed(ctx, ctx->module->put(&ctx->queue, device, host, bytes), "copy to the device");
-    if (bytes) memcpy(device, host, bytes);
+    if (bytes && device != host) memcpy(device, host, bytes);
     return EXC_OK;
 }
 
 exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes)
 {
     if (ctx->module) return exc_device_failed(ctx, ctx->module->get(&ctx->queue, host, device, bytes), "copy from the device");
-    if (bytes) memcpy(host, device, bytes);
+    if (bytes && host != device) memcpy(host, device, bytes);
     return EXC_OK;
 }
+
+exc_status exc_device_mirror(exc_ctx *ctx, size_t count, size_t size, const char *what, void **block)
+{
+    *block = NULL;
+    return ctx->module ? exc_device_alloc(ctx, count, size, what, block) : EXC_OK;
+}
+
+void *exc_device_side(const exc_ctx *ctx, void *host, void *block) { return ctx->module ? block : host; }
 
 exc_status exc_device_copy(exc_ctx *ctx, void *dst, const void *src, size_t bytes)
 {

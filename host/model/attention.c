@@ -4,8 +4,6 @@
  * where a family norms all heads as one vector that norm runs before, and where it gates the output that comes behind. Cache rows of all sequences lie in one plane a
  * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. A layer may see a window of the last tokens only, and
  * each head may have a sink, a score that takes its share of the softmax and has no value. */
-#include <string.h>
-
 #include "session.h"
 
 /* a gated q_proj is stored head by head, D rows of queries and D of gates; gates go behind all queries */
@@ -40,7 +38,7 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
 
 /* biases of q, k and v stand where their outputs do; the columns between them are padding */
 static exc_status fill_bias(exc_loader *r, int64_t layer, const exc_softmax_weights *w) {
-    memset(w->bias, 0, (size_t)w->width * sizeof *w->bias);
+    EXC_TRY(exc_device_zero(r->ctx, w->bias, (size_t)w->width * sizeof *w->bias));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_Q_BIAS, layer, w->bias));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_K_BIAS, layer, w->bias + w->k_at));
     return exc_fill_vector(r, EXC_ROLE_ATTN_V_BIAS, layer, w->bias + w->v_at);
@@ -108,11 +106,11 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
     EXC_RUN(s, rope, .q = b->qkv, .q_stride = w->width, .k = b->qkv + w->k_at, .k_stride = w->width, .v = b->qkv + w->v_at,
             .v_stride = w->width, .q_norm = whole ? NULL : w->q_norm, .k_norm = whole ? NULL : w->k_norm, .eps = p->eps,
             .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = s->m->loaded->inv_freq, .rotary = p->rotary,
-            .attention_factor = p->rope.attention, .position = s->position, .cache_row = s->cache_row, .tokens = rows,
+            .attention_factor = p->rope.attention, .position = s->there.position, .cache_row = s->there.cache_row, .tokens = rows,
             .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = b->q, .cache_k = ck,
             .cache_v = cv, .act = act);
-    EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = t->begin, .cache_begin = s->seq_base,
-            .length = s->seq_length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
+    EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = s->there.begin, .cache_begin = s->there.base,
+            .length = s->there.length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
             .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv,
             .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .window = p->window[layer], .sinks = w->sinks,
             .out = b->o, .act = act, .tokens = rows, .longest = s->longest);

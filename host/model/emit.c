@@ -14,6 +14,7 @@ typedef struct sink {
     const exc_forward_options *opt;
     const exc_shape *s;
     float *logits;  /* [T,V] of the prompt in work; T the longest */
+    void *there;    /* as many where ops run; NULL: they write to `logits` */
     float *hidden;  /* [L+1,T,H] */
     int32_t *ids;   /* [M,T,K] */
     float *weights; /* [M,T,K] */
@@ -56,27 +57,32 @@ static exc_status declare_all(const sink *k) {
     return EXC_OK;
 }
 
-/* copies rows of planes [planes, step_rows, width] into [planes, n, width] at row `first` */
-static void splice(void *to, const void *from, int64_t planes, const exc_piece *piece, int64_t n,
+/* fetches rows of planes [planes, step_rows, width] into [planes, n, width] at row `first` */
+static exc_status splice(exc_ctx *ctx, void *to, const void *from, int64_t planes, const exc_piece *piece, int64_t n,
                    int64_t width) {
     size_t row = (size_t)width * 4;
     for (int64_t i = 0; i < planes; i++)
-        memcpy((uint8_t *)to + (size_t)(i * n + piece->first) * row,
-               (const uint8_t *)from + (size_t)(i * piece->step_rows + piece->row) * row,
-               (size_t)piece->rows * row);
+        EXC_TRY(exc_device_get(ctx, (uint8_t *)to + (size_t)(i * n + piece->first) * row,
+                               (const uint8_t *)from + (size_t)(i * piece->step_rows + piece->row) * row,
+                               (size_t)piece->rows * row));
+    return EXC_OK;
+}
+
+static exc_status fetch_logits(exc_ctx *ctx, const sink *k, const exc_piece *piece) {
+    float *here = k->logits + piece->first * k->s->vocab, *there = exc_device_side(ctx, here, k->there);
+    EXC_TRY(exc_session_logits(piece->session, piece->row, piece->rows, there));
+    return exc_device_get(ctx, here, there, (size_t)(piece->rows * k->s->vocab) * sizeof *here);
 }
 
 static exc_status visit(exc_ctx *ctx, void *user, const exc_piece *piece) {
     sink *k = user;
     const exc_shape *s = k->s;
     int64_t i = piece->prompt, n = prompt_length(k->p, i);
-    if (k->logits)
-        EXC_TRY(
-            exc_session_logits(piece->session, piece->row, piece->rows, k->logits + piece->first * s->vocab));
-    if (k->hidden) splice(k->hidden, piece->step->hidden, s->layers + 1, piece, n, s->hidden);
+    if (k->logits) EXC_TRY(fetch_logits(ctx, k, piece));
+    if (k->hidden) EXC_TRY(splice(ctx, k->hidden, piece->step->hidden, s->layers + 1, piece, n, s->hidden));
     if (k->ids) {
-        splice(k->ids, piece->step->router_ids, s->moe_layers, piece, n, s->top_k);
-        splice(k->weights, piece->step->router_weights, s->moe_layers, piece, n, s->top_k);
+        EXC_TRY(splice(ctx, k->ids, piece->step->router_ids, s->moe_layers, piece, n, s->top_k));
+        EXC_TRY(splice(ctx, k->weights, piece->step->router_weights, s->moe_layers, piece, n, s->top_k));
     }
     if (piece->first + piece->rows < n) return EXC_OK;
     EXC_TRY(put(k->w, "tokens", i, k->p->tokens + k->p->begin[i], n, 4));
@@ -98,6 +104,7 @@ static exc_status get_buffers(exc_ctx *ctx, sink *k) {
     if (k->opt->emit_logits &&
         !(k->logits = exc_alloc(ctx, longest * (size_t)s->vocab, 4, "logits of a prompt")))
         return EXC_ERR_MEMORY;
+    if (k->opt->emit_logits) EXC_TRY(exc_device_mirror(ctx, longest * (size_t)s->vocab, 4, "logits of a prompt", &k->there));
     if (k->opt->emit_hidden && !(k->hidden = exc_alloc(ctx, longest * (size_t)((s->layers + 1) * s->hidden),
                                                        4, "hidden states of a prompt")))
         return EXC_ERR_MEMORY;
@@ -160,6 +167,7 @@ exc_status exc_forward(exc_ctx *ctx, exc_model *m, const exc_prompts *prompts,
     else
         st = exc_writer_commit(k.w);
     exc_release(k.logits);
+    exc_device_release(ctx, k.there);
     exc_release(k.hidden);
     exc_release(k.ids);
     exc_release(k.weights);

@@ -20,17 +20,19 @@ void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t laye
     y->up_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_UP_BIAS, layer);
     y->down_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_DOWN_BIAS, layer);
     y->router_bias = exc_carve_vector(c, m, EXC_ROLE_ROUTER_BIAS, layer);
+    y->mlp_lens = exc_carve_lens(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer);
     if (!moe || !s->shared_inner) return;
-    y->shared_gate = exc_carve_role(c, m, EXC_ROLE_SHARED_GATE, layer);
-    y->shared_up = exc_carve_role(c, m, EXC_ROLE_SHARED_UP, layer);
+    y->shared_gate = exc_carve_group(c, m, EXC_ROLE_SHARED_GATE, layer);
+    y->shared_up = exc_carve_group(c, m, EXC_ROLE_SHARED_UP, layer);
     y->shared_down = exc_carve_role(c, m, EXC_ROLE_SHARED_DOWN, layer);
+    y->shared_lens = exc_carve_lens(c, m, EXC_ROLE_SHARED_DOWN, layer);
     if (m->atlas->family->shared_gated) y->shared_router = exc_carve_role(c, m, EXC_ROLE_SHARED_ROUTER, layer);
 }
 
 static exc_status fill_shared(exc_loader *r, exc_layer *y, int64_t layer) {
     if (!y->shared_down.data) return EXC_OK;
-    EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_GATE, layer, &y->shared_gate));
-    EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_UP, layer, &y->shared_up));
+    EXC_TRY(exc_fill_group(r, EXC_ROLE_SHARED_GATE, layer, &y->shared_gate));
+    EXC_TRY(exc_fill_group(r, EXC_ROLE_SHARED_UP, layer, &y->shared_up));
     EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
     return y->shared_router.data ? exc_fill_role(r, EXC_ROLE_SHARED_ROUTER, layer, &y->shared_router) : EXC_OK;
 }
@@ -48,12 +50,11 @@ exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer) {
     if (moe) EXC_TRY(exc_fill_role(r, EXC_ROLE_ROUTER, layer, &y->router));
     EXC_TRY(fill_bias(r, y, layer));
     EXC_TRY(fill_shared(r, y, layer));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer, y->gate));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer, y->up));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, y->down));
-    exc_fill_lens(r->m, EXC_ROLE_SHARED_DOWN, layer, &y->shared_lens);
-    exc_fill_lens(r->m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->mlp_lens);
-    return EXC_OK;
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer, &y->gate));
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer, &y->up));
+    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->down));
+    EXC_TRY(exc_fill_lens(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_lens));
+    return exc_fill_lens(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->mlp_lens);
 }
 
 void exc_feed_room(exc_carve *c, exc_session *s) {
@@ -93,15 +94,15 @@ exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, c
                             double *sqnorm_sum) {
     const exc_shape *p = &s->m->atlas->shape;
     int64_t first = s->m->expert_first; /* biases are of all experts */
-    EXC_RUN(s, glu, .x = x, .act = s->m->act, .gate = y->gate, .up = y->up,
+    EXC_RUN(s, glu, .x = x, .act = s->m->act, .gate = y->gate.there, .up = y->up.there,
             .gate_bias = y->gate_bias ? y->gate_bias + first * p->inner : NULL,
             .up_bias = y->up_bias ? y->up_bias + first * p->inner : NULL, .activation = p->activation, .offset = offset,
             .pair_of = pair_of, .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .mid = s->mid,
-            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum, .w_dtype = y->gate->dtype);
-    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down,
+            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum, .w_dtype = y->gate.here->dtype);
+    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down.there,
             .bias = y->down_bias ? y->down_bias + first * p->hidden : NULL, .offset = offset, .pair_of = pair_of,
             .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .y = out,
-            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum, .w_dtype = y->down->dtype);
+            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum, .w_dtype = y->down.here->dtype);
     return EXC_OK;
 }
 
@@ -110,7 +111,7 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     const exc_shape *p = &s->m->atlas->shape;
     int64_t row = p->moe_row[layer], E = p->experts, K = p->top_k, H = p->hidden;
     exc_sums sums = sums_of(s, t, row);
-    const int32_t *slot = t->sums ? t->observe : NULL;
+    const int32_t *slot = t->sums ? s->there.observe : NULL;
     int64_t plane = row * s->whole.rows * K;
     int32_t *ids = t->router_ids ? t->router_ids + plane : s->ids;
     float *weights = t->router_weights ? t->router_weights + plane : s->weights;
@@ -128,8 +129,8 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,
         .top_k = K, .hidden = H, .basis = v->on ? v->basis : NULL, .rank = v->on ? v->rank : 0,
         .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL, .h = s->h);
-    if (t->sums && t->sums->tokens && slot)
-        for (int64_t i = 0; i < rows; i++) t->sums->tokens[row] += slot[i] >= 0;
+    if (t->sums && t->sums->tokens && t->observe)
+        for (int64_t i = 0; i < rows; i++) t->sums->tokens[row] += t->observe[i] >= 0;
     return EXC_OK;
 }
 
@@ -138,11 +139,11 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
 static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     if (!y->shared_down.data) return EXC_OK;
-    int64_t offset[2] = {0, rows}, I = p->shared_inner, H = p->hidden;
+    int64_t I = p->shared_inner, H = p->hidden;
     exc_sums sums = sums_of(s, t, p->moe_row[layer]);
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = &y->shared_gate, .up = &y->shared_up,
-        .activation = p->activation, .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
-        .slot = sums.shared_mid_sum ? t->observe : NULL, .mid_sum = sums.shared_mid_sum, .w_dtype = y->shared_gate.dtype);
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->shared_gate.there, .up = y->shared_up.there,
+        .activation = p->activation, .offset = s->there.groups, .tokens = rows, .top_k = 1, .experts = 1, .hidden = H, .inner = I, .mid = s->mid,
+        .slot = sums.shared_mid_sum ? s->there.observe : NULL, .mid_sum = sums.shared_mid_sum, .w_dtype = y->shared_gate.here->dtype);
     const exc_virtual *v = &y->shared_lens;
     if (!y->shared_router.data) return exc_write_stream(s, s->mid, I, &y->shared_down, NULL, v, rows);
     static const exc_gate sigmoid = {.size = sizeof sigmoid, .score = 1};
@@ -161,11 +162,10 @@ static exc_status shared(exc_session *s, const exc_layer *y, int64_t layer, cons
 
 static exc_status dense(exc_session *s, const exc_layer *y, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
-    int64_t offset[2] = {0, rows};
-    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate, .up = y->up, .activation = p->activation,
-        .offset = offset, .tokens = rows, .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid,
-        .w_dtype = y->gate->dtype);
-    return exc_write_stream(s, s->mid, p->dense_inner, y->down, NULL, &y->mlp_lens, rows);
+    EXC_RUN(s, glu, .x = s->x, .act = s->m->act, .gate = y->gate.there, .up = y->up.there, .activation = p->activation,
+        .offset = s->there.groups, .tokens = rows, .top_k = 1, .experts = 1, .hidden = p->hidden, .inner = p->dense_inner, .mid = s->mid,
+        .w_dtype = y->gate.here->dtype);
+    return exc_write_stream(s, s->mid, p->dense_inner, y->down.here, NULL, &y->mlp_lens, rows);
 }
 
 exc_status exc_feed_run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {

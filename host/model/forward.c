@@ -17,7 +17,9 @@ static const exc_mixer *const mixers[EXC_MIXES] = {[EXC_MIX_SOFTMAX] = &exc_mixe
 const exc_mixer *exc_mixer_of(exc_mix kind) { return mixers[kind]; }
 
 exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st) {
-    return st == EXC_OK ? EXC_OK : exc_fail(ctx, st, "forward: op %s refused its arguments", op);
+    if (st == EXC_OK) return EXC_OK;
+    if (st == EXC_ERR_USAGE) return exc_fail(ctx, st, "forward: op %s refused its arguments", op);
+    return exc_device_failed(ctx, st, op);
 }
 
 size_t exc_act_bytes(const exc_model *m) { return m->act == EXC_BF16 ? 2 : 4; }
@@ -32,26 +34,49 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t logit_rows(const exc_session *s) { return most(s->slots, 64); }
 
 /* two neighbouring chunks hold more rows than one could, or they would be one */
-static int64_t most_chunks(const exc_session *s) { return 2 * (s->step_rows / s->step_tokens) + 1; }
+static int64_t most_chunks(const exc_session *s, int64_t rows) { return 2 * (rows / s->step_tokens) + 1; }
 
-/* one function measures (base NULL) and carves, so that the two cannot disagree */
-static size_t lay_out(exc_session *s, uint8_t *slab) {
+/* lays the arrays of a step of that size out in a block, or, with NULL, only tells its bytes */
+static size_t lay_inputs(const exc_session *s, exc_inputs *in, void *block, int64_t rows, int64_t sequences) {
+    exc_carve c = {.base = block};
+    size_t R = (size_t)rows, S = (size_t)sequences, C = (size_t)most_chunks(s, rows);
+    in->cache_row = exc_carve_take(&c, R, sizeof *in->cache_row);
+    in->begin = exc_carve_take(&c, S + 2 * C, sizeof *in->begin);
+    in->base = exc_carve_take(&c, S + C, sizeof *in->base);
+    in->length = exc_carve_take(&c, S + C, sizeof *in->length);
+    in->groups = exc_carve_take(&c, 2 * C, sizeof *in->groups);
+    in->tokens = exc_carve_take(&c, R, sizeof *in->tokens);
+    in->position = exc_carve_take(&c, R, sizeof *in->position);
+    in->observe = exc_carve_take(&c, R, sizeof *in->observe);
+    in->slot = exc_carve_take(&c, S + C, sizeof *in->slot);
+    in->last = exc_carve_take(&c, S, sizeof *in->last);
+    return c.overflow ? SIZE_MAX : c.at;
+}
+
+/* the host's block, and its image where ops run */
+static void *take_twice(exc_carve *c, size_t bytes, void **there) {
+    void *here = exc_carve_keep(c, bytes, 1);
+    *there = c->apart ? exc_carve_take(c, bytes, 1) : here;
+    return here;
+}
+
+/* one function measures and carves, so that the two cannot disagree */
+static void lay_out(exc_session *s, exc_carve *c) {
     const exc_shape *p = &s->m->atlas->shape;
-    exc_carve carve = {.base = slab}, *c = &carve;
     exc_whole *w = &s->whole;
+    exc_inputs in;
+    void *found;
     size_t act = exc_act_bytes(s->m), T = (size_t)s->step_tokens, H = (size_t)p->hidden, S = (size_t)s->slots,
-           R = (size_t)s->step_rows, C = (size_t)w->most_chunks;
-    s->base = exc_carve_take(c, S, sizeof *s->base);
-    s->capacity = exc_carve_take(c, S, sizeof *s->capacity);
-    s->length = exc_carve_take(c, S, sizeof *s->length);
+           R = (size_t)s->step_rows;
+    s->base = exc_carve_keep(c, S, sizeof *s->base);
+    s->capacity = exc_carve_keep(c, S, sizeof *s->capacity);
+    s->length = exc_carve_keep(c, S, sizeof *s->length);
+    w->chunk = exc_carve_keep(c, (size_t)most_chunks(s, s->step_rows), sizeof *w->chunk);
+    w->block_here = take_twice(c, lay_inputs(s, &in, NULL, s->step_rows, s->slots), &w->block_there);
+    s->found_here = take_twice(c, sizeof *s->found_here + S * sizeof s->found_here->token[0], &found);
+    s->found_there = found;
+    s->random = exc_carve_take(c, S, sizeof *s->random);
     w->h = exc_carve_take(c, R * H, sizeof *w->h);
-    w->position = exc_carve_take(c, R, sizeof *w->position);
-    w->cache_row = exc_carve_take(c, R, sizeof *w->cache_row);
-    w->chunk = exc_carve_take(c, C, sizeof *w->chunk);
-    w->seq_slot = exc_carve_take(c, S + C, sizeof *w->seq_slot);
-    w->seq_base = exc_carve_take(c, S + C, sizeof *w->seq_base);
-    w->seq_length = exc_carve_take(c, S + C, sizeof *w->seq_length);
-    w->seq_begin = exc_carve_take(c, S + 2 * C, sizeof *w->seq_begin);
     s->x = exc_carve_take(c, T * H, act);
     s->last = exc_carve_take(c, (size_t)logit_rows(s) * H, sizeof *s->last);
     s->last_x = exc_carve_take(c, (size_t)logit_rows(s) * H, act);
@@ -62,7 +87,30 @@ static size_t lay_out(exc_session *s, uint8_t *slab) {
     exc_spread_room(c, s);
     for (exc_mix kind = 0; kind < EXC_MIXES; kind++)
         if (p->mix_layers[kind]) mixers[kind]->room(c, s);
-    return c->overflow ? SIZE_MAX : c->at;
+}
+
+/* the choice of a single expert, for combine; 4 bytes each, so one array of the host serves for both */
+static exc_status fill_constants(exc_session *s) {
+    size_t n = (size_t)s->step_tokens;
+    int32_t *row = exc_alloc(s->ctx, n, sizeof *row, "rows of a step");
+    float *one = (float *)(void *)row;
+    if (!row) return EXC_ERR_MEMORY;
+    for (size_t t = 0; t < n; t++) row[t] = (int32_t)t;
+    exc_status st = exc_device_put(s->ctx, s->own_row, row, n * sizeof *row);
+    for (size_t t = 0; t < n; t++) one[t] = 1.0f;
+    if (st == EXC_OK) st = exc_device_put(s->ctx, s->ones, one, n * sizeof *one);
+    if (st == EXC_OK) st = exc_device_zero(s->ctx, s->zero_ids, n * sizeof *s->zero_ids);
+    exc_release(row);
+    return st;
+}
+
+static exc_status get_slab(exc_session *s) {
+    exc_carve c = exc_carve_measure(s->ctx);
+    lay_out(s, &c);
+    s->bytes = c.at;
+    EXC_TRY(exc_slab_make(s->ctx, &c, "buffers and KV cache of the forward pass", &s->slab));
+    lay_out(s, &c);
+    return fill_constants(s);
 }
 
 exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out) {
@@ -80,26 +128,15 @@ exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, ex
     s->cache_tokens = room->cache_tokens;
     s->step_rows = room->step_tokens;
     s->step_tokens = exc_ranks_count(ctx) > 1 ? s->step_rows : chunk; /* ranks meet in every chunk: one each */
-    s->whole.most_chunks = most_chunks(s);
-    s->bytes = lay_out(s, NULL);
-    s->slab = exc_alloc(ctx, s->bytes, 1, "buffers and KV cache of the forward pass");
-    if (!s->slab) {
-        exc_release(s);
-        return EXC_ERR_MEMORY;
-    }
-    lay_out(s, s->slab);
-    for (int64_t t = 0; t < s->step_tokens; t++) {
-        s->zero_ids[t] = 0;
-        s->own_row[t] = (int32_t)t;
-        s->ones[t] = 1.0f;
-    }
-    *out = s;
-    return EXC_OK;
+    exc_status st = get_slab(s);
+    if (st) exc_session_close(s);
+    else *out = s;
+    return st;
 }
 
 void exc_session_close(exc_session *s) {
     if (!s) return;
-    exc_release(s->slab);
+    exc_slab_free(s->ctx, &s->slab);
     exc_release(s);
 }
 
@@ -163,27 +200,30 @@ int64_t exc_step_tokens(const exc_model *m) {
 
 /* Adds `count` rows of a slot to the chunk. They continue what it holds. */
 static void add_rows(exc_session *s, exc_chunk *c, int64_t slot, int64_t count) {
-    exc_whole *w = &s->whole;
+    exc_inputs *in = &s->whole.here;
     int64_t row = c->row + c->rows, at = c->at + c->sequences++;
     for (int64_t j = 0; j < count; j++) {
-        w->position[row + j] = (int32_t)(s->length[slot] + j);
-        w->cache_row[row + j] = s->base[slot] + s->length[slot] + j;
+        in->position[row + j] = (int32_t)(s->length[slot] + j);
+        in->cache_row[row + j] = s->base[slot] + s->length[slot] + j;
     }
     s->length[slot] += count;
     c->rows += count;
     c->longest = most(c->longest, s->length[slot]);
-    w->seq_slot[at] = (int32_t)slot;
-    w->seq_base[at] = s->base[slot];
-    w->seq_length[at] = s->length[slot];
-    w->seq_begin[c->begin + c->sequences] = c->rows;
+    in->slot[at] = (int32_t)slot;
+    in->base[at] = s->base[slot];
+    in->length[at] = s->length[slot];
+    in->begin[c->begin + c->sequences] = c->rows;
+    in->groups[c->groups + 1] = c->rows;
 }
 
 static exc_chunk *next_chunk(exc_whole *w, exc_chunk *last) {
     exc_chunk *c = &w->chunk[w->chunks++];
     *c = (exc_chunk){0};
     if (last)
-        *c = (exc_chunk){.row = last->row + last->rows, .at = last->at + last->sequences, .begin = last->begin + last->sequences + 1};
-    w->seq_begin[c->begin] = 0;
+        *c = (exc_chunk){.row = last->row + last->rows, .at = last->at + last->sequences, .begin = last->begin + last->sequences + 1,
+                         .groups = last->groups + 2};
+    w->here.begin[c->begin] = 0;
+    w->here.groups[c->groups] = w->here.groups[c->groups + 1] = 0;
     return c;
 }
 
@@ -195,6 +235,8 @@ static exc_status place(exc_session *s, const exc_step *t) {
     if (w->rows > s->step_rows || t->sequences > s->slots)
         return exc_fail(s->ctx, EXC_ERR_USAGE, "session: expected at most %lld rows in a step, found %lld",
                         (long long)s->step_rows, (long long)w->rows);
+    size_t bytes = lay_inputs(s, &w->here, w->block_here, w->rows, t->sequences);
+    lay_inputs(s, &w->there, w->block_there, w->rows, t->sequences);
     w->chunks = 0;
     exc_chunk *c = next_chunk(w, NULL);
     for (int64_t i = 0; i < t->sequences; i++) {
@@ -207,8 +249,26 @@ static exc_status place(exc_session *s, const exc_step *t) {
             take = least(left, s->step_tokens);
             add_rows(s, c, slot, take);
         }
+        w->here.last[i] = (int32_t)(begin[i + 1] - 1);
     }
-    return EXC_OK;
+    if (w->rows) memcpy(w->here.tokens, t->tokens, (size_t)w->rows * sizeof *t->tokens);
+    if (!t->observe) w->here.observe = w->there.observe = NULL;
+    else if (w->rows) memcpy(w->here.observe, t->observe, (size_t)w->rows * sizeof *t->observe);
+    return exc_device_put(s->ctx, w->block_there, w->block_here, bytes);
+}
+
+static exc_inputs inputs_of(const exc_inputs *whole, const exc_chunk *c) {
+    exc_inputs in = *whole;
+    in.cache_row += c->row;
+    in.begin += c->begin;
+    in.base += c->at;
+    in.length += c->at;
+    in.groups += c->groups;
+    in.tokens += c->row;
+    in.position += c->row;
+    if (in.observe) in.observe += c->row;
+    in.slot += c->at;
+    return in;
 }
 
 /* the part of a step that a chunk is, and the session's arrays at its rows */
@@ -217,15 +277,13 @@ static exc_step enter(exc_session *s, const exc_step *t, const exc_chunk *c) {
     const exc_shape *p = &s->m->atlas->shape;
     exc_step part = *t;
     s->h = w->h + c->row * p->hidden;
-    s->position = w->position + c->row;
-    s->cache_row = w->cache_row + c->row;
-    s->seq_base = w->seq_base + c->at;
-    s->seq_length = w->seq_length + c->at;
+    s->here = inputs_of(&w->here, c);
+    s->there = inputs_of(&w->there, c);
     s->longest = c->longest;
-    part.slot = w->seq_slot + c->at;
-    part.begin = w->seq_begin + c->begin;
+    part.slot = s->here.slot;
+    part.begin = s->here.begin;
     part.sequences = c->sequences;
-    if (t->observe) part.observe = t->observe + c->row;
+    part.observe = s->here.observe;
     if (t->router_ids) part.router_ids = t->router_ids + c->row * p->top_k;
     if (t->router_weights) part.router_weights = t->router_weights + c->row * p->top_k;
     return part;
@@ -254,29 +312,54 @@ exc_status exc_write_stream(exc_session *s, const void *x, int64_t width, const 
     return EXC_OK;
 }
 
+/* the stream's last row of each sequence, [sequences,H] */
+static exc_status gather_last(exc_session *s, const exc_step *t) {
+    EXC_RUN(s, embed, .table = s->whole.h, .table_dtype = EXC_F32, .ids = s->whole.there.last, .tokens = t->sequences,
+        .hidden = s->m->atlas->shape.hidden, .out = s->last);
+    return EXC_OK;
+}
+
 /* copies of the residual stream after `depth` layers (0: the embedding) */
-static void tap(const exc_session *s, const exc_step *t, int64_t depth) {
-    const exc_shape *p = &s->m->atlas->shape;
-    size_t row = (size_t)p->hidden * sizeof(float);
-    int64_t rows = s->whole.rows;
-    if (t->hidden) memcpy((uint8_t *)t->hidden + (size_t)(depth * rows) * row, s->whole.h, (size_t)rows * row);
-    if (t->hidden_last)
-        for (int64_t i = 0; i < t->sequences; i++)
-            memcpy((uint8_t *)t->hidden_last + (size_t)(i * (p->layers + 1) + depth) * row,
-                   (uint8_t *)s->whole.h + (size_t)(t->begin[i + 1] - 1) * row, row);
+static exc_status tap(exc_session *s, const exc_step *t, int64_t depth) {
+    int64_t H = s->m->atlas->shape.hidden, stack = (s->m->atlas->shape.layers + 1) * H, n = s->whole.rows * H;
+    if (t->hidden) EXC_TRY(exc_device_copy(s->ctx, t->hidden + depth * n, s->whole.h, (size_t)n * sizeof *t->hidden));
+    if (!t->hidden_last) return EXC_OK;
+    EXC_TRY(gather_last(s, t));
+    EXC_RUN(s, view, .src = s->last, .src_row = H, .src_column = 1, .dst = t->hidden_last + depth * H, .dst_row = stack,
+        .dst_column = 1, .rows = t->sequences, .columns = H, .unit = sizeof *s->last);
+    return EXC_OK;
 }
 
 /* NaN or infinity anywhere in a layer reaches the stream and stays there: one look at the end is enough */
-static exc_status check_finite(exc_session *s) {
-    int64_t bad = 0, index = -1, H = s->m->atlas->shape.hidden, rows = s->whole.rows;
-    EXC_RUN(s, convert, .src = s->whole.h, .src_dtype = EXC_F32, .dst = NULL, .dst_dtype = EXC_F32, .n = rows * H,
-        .nonfinite = &bad, .index = &index);
-    if (!bad) return EXC_OK;
+static exc_status look(exc_session *s) {
+    EXC_RUN(s, convert, .src = s->whole.h, .src_dtype = EXC_F32, .dst = NULL, .dst_dtype = EXC_F32,
+        .n = s->whole.rows * s->m->atlas->shape.hidden, .nonfinite = &s->found_there->bad, .index = &s->found_there->index);
+    return EXC_OK;
+}
+
+/* fetches what the last step left, with the first `tokens` of those drawn */
+static exc_status fetch(exc_session *s, int64_t tokens) {
+    const exc_found *f = s->found_here;
+    int64_t H = s->m->atlas->shape.hidden;
+    EXC_TRY(exc_device_get(s->ctx, s->found_here, s->found_there, sizeof *f + (size_t)tokens * sizeof f->token[0]));
+    if (!f->bad) return EXC_OK;
     return exc_fail(
         s->ctx, EXC_ERR_NUMERIC,
         "%s: residual stream after the last layer: expected finite activations, found NaN or infinity at "
         "row %lld, element %lld (%lld in this step)",
-        s->m->dir, (long long)(index / H), (long long)(index % H), (long long)bad);
+        s->m->dir, (long long)(f->index / H), (long long)(f->index % H), (long long)f->bad);
+}
+
+exc_status exc_session_check(exc_session *s) { return fetch(s, 0); }
+
+exc_status exc_session_draw(exc_session *s, const exc_draw *d, int32_t *token) {
+    if (d->temperature > 0)
+        EXC_TRY(exc_device_put(s->ctx, s->random, d->random01, (size_t)d->rows * sizeof *s->random));
+    EXC_RUN(s, sample, .logits = d->logits, .rows = d->rows, .vocab = s->m->atlas->shape.vocab, .temperature = d->temperature,
+        .top_p = d->top_p, .random01 = s->random, .token = s->found_there->token);
+    EXC_TRY(fetch(s, d->rows));
+    memcpy(token, s->found_here->token, (size_t)d->rows * sizeof *token);
+    return EXC_OK;
 }
 
 exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
@@ -292,11 +375,9 @@ exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, 
 
 static exc_status last_logits(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
-    size_t row = (size_t)p->hidden * sizeof(float);
-    for (int64_t i = 0; i < t->sequences; i++)
-        memcpy((uint8_t *)s->last + (size_t)i * row, (uint8_t *)s->whole.h + (size_t)(t->begin[i + 1] - 1) * row,
-               row);
-    EXC_TRY(exc_norm_rows(s, s->last, s->m->loaded->norm_final, t->sequences, s->last_x));
+    bool all = s->whole.rows == t->sequences; /* each row is its sequence's last */
+    if (!all) EXC_TRY(gather_last(s, t));
+    EXC_TRY(exc_norm_rows(s, all ? s->whole.h : s->last, s->m->loaded->norm_final, t->sequences, s->last_x));
     EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &s->m->loaded->lm_head,
         .y = t->logits, .y_stride = p->vocab, .rows = t->sequences);
     return EXC_OK;
@@ -328,15 +409,16 @@ exc_status exc_session_part(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_loaded *l = s->m->loaded;
     EXC_TRY(place(s, t));
-    if (!s->whole.rows && !s->spread) return EXC_OK; /* a rank without rows still has experts that others ask */
-    EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = t->tokens, .tokens = s->whole.rows,
+    if (!s->whole.rows && !s->spread) return exc_device_zero(s->ctx, s->found_there, sizeof *s->found_there);
+    /* a rank without rows still has experts that others ask */
+    EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = s->whole.there.tokens, .tokens = s->whole.rows,
         .hidden = p->hidden, .out = s->whole.h);
-    tap(s, t, 0);
+    EXC_TRY(tap(s, t, 0));
     for (int64_t i = 0; i < p->layers; i++) {
         EXC_TRY(run_layer(s, i, t));
-        tap(s, t, i + 1);
+        EXC_TRY(tap(s, t, i + 1));
     }
-    EXC_TRY(check_finite(s));
+    EXC_TRY(look(s));
     if (!t->logits) return EXC_OK;
     return t->logits_all ? exc_session_part_logits(s, 0, s->whole.rows, t->logits) : last_logits(s, t);
 }

@@ -33,6 +33,7 @@ typedef struct run {
     int32_t *observe;       /* [step_tokens] */
     int32_t *token;         /* [slots] sampled */
     double *random;         /* [slots] */
+    /* where ops run */
     float *logits;          /* [slots,V] */
     float *hidden_last;     /* [slots,L+1,H] when asked for */
     float *hidden;          /* [L+1,step_tokens,H] when asked for */
@@ -123,6 +124,13 @@ static exc_status get_session(run *r, int64_t capacity) {
         if (!r->field) return EXC_ERR_MEMORY;                                                                \
     } while (0)
 
+#define GET_THERE(field, count)                                                                              \
+    do {                                                                                                     \
+        void *there_;                                                                                        \
+        EXC_TRY(exc_device_alloc(r->ctx, (size_t)(count), sizeof *r->field, "buffers of a run", &there_));   \
+        r->field = there_;                                                                                   \
+    } while (0)
+
 static exc_status get_buffers(run *r) {
     const exc_shape *s = &r->m->atlas->shape;
     int64_t B = r->slots, T = r->step_tokens;
@@ -134,21 +142,22 @@ static exc_status get_buffers(run *r) {
     GET(observe, T);
     GET(token, B);
     GET(random, B);
-    if (r->d->max_new > 0 || r->d->first_logits) GET(logits, B * s->vocab);
-    if (r->d->hidden_last) GET(hidden_last, B * (s->layers + 1) * s->hidden);
-    if (r->d->hidden) GET(hidden, (s->layers + 1) * T * s->hidden);
+    if (r->d->max_new > 0 || r->d->first_logits) GET_THERE(logits, B * s->vocab);
+    if (r->d->hidden_last) GET_THERE(hidden_last, B * (s->layers + 1) * s->hidden);
+    if (r->d->hidden) GET_THERE(hidden, (s->layers + 1) * T * s->hidden);
     if (r->d->routing) {
-        GET(router_ids, s->moe_layers * T * s->top_k);
-        GET(router_weights, s->moe_layers * T * s->top_k);
+        GET_THERE(router_ids, s->moe_layers * T * s->top_k);
+        GET_THERE(router_weights, s->moe_layers * T * s->top_k);
     }
     for (int64_t i = 0; i < B; i++) r->prompt[i] = -1;
     return EXC_OK;
 }
 
 static void release_buffers(run *r) {
-    void *all[] = {r->prompt, r->slot,   r->begin,       r->first,  r->tokens,     r->observe,       r->token,
-                   r->random, r->logits, r->hidden_last, r->hidden, r->router_ids, r->router_weights};
-    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_release(all[i]);
+    void *here[] = {r->prompt, r->slot, r->begin, r->first, r->tokens, r->observe, r->token, r->random};
+    void *there[] = {r->logits, r->hidden_last, r->hidden, r->router_ids, r->router_weights};
+    for (size_t i = 0; i < EXC_COUNT(here); i++) exc_release(here[i]);
+    for (size_t i = 0; i < EXC_COUNT(there); i++) exc_device_release(r->ctx, there[i]);
 }
 
 /* ------------------------------------------------------------------------------------------------------------
@@ -169,22 +178,18 @@ static void finish(run *r, int64_t slot) {
 
 /* draws the next token of every sequence of the step from logits [sequences,V] */
 static exc_status draw(run *r, int64_t sequences) {
-    const exc_shape *s = &r->m->atlas->shape;
     for (int64_t i = 0; i < sequences; i++) {
         int64_t prompt = r->prompt[r->slot[i]];
         r->random[i] = r->d->temperature > 0
                            ? exc_random_unit(r->d->seed, (uint64_t)prompt, (uint64_t)r->replies[prompt].count)
                            : 0.0;
     }
-    exc_status st =
-        r->ctx->ops->sample(&r->ctx->queue, &(struct exc_sample_args){.logits = r->logits,
-                                                                      .rows = sequences,
-                                                                      .vocab = s->vocab,
-                                                                      .temperature = r->d->temperature,
-                                                                      .top_p = r->d->top_p > 0 ? r->d->top_p : 1,
-                                                                      .random01 = r->random,
-                                                                      .token = r->token});
-    return st ? exc_fail(r->ctx, st, "generate: op sample refused its arguments") : EXC_OK;
+    const exc_draw d = {.logits = r->logits,
+                        .rows = sequences,
+                        .temperature = r->d->temperature,
+                        .top_p = r->d->top_p > 0 ? r->d->top_p : 1,
+                        .random01 = r->random};
+    return exc_session_draw(r->s, &d, r->token);
 }
 
 /* what sequence i of the step drew: ends, is full, or lives on */
@@ -252,11 +257,11 @@ static exc_status deliver(run *r, const exc_step *step, int64_t i) {
     if (r->first[i] + rows < prompt_length(r->p, prompt)) return EXC_OK;
     size_t stack = (size_t)((s->layers + 1) * s->hidden);
     if (r->d->hidden_last)
-        memcpy(r->d->hidden_last + (size_t)prompt * stack, r->hidden_last + (size_t)i * stack,
-               stack * sizeof(float));
+        EXC_TRY(exc_device_get(r->ctx, r->d->hidden_last + (size_t)prompt * stack, r->hidden_last + (size_t)i * stack,
+                               stack * sizeof(float)));
     if (r->d->first_logits)
-        memcpy(r->d->first_logits + prompt * s->vocab, r->logits + i * s->vocab,
-               (size_t)s->vocab * sizeof(float));
+        EXC_TRY(exc_device_get(r->ctx, r->d->first_logits + prompt * s->vocab, r->logits + i * s->vocab,
+                               (size_t)s->vocab * sizeof(float)));
     if (r->d->max_new > 0)
         accept(r, i);
     else
@@ -278,7 +283,7 @@ static exc_status prefill(run *r) {
                      .sums = r->d->prefill_sums,
                      .observe = r->observe};
     EXC_TRY(exc_session_step(r->s, &step));
-    if (r->d->max_new > 0) EXC_TRY(draw(r, n));
+    EXC_TRY(r->d->max_new > 0 ? draw(r, n) : exc_session_check(r->s));
     for (int64_t i = 0; i < n; i++) EXC_TRY(deliver(r, &step, i));
     return EXC_OK;
 }
@@ -388,10 +393,11 @@ exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, cons
     int64_t vocab = m->atlas->shape.vocab;
     logits_run l = {
         .p = p, .vocab = vocab, .rows = most(PIECE_BYTES / (vocab * 4), 1), .visit = visit, .user = user};
-    l.logits = exc_alloc(ctx, (size_t)(l.rows * vocab), sizeof(float), "logits");
-    if (!l.logits) return EXC_ERR_MEMORY;
+    void *logits;
+    EXC_TRY(exc_device_alloc(ctx, (size_t)(l.rows * vocab), sizeof(float), "logits", &logits));
+    l.logits = logits;
     exc_decode d = {.step = step, .visit = visit_logits, .user = &l};
     exc_status st = exc_decode_run(ctx, m, p, &d, NULL);
-    exc_release(l.logits);
+    exc_device_release(ctx, logits);
     return st;
 }

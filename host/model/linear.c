@@ -123,11 +123,11 @@ static exc_status mix_tokens(exc_session *s, const exc_linear_weights *w, int64_
     int64_t row = p->mix_row[layer] * s->slots, channels = channels_of(l);
     const float *q = b->qkv, *k = q + keys_of(l), *v = k + keys_of(l);
     EXC_RUN(s, conv, .x = b->in, .x_stride = w->width, .weight = w->conv, .taps = l->taps, .channels = channels,
-            .begin = t->begin, .length = s->seq_length, .slot = t->slot, .sequences = t->sequences,
+            .begin = s->there.begin, .length = s->there.length, .slot = s->there.slot, .sequences = t->sequences,
             .tokens = rows, .state = b->ring + row * b->ring_step, .state_stride = b->ring_step, .y = b->qkv, .y_stride = channels);
     EXC_RUN(s, delta, .q = q, .k = k, .v = v, .stride = channels, .beta = b->gates, .step = b->gates + w->step_at,
-            .gate_stride = w->gates_width, .a_log = w->rate, .dt_bias = w->step_bias, .begin = t->begin,
-            .length = s->seq_length, .slot = t->slot, .sequences = t->sequences, .tokens = rows,
+            .gate_stride = w->gates_width, .a_log = w->rate, .dt_bias = w->step_bias, .begin = s->there.begin,
+            .length = s->there.length, .slot = s->there.slot, .sequences = t->sequences, .tokens = rows,
             .k_heads = l->k_heads, .v_heads = l->v_heads, .k_dim = l->k_dim, .v_dim = l->v_dim, .state = b->state + row * b->state_step,
             .state_stride = b->state_step, .out = b->out);
     return EXC_OK;

@@ -17,21 +17,50 @@
 
 #define BLOCK_BYTES                                                                                          \
     ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
+#define SENT_BYTES ((size_t)32 << 20) /* of one that is sent to a device first */
 #define ROW_ALIGN 128 /* rows of a block: whole panels, and whole blocks of scales */
 #define PAGE ((uint64_t)4096)
 
 /* -------------------------------------------------------------------------------------------------------
  * layout */
 
-void *exc_carve_take(exc_carve *c, size_t count, size_t size) {
+static void *advance(exc_carve *c, uint8_t *base, size_t *at, size_t count, size_t size) {
     size_t bytes, end;
-    if (!exc_mul(count, size, &bytes) || __builtin_add_overflow(c->at, bytes + 63, &end)) {
+    if (!exc_mul(count, size, &bytes) || __builtin_add_overflow(*at, bytes + 63, &end)) {
         c->overflow = true;
         return NULL;
     }
-    void *p = c->base ? c->base + c->at : NULL;
-    c->at = end / 64 * 64;
+    void *p = base ? base + *at : NULL;
+    *at = end / 64 * 64;
     return p;
+}
+
+void *exc_carve_take(exc_carve *c, size_t count, size_t size) {
+    return advance(c, c->base, &c->at, count, size);
+}
+
+void *exc_carve_keep(exc_carve *c, size_t count, size_t size) {
+    return c->apart ? advance(c, c->host, &c->host_at, count, size) : exc_carve_take(c, count, size);
+}
+
+exc_carve exc_carve_measure(const exc_ctx *ctx) { return (exc_carve){.apart = ctx->module != NULL}; }
+
+exc_status exc_slab_make(exc_ctx *ctx, exc_carve *c, const char *what, exc_slab *out) {
+    *out = (exc_slab){0};
+    if (c->overflow) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: more than memory can address", what);
+    EXC_TRY(exc_device_alloc(ctx, c->at + 64, 1, what, &out->ops));
+    if (c->apart && !(out->host = exc_alloc(ctx, c->host_at + 64, 1, what))) {
+        exc_slab_free(ctx, out);
+        return EXC_ERR_MEMORY;
+    }
+    *c = (exc_carve){.base = out->ops, .host = out->host, .apart = c->apart};
+    return EXC_OK;
+}
+
+void exc_slab_free(exc_ctx *ctx, exc_slab *s) {
+    exc_device_release(ctx, s->ops);
+    exc_release(s->host);
+    *s = (exc_slab){0};
 }
 
 int64_t exc_whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
@@ -110,16 +139,40 @@ float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t
     return exc_carve_take(c, (size_t)n, sizeof(float));
 }
 
-exc_packed *exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
+exc_table exc_carve_table(exc_carve *c, int64_t count, int64_t n, int64_t k, int dtype) {
+    exc_table t = {.count = count};
+    t.here = exc_carve_keep(c, (size_t)count, sizeof *t.here);
+    t.there = c->apart ? exc_carve_take(c, (size_t)count, sizeof *t.there) : t.here;
+    for (int64_t i = 0; i < count; i++) {
+        exc_packed one = exc_carve_packed(c, n, k, dtype);
+        if (t.here) t.here[i] = one;
+    }
+    return t;
+}
+
+exc_table exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
     int64_t n, k, count = exc_role_by_expert(role) ? m->expert_end - m->expert_first : 1;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    int dtype = exc_carve_dtype(m, role, layer);
-    exc_packed *p = exc_carve_take(c, (size_t)count, sizeof *p);
-    for (int64_t e = 0; e < count; e++) {
-        exc_packed one = exc_carve_packed(c, n, k, dtype);
-        if (p) p[e] = one;
-    }
-    return p;
+    return exc_carve_table(c, count, n, k, exc_carve_dtype(m, role, layer));
+}
+
+/* what a virtual plan does to a writer, by its own arrays */
+static exc_virtual lens_of(const exc_model *m, exc_role role, int64_t layer) {
+    exc_virtual v = {0};
+    if (m->has_lens && m->is_virtual && m->lens.project)
+        v.on = m->lens.project(m->lens.user, role, layer, &v.basis, &v.rank, &v.strength, &v.scale);
+    return v;
+}
+
+/* the plan's arrays themselves on the CPU, else room for copies of them */
+exc_virtual exc_carve_lens(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
+    exc_virtual v = lens_of(m, role, layer);
+    size_t n = exc_role_by_expert(role) ? (size_t)m->atlas->shape.experts : 1;
+    if (!v.on || !c->apart) return v;
+    if (v.basis) v.basis = exc_carve_take(c, (size_t)(v.rank * m->atlas->shape.hidden), sizeof *v.basis);
+    if (v.strength) v.strength = exc_carve_take(c, n, sizeof *v.strength);
+    if (v.scale) v.scale = exc_carve_take(c, n, sizeof *v.scale);
+    return v;
 }
 
 /* the weights that no layer owns */
@@ -141,6 +194,7 @@ static void lay_out_layer(exc_carve *c, const exc_model *m, exc_layer *y, int64_
     y->out_bias = exc_carve_vector(c, m, EXC_ROLE_ATTN_OUT_BIAS, i);
     y->norm_in = exc_carve_take(c, H, sizeof(float));
     y->norm_post = exc_carve_take(c, H, sizeof(float));
+    y->attn_lens = exc_carve_lens(c, m, EXC_ROLE_ATTN_OUT, i);
     exc_feed_carve(c, m, y, i);
 }
 
@@ -186,7 +240,7 @@ static exc_status not_finite(exc_loader *r, const exc_weight *w, int64_t index, 
 /* bytes that are copied as one: two fp4 */
 static size_t unit_of(const exc_weight *w) { return w->dtype == EXC_F4 ? 1 : exc_dtype_bits((exc_dtype)w->dtype) / 8; }
 
-/* a buffer of at least `bytes`, its old content lost */
+/* a buffer of at least `bytes`, its old content lost: for the host, and for ops */
 static exc_status enlarge(exc_loader *r, exc_stage *s, size_t bytes) {
     if (bytes <= s->bytes) return EXC_OK;
     exc_release(s->data);
@@ -197,6 +251,25 @@ static exc_status enlarge(exc_loader *r, exc_stage *s, size_t bytes) {
     return EXC_OK;
 }
 
+static exc_status enlarge_there(exc_loader *r, exc_stage *s, size_t bytes) {
+    void *p;
+    if (bytes <= s->bytes) return EXC_OK;
+    exc_device_release(r->ctx, s->data);
+    *s = (exc_stage){0};
+    EXC_TRY(exc_device_alloc(r->ctx, bytes, 1, "copy of a weight", &p));
+    *s = (exc_stage){p, bytes};
+    return EXC_OK;
+}
+
+/* bytes of the host where ops find them: themselves on the CPU, else a copy in `block` */
+static exc_status send(exc_loader *r, exc_stage *block, const void *host, size_t bytes, const uint8_t **out) {
+    *out = host;
+    if (!r->ctx->module || !host) return EXC_OK;
+    EXC_TRY(enlarge_there(r, block, bytes));
+    *out = block->data;
+    return exc_device_put(r->ctx, block->data, host, bytes);
+}
+
 /* dense [out,in] of a weight that lies otherwise; rows of fp4 are whole bytes */
 static exc_status straighten(exc_loader *r, const exc_weight *w, const uint8_t **data) {
     EXC_TRY(enlarge(r, &r->dense, (size_t)exc_weight_bytes(w)));
@@ -205,10 +278,10 @@ static exc_status straighten(exc_loader *r, const exc_weight *w, const uint8_t *
                               .dst_row = w->in / per_unit, .dst_column = 1, .rows = w->out, .columns = w->in / per_unit,
                               .unit = unit_of(w)};
     *data = r->dense.data;
-    return call(r->ctx, r->ctx->ops->view(&r->ctx->queue, &a), "view", w);
+    return call(r->ctx, exc_cpu_view(&r->ctx->queue, &a), "view", w);
 }
 
-/* bytes of a weight [out,in]: the map itself, or an aligned copy that the plan edited or that was straightened; and its scales */
+/* bytes of a weight [out,in] for the host: the map itself, or an aligned copy that the plan edited or that was straightened; and its scales */
 static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out, const uint8_t **scale) {
     const uint8_t *data = exc_atlas_data(r->a, w);
     bool edit = r->m->has_lens && !r->m->is_virtual && r->m->lens.bake && r->m->lens.touches &&
@@ -229,7 +302,7 @@ static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out
     return exc_weight_dense(w) ? EXC_OK : straighten(r, w, out);
 }
 
-/* looks for NaN and infinity in `n` rows of a weight from row `first` on, and for scales that are none or make one */
+/* the host looks for NaN and infinity in `n` rows of a weight from row `first` on, and for scales that are none or make one */
 static exc_status scan(exc_loader *r, const exc_weight *w, const uint8_t *rows, const uint8_t *scale, int64_t first,
                        int64_t n) {
     exc_ctx *ctx = r->ctx;
@@ -238,8 +311,8 @@ static exc_status scan(exc_loader *r, const exc_weight *w, const uint8_t *rows, 
                                    .cols = w->in, .nonfinite = &bad, .index = &index};
     struct exc_convert_args plain = {.src = rows, .src_dtype = w->dtype, .dst_dtype = w->dtype, .n = n * w->in,
                                      .nonfinite = &bad, .index = &index};
-    if (exc_weight_coded(w)) EXC_TRY(call(ctx, ctx->ops->widen(&ctx->queue, &coded), "widen", w));
-    else EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &plain), "convert", w));
+    if (exc_weight_coded(w)) EXC_TRY(call(ctx, exc_cpu_widen(&ctx->queue, &coded), "widen", w));
+    else EXC_TRY(call(ctx, exc_cpu_convert(&ctx->queue, &plain), "convert", w));
     return bad ? not_finite(r, w, first * w->in + index, bad) : EXC_OK;
 }
 
@@ -256,15 +329,27 @@ static int64_t rows_from(const exc_weight *w, int64_t first, int64_t most) {
     return n < run ? n : run;
 }
 
-/* the numbers of a quantised weight, f32; it is scanned for NaN and infinity */
+static size_t row_bytes(const exc_weight *w) { return (size_t)w->in * exc_dtype_bits((exc_dtype)w->dtype) / 8; }
+
+/* rows of a block that is looked at and packed at once */
+static int64_t block_rows(const exc_loader *r, const exc_weight *w) {
+    int64_t rows = (int64_t)((r->ctx->module ? SENT_BYTES : BLOCK_BYTES) / row_bytes(w)) / ROW_ALIGN * ROW_ALIGN;
+    return rows < ROW_ALIGN ? ROW_ALIGN : rows;
+}
+
+/* the numbers of a quantised weight, f32, where ops run; it is scanned for NaN and infinity */
 static exc_status decode(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, const uint8_t **out) {
-    EXC_TRY(enlarge(r, &r->wide, (size_t)(w->out * w->in) * sizeof(float)));
+    const uint8_t *codes, *scales;
+    EXC_TRY(send(r, &r->codes, data, (size_t)exc_weight_bytes(w), &codes));
+    EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
+    EXC_TRY(enlarge_there(r, &r->wide, (size_t)(w->out * w->in) * sizeof(float)));
     for (int64_t first = 0, n; first < w->out; first += n) {
         n = rows_from(w, first, w->out);
-        struct exc_widen_args a = {.src = data + (size_t)(first * w->in), .dtype = w->dtype, .scale = scale + exc_scale_offset(w, first),
-                                   .scale_dtype = w->scale_dtype, .rows = n, .cols = w->in,
-                                   .dst = r->wide.data + (size_t)(first * w->in) * sizeof(float), .dst_dtype = EXC_F32};
-        EXC_TRY(scan(r, w, a.src, a.scale, first, n));
+        size_t at = (size_t)first * row_bytes(w), of_scales = exc_scale_offset(w, first);
+        struct exc_widen_args a = {.src = codes + at, .dtype = w->dtype, .scale = scales + of_scales, .scale_dtype = w->scale_dtype,
+                                   .rows = n, .cols = w->in, .dst = r->wide.data + (size_t)(first * w->in) * sizeof(float),
+                                   .dst_dtype = EXC_F32};
+        EXC_TRY(scan(r, w, data + at, scale + of_scales, first, n));
         EXC_TRY(call(r->ctx, r->ctx->ops->widen(&r->ctx->queue, &a), "widen", w));
     }
     *out = r->wide.data;
@@ -282,18 +367,21 @@ static exc_status pack_numbers(exc_loader *r, const exc_weight *w, const uint8_t
 /* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
 static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
     exc_ctx *ctx = r->ctx;
-    const uint8_t *data, *scale;
+    const uint8_t *data, *scale, *codes, *scales;
     EXC_TRY(source(r, w, &data, &scale));
     if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
-    size_t row = (size_t)w->in * exc_dtype_bits((exc_dtype)w->dtype) / 8, panel = exc_packed_bytes(EXC_PANEL, w->in, to);
-    int64_t rows = (int64_t)(BLOCK_BYTES / row) / ROW_ALIGN * ROW_ALIGN;
-    if (rows < ROW_ALIGN) rows = ROW_ALIGN;
+    EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
+    size_t row = row_bytes(w), panel = exc_packed_bytes(EXC_PANEL, w->in, to);
+    int64_t rows = block_rows(r, w);
     for (int64_t first = 0, n; first < w->out; first += n) {
         n = rows_from(w, first, rows);
-        struct exc_pack_args a = {.w = data + (size_t)first * row, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
+        const uint8_t *from = data + (size_t)first * row;
+        size_t of_scales = scale ? exc_scale_offset(w, first) : 0;
+        EXC_TRY(scan(r, w, from, scale ? scale + of_scales : NULL, first, n));
+        EXC_TRY(send(r, &r->codes, from, (size_t)n * row, &codes));
+        struct exc_pack_args a = {.w = codes, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
                                   .out = out + (size_t)(first / EXC_PANEL) * panel,
-                                  .scale = scale ? scale + exc_scale_offset(w, first) : NULL, .scale_dtype = w->scale_dtype};
-        EXC_TRY(scan(r, w, a.w, a.scale, first, n));
+                                  .scale = scale ? scales + of_scales : NULL, .scale_dtype = w->scale_dtype};
         EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", w));
     }
     return leave(r, w);
@@ -302,13 +390,18 @@ static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_
 /* a weight kept unpacked: norms (as f32) and the embedding (as stored); these are never quantised */
 static exc_status copy_weight(exc_loader *r, const exc_weight *w, int to, void *out) {
     exc_ctx *ctx = r->ctx;
-    const uint8_t *data, *scale;
+    const uint8_t *data, *scale, *numbers;
     EXC_TRY(source(r, w, &data, &scale));
-    int64_t bad = 0, index = -1;
-    EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &(struct exc_convert_args){.src = data, .src_dtype = w->dtype, .dst = out, .dst_dtype = to,
-                                                                               .n = w->out * w->in, .nonfinite = &bad, .index = &index}),
-                 "convert", w));
-    if (bad) return not_finite(r, w, index, bad);
+    size_t row = row_bytes(w), row_out = (size_t)w->in * exc_dtype_bits((exc_dtype)to) / 8;
+    int64_t rows = block_rows(r, w);
+    for (int64_t first = 0, n; first < w->out; first += n) {
+        n = rows_from(w, first, rows);
+        EXC_TRY(scan(r, w, data + (size_t)first * row, NULL, first, n));
+        EXC_TRY(send(r, &r->codes, data + (size_t)first * row, (size_t)n * row, &numbers));
+        struct exc_convert_args a = {.src = numbers, .src_dtype = w->dtype, .dst = (uint8_t *)out + (size_t)first * row_out,
+                                     .dst_dtype = to, .n = n * w->in};
+        EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &a), "convert", w));
+    }
     r->done += exc_weight_bytes(w);
     advise(r, w, MADV_DONTNEED);
     return EXC_OK;
@@ -323,13 +416,17 @@ exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_
     return exc_fill_rows(r, role, layer, into, 0);
 }
 
-exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into) {
-    if (!exc_role_by_expert(role)) return exc_fill_role(r, role, layer, into);
-    for (int64_t e = 0; e < r->m->expert_end - r->m->expert_first; e++) {
-        const exc_weight *w = exc_atlas_find(r->a, role, layer, r->m->expert_first + e);
-        EXC_TRY(pack_weight(r, w, into[e].dtype, (uint8_t *)(uintptr_t)into[e].data));
+exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_table *into) {
+    bool many = exc_role_by_expert(role);
+    for (int64_t e = 0; e < into->count; e++) {
+        const exc_weight *w = exc_atlas_find(r->a, role, layer, many ? r->m->expert_first + e : -1);
+        EXC_TRY(pack_weight(r, w, into->here[e].dtype, (uint8_t *)(uintptr_t)into->here[e].data));
     }
-    return EXC_OK;
+    return exc_fill_table(r, into);
+}
+
+exc_status exc_fill_table(exc_loader *r, const exc_table *t) {
+    return exc_device_put(r->ctx, t->there, t->here, (size_t)t->count * sizeof *t->here);
 }
 
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into) {
@@ -343,12 +440,15 @@ exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *i
 
 exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out) {
     const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
-    const uint8_t *scale;
+    const uint8_t *data, *scale;
     *out = (exc_matrix){.weight = w, .dtype = w->dtype};
-    EXC_TRY(source(r, w, &out->data, &scale));
-    if (!exc_weight_coded(w)) return scan(r, w, out->data, scale, 0, w->out);
-    out->dtype = EXC_F32;
-    return decode(r, w, out->data, scale, &out->data);
+    EXC_TRY(source(r, w, &data, &scale));
+    if (exc_weight_coded(w)) {
+        out->dtype = EXC_F32;
+        return decode(r, w, data, scale, &out->data);
+    }
+    EXC_TRY(scan(r, w, data, scale, 0, w->out));
+    return send(r, &r->codes, data, (size_t)exc_weight_bytes(w), &out->data);
 }
 
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
@@ -357,7 +457,7 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int6
     size_t unit = exc_dtype_bits(m->dtype) / 8;
     const uint8_t *data = m->data + (size_t)first * unit;
     if (row_step != into->k || column_step != 1) {
-        EXC_TRY(enlarge(r, &r->part, (size_t)(into->n * into->k) * unit));
+        EXC_TRY(enlarge_there(r, &r->part, (size_t)(into->n * into->k) * unit));
         struct exc_view_args v = {.src = data, .src_row = row_step, .src_column = column_step, .dst = r->part.data,
                                   .dst_row = into->k, .dst_column = 1, .rows = into->n, .columns = into->k, .unit = unit};
         EXC_TRY(call(ctx, ctx->ops->view(&ctx->queue, &v), "view", m->weight));
@@ -368,11 +468,12 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int6
     return call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight);
 }
 
-static void move_rows(const exc_matrix *m, const exc_moved *v, uint8_t *to) {
+static exc_status move_rows(exc_ctx *ctx, const exc_matrix *m, const exc_moved *v, uint8_t *to) {
     size_t row = (size_t)m->weight->in * exc_dtype_bits((exc_dtype)m->dtype) / 8;
     for (int64_t i = 0; i < v->count; i++)
-        memcpy(to + (size_t)(v->to + i * v->to_step) * row, m->data + (size_t)(v->from + i * v->from_step) * row,
-               (size_t)v->rows * row);
+        EXC_TRY(exc_device_copy(ctx, to + (size_t)(v->to + i * v->to_step) * row,
+                                m->data + (size_t)(v->from + i * v->from_step) * row, (size_t)v->rows * row));
+    return EXC_OK;
 }
 
 /* packs rows that were moved: those under one row of scales at once */
@@ -400,13 +501,15 @@ exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc
     if (exc_weight_coded(m.weight) && m.weight->dtype == into->dtype) {
         EXC_TRY(source(r, m.weight, &m.data, &scale));
         EXC_TRY(scan(r, m.weight, m.data, scale, 0, m.weight->out));
+        EXC_TRY(send(r, &r->codes, m.data, (size_t)exc_weight_bytes(m.weight), &m.data));
+        EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(m.weight), &scale));
     } else {
         EXC_TRY(exc_fill_open(r, role, layer, &m));
     }
     size_t bytes = (size_t)(rows * into->k) * exc_dtype_bits((exc_dtype)m.dtype) / 8;
-    EXC_TRY(enlarge(r, &r->part, bytes));
-    memset(r->part.data, 0, bytes);
-    for (size_t i = 0; i < n; i++) move_rows(&m, &moved[i], r->part.data);
+    EXC_TRY(enlarge_there(r, &r->part, bytes));
+    EXC_TRY(exc_device_zero(r->ctx, r->part.data, bytes));
+    for (size_t i = 0; i < n; i++) EXC_TRY(move_rows(r->ctx, &m, &moved[i], r->part.data));
     uint8_t *out = (uint8_t *)(uintptr_t)into->data + (size_t)(at / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
     EXC_TRY(pack_moved(r, &m, scale, moved, n, rows, into, out));
     return exc_fill_close(r, &m);
@@ -414,7 +517,7 @@ exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc
 
 exc_status exc_fill_turned(exc_loader *r, exc_role role, int64_t layer, float *into) {
     const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
-    EXC_TRY(enlarge(r, &r->part, (size_t)(w->out * w->in) * sizeof *into));
+    EXC_TRY(enlarge_there(r, &r->part, (size_t)(w->out * w->in) * sizeof *into));
     EXC_TRY(copy_weight(r, w, EXC_F32, r->part.data));
     struct exc_view_args a = {.src = r->part.data, .src_row = 1, .src_column = w->in, .dst = into, .dst_row = w->out,
                               .dst_column = 1, .rows = w->in, .columns = w->out, .unit = sizeof *into};
@@ -423,9 +526,13 @@ exc_status exc_fill_turned(exc_loader *r, exc_role role, int64_t layer, float *i
 
 exc_status exc_fill_close(exc_loader *r, const exc_matrix *m) { return leave(r, m->weight); }
 
-void exc_fill_lens(const exc_model *m, exc_role role, int64_t layer, exc_virtual *v) {
-    if (!m->has_lens || !m->is_virtual || !m->lens.project) return;
-    v->on = m->lens.project(m->lens.user, role, layer, &v->basis, &v->rank, &v->strength, &v->scale);
+exc_status exc_fill_lens(exc_loader *r, exc_role role, int64_t layer, const exc_virtual *v) {
+    const exc_virtual from = lens_of(r->m, role, layer);
+    size_t n = exc_role_by_expert(role) ? (size_t)r->a->shape.experts : 1;
+    size_t basis = (size_t)(v->rank * r->a->shape.hidden) * sizeof *v->basis;
+    if (v->basis) EXC_TRY(exc_device_put(r->ctx, (void *)(uintptr_t)v->basis, from.basis, basis));
+    if (v->strength) EXC_TRY(exc_device_put(r->ctx, (void *)(uintptr_t)v->strength, from.strength, n * sizeof *v->strength));
+    return v->scale ? exc_device_put(r->ctx, (void *)(uintptr_t)v->scale, from.scale, n * sizeof *v->scale) : EXC_OK;
 }
 
 static exc_status fill_layer(exc_loader *r, exc_layer *y, int64_t i) {
@@ -434,8 +541,16 @@ static exc_status fill_layer(exc_loader *r, exc_layer *y, int64_t i) {
     if (y->out_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_ATTN_OUT_BIAS, i, y->out_bias));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_IN, i, y->norm_in));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_POST, i, y->norm_post));
-    exc_fill_lens(r->m, EXC_ROLE_ATTN_OUT, i, &y->attn_lens);
+    EXC_TRY(exc_fill_lens(r, EXC_ROLE_ATTN_OUT, i, &y->attn_lens));
     return exc_feed_fill(r, y, i);
+}
+
+static exc_status fill_frequencies(exc_loader *r) {
+    const exc_shape *s = &r->a->shape;
+    size_t bytes = (size_t)(s->rotary / 2) * sizeof(float);
+    EXC_TRY(enlarge(r, &r->stage, bytes));
+    exc_rope_frequencies(&s->rope, s->rotary, (float *)(void *)r->stage.data);
+    return exc_device_put(r->ctx, r->m->loaded->inv_freq, r->stage.data, bytes);
 }
 
 static exc_status fill_ends(exc_loader *r) {
@@ -444,7 +559,7 @@ static exc_status fill_ends(exc_loader *r) {
     exc_loaded *l = r->m->loaded;
     EXC_TRY(copy_weight(r, embed, embed->dtype, l->embed));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, l->norm_final));
-    exc_rope_frequencies(&s->rope, s->rotary, l->inv_freq);
+    EXC_TRY(fill_frequencies(r));
     return exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &l->lm_head);
 }
 
@@ -463,28 +578,40 @@ static exc_status load_all(exc_loader *r) {
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
 }
 
-/* one slab for each layer and one for the rest: measured, allocated, carved */
-static exc_status make_slab(exc_ctx *ctx, exc_model *m, exc_carve *c, void **slab) {
-    if (c->overflow)
-        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
-    *slab = exc_alloc(ctx, c->at + 64, 1, "packed weights");
-    if (!*slab) return EXC_ERR_MEMORY;
-    m->weight_bytes += c->at;
-    *c = (exc_carve){.base = *slab};
-    return EXC_OK;
+static size_t layer_bytes(exc_ctx *ctx, const exc_model *m, int64_t layer) {
+    exc_carve c = exc_carve_measure(ctx);
+    exc_layer y;
+    lay_out_layer(&c, m, &y, layer);
+    return c.at;
 }
 
+/* a GPU that is too small is told before anything is loaded, and how much of the model would fit */
+static exc_status check_room(exc_ctx *ctx, const exc_model *m, size_t ends) {
+    int64_t layers = m->atlas->shape.layers, fit = 0;
+    size_t all = ends, have = exc_device_free(ctx);
+    for (int64_t i = 0; i < layers; i++) {
+        all += layer_bytes(ctx, m, i);
+        fit += all <= have;
+    }
+    if (all <= have) return EXC_OK;
+    return exc_device_short(ctx, all, "%s: weights (%lld of %lld layers would fit)", m->dir, (long long)fit, (long long)layers);
+}
+
+/* one slab for each layer and one for the rest: measured, allocated, carved */
 static exc_status make_slabs(exc_ctx *ctx, exc_model *m) {
     exc_loaded *l = m->loaded;
-    exc_carve c = {0};
+    exc_carve c = exc_carve_measure(ctx);
     lay_out_ends(&c, m, l);
-    EXC_TRY(make_slab(ctx, m, &c, &l->slab));
+    if (ctx->module) EXC_TRY(check_room(ctx, m, c.at));
+    m->weight_bytes = c.at;
+    EXC_TRY(exc_slab_make(ctx, &c, "packed weights", &l->slab));
     lay_out_ends(&c, m, l);
     for (int64_t i = 0; i < m->atlas->shape.layers; i++) {
         exc_place *p = &l->layer[i];
-        c = (exc_carve){0};
+        c = exc_carve_measure(ctx);
         lay_out_layer(&c, m, &p->y, i);
-        EXC_TRY(make_slab(ctx, m, &c, &p->slab));
+        m->weight_bytes += c.at;
+        EXC_TRY(exc_slab_make(ctx, &c, "packed weights", &p->slab));
         lay_out_layer(&c, m, &p->y, i);
     }
     return EXC_OK;
@@ -499,11 +626,9 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     if (!m->loaded->layer) return EXC_ERR_MEMORY;
     EXC_TRY(make_slabs(ctx, m));
     exc_status st = exc_ranks_agree(ctx, "load", load_all(&r));
-    exc_release(r.stage.data);
-    exc_release(r.dense.data);
-    exc_release(r.scale.data);
-    exc_release(r.part.data);
-    exc_release(r.wide.data);
+    exc_stage *here[] = {&r.stage, &r.dense, &r.scale}, *there[] = {&r.codes, &r.scales, &r.part, &r.wide};
+    for (size_t i = 0; i < EXC_COUNT(here); i++) exc_release(here[i]->data);
+    for (size_t i = 0; i < EXC_COUNT(there); i++) exc_device_release(ctx, there[i]->data);
     return st;
 }
 
@@ -513,11 +638,11 @@ exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const e
     return EXC_OK;
 }
 
-void exc_unload(exc_loaded *l) {
+void exc_unload(exc_ctx *ctx, exc_loaded *l) {
     if (!l) return;
-    for (int64_t i = 0; l->layer && i < l->layers; i++) exc_release(l->layer[i].slab);
+    for (int64_t i = 0; l->layer && i < l->layers; i++) exc_slab_free(ctx, &l->layer[i].slab);
+    exc_slab_free(ctx, &l->slab);
     exc_release(l->layer);
-    exc_release(l->slab);
     exc_release(l);
 }
 
@@ -546,7 +671,8 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
 exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options *options, exc_model **out) {
     if (!ctx || !out) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "open"));
+    if (ctx->module && exc_ranks_count(ctx) > 1)
+        return exc_fail(ctx, EXC_ERR_USAGE, "open: several ranks: expected the cpu backend, found %s", ctx->backend);
     *out = NULL;
     exc_model_options opt = {.size = sizeof opt};
     if (!dir) return exc_fail(ctx, EXC_ERR_USAGE, "open: no model folder given");
@@ -573,7 +699,7 @@ void exc_model_free(exc_model *m) {
     if (!m) return;
     exc_session_close(m->spare);
     if (m->lens.release) m->lens.release(m->lens.user);
-    exc_unload(m->loaded);
+    exc_unload(m->ctx, m->loaded);
     exc_atlas_close(m->atlas);
     exc_release(m->dir);
     exc_release(m);

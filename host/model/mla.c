@@ -8,21 +8,10 @@
  * is what absorbing costs a head and query. So sequences that begin in this step are expanded, for every pair
  * of tokens is then cheaper, and all others, decode first of all, are absorbed. In reproducible mode all are
  * absorbed: a row's bits must not depend on where a step began. */
-#include <string.h>
-
 #include "session.h"
 
 /* -------------------------------------------------------------------------------------------------------
  * weights */
-
-static exc_packed *carve_heads(exc_carve *c, const exc_shape *s, int64_t n, int64_t k, int dtype) {
-    exc_packed *p = exc_carve_take(c, (size_t)s->heads, sizeof *p);
-    for (int64_t h = 0; h < s->heads; h++) {
-        exc_packed one = exc_carve_packed(c, n, k, dtype);
-        if (p) p[h] = one;
-    }
-    return p;
-}
 
 static int64_t q_width(const exc_shape *s) {
     return s->latent.q_rank ? s->latent.q_rank : s->heads * s->head_dim;
@@ -53,9 +42,9 @@ static void carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer)
     w->width = w->kv_at + exc_whole_panels(kv_width(s));
     w->first = exc_carve_packed(c, w->width, s->hidden, first_dtype(m, q_role(s), layer));
     if (l->q_rank) w->q_b = exc_carve_role(c, m, EXC_ROLE_ATTN_Q_B, layer);
-    w->key = carve_heads(c, s, l->plain, l->rank, dtype);
-    w->absorb = carve_heads(c, s, l->rank, l->plain, dtype);
-    w->value = carve_heads(c, s, s->value_dim, l->rank, dtype);
+    w->key = exc_carve_table(c, s->heads, l->plain, l->rank, dtype);
+    w->absorb = exc_carve_table(c, s->heads, l->rank, l->plain, dtype);
+    w->value = exc_carve_table(c, s->heads, s->value_dim, l->rank, dtype);
     w->q_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_Q_A_NORM, layer);
     w->kv_norm = exc_carve_vector(c, m, EXC_ROLE_ATTN_KV_A_NORM, layer);
 }
@@ -68,10 +57,13 @@ static exc_status fill_heads(exc_loader *r, int64_t layer, const exc_latent_weig
     EXC_TRY(exc_fill_open(r, EXC_ROLE_ATTN_KV_B, layer, &kv));
     for (int64_t h = 0; h < s->heads; h++) {
         int64_t first = h * (N + V) * C;
-        EXC_TRY(exc_fill_view(r, &kv, first, C, 1, &w->key[h]));
-        EXC_TRY(exc_fill_view(r, &kv, first, 1, C, &w->absorb[h]));
-        EXC_TRY(exc_fill_view(r, &kv, first + N * C, C, 1, &w->value[h]));
+        EXC_TRY(exc_fill_view(r, &kv, first, C, 1, &w->key.here[h]));
+        EXC_TRY(exc_fill_view(r, &kv, first, 1, C, &w->absorb.here[h]));
+        EXC_TRY(exc_fill_view(r, &kv, first + N * C, C, 1, &w->value.here[h]));
     }
+    EXC_TRY(exc_fill_table(r, &w->key));
+    EXC_TRY(exc_fill_table(r, &w->absorb));
+    EXC_TRY(exc_fill_table(r, &w->value));
     return exc_fill_close(r, &kv);
 }
 
@@ -160,7 +152,7 @@ static exc_status prepare(exc_session *s, const stretch *k, bool expand) {
     EXC_RUN(s, latent, .q = q, .q_stride = q_stride, .kv = first + k->w->kv_at, .kv_stride = k->w->width,
             .weight = k->w->kv_norm, .eps = s->m->atlas->family->latent_eps,
             .inv_freq = s->m->loaded->inv_freq, .attention_factor = p->rope.attention,
-            .adjacent = l->adjacent, .position = s->position + k->row, .cache_row = s->cache_row + k->row,
+            .adjacent = l->adjacent, .position = s->there.position + k->row, .cache_row = s->there.cache_row + k->row,
             .tokens = k->rows, .heads = p->heads, .plain = l->plain, .rotary = l->rotary, .latent = l->rank,
             .q_plain = expand ? at(s, b->queries, unit * D) : at(s, b->plain, unit * l->plain),
             .plain_step = expand ? D : l->plain,
@@ -182,15 +174,15 @@ static exc_status absorbed(exc_session *s, const stretch *k) {
     int act = s->m->act;
     EXC_TRY(prepare(s, k, false));
     EXC_RUN(s, bundle, .x = at(s, b->plain, k->row * n * N), .x_stride = n * N, .x_step = N, .act = act,
-            .w = k->w->absorb, .heads = n, .outputs = C, .w_dtype = k->w->absorb->dtype, .y = at(s, b->wide, k->row * n * W), .y_stride = n * W,
+            .w = k->w->absorb.there, .heads = n, .outputs = C, .w_dtype = k->w->absorb.here->dtype, .y = at(s, b->wide, k->row * n * W), .y_stride = n * W,
             .y_step = W, .rows = k->rows);
     EXC_RUN(s, attend, .q = b->wide, .cache_k = k->cache, .key_stride = W, .cache_v = k->cache,
-            .value_stride = W, .q_begin = k->t->begin + k->from, .cache_begin = s->seq_base + k->from,
-            .length = s->seq_length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = 1,
+            .value_stride = W, .q_begin = s->there.begin + k->from, .cache_begin = s->there.base + k->from,
+            .length = s->there.length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = 1,
             .head_dim = W, .value_dim = C, .scale = scale_of(p), .out = b->sums, .act = act,
             .tokens = k->t->begin[k->to], .longest = s->longest);
     EXC_RUN(s, bundle, .x = at(s, b->sums, k->row * n * C), .x_stride = n * C, .x_step = C, .act = act,
-            .w = k->w->value, .heads = n, .outputs = V, .w_dtype = k->w->value->dtype, .y = at(s, b->out, k->row * n * V), .y_stride = n * V, .y_step = V,
+            .w = k->w->value.there, .heads = n, .outputs = V, .w_dtype = k->w->value.here->dtype, .y = at(s, b->out, k->row * n * V), .y_stride = n * V, .y_step = V,
             .rows = k->rows);
     return EXC_OK;
 }
@@ -203,13 +195,13 @@ static exc_status expanded(exc_session *s, const stretch *k) {
     const void *rows = at(s, b->rows, k->row * W);
     int act = s->m->act;
     EXC_TRY(prepare(s, k, true));
-    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->key, .heads = n, .outputs = N, .w_dtype = k->w->key->dtype,
+    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->key.there, .heads = n, .outputs = N, .w_dtype = k->w->key.here->dtype,
             .y = at(s, b->keys, k->row * n * D), .y_stride = n * D, .y_step = D, .rows = k->rows);
-    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->value, .heads = n, .outputs = V, .w_dtype = k->w->value->dtype,
+    EXC_RUN(s, bundle, .x = rows, .x_stride = W, .act = act, .w = k->w->value.there, .heads = n, .outputs = V, .w_dtype = k->w->value.here->dtype,
             .y = at(s, b->values, k->row * n * V), .y_stride = n * V, .y_step = V, .rows = k->rows);
     EXC_RUN(s, attend, .q = b->queries, .cache_k = b->keys, .key_stride = n * D, .cache_v = b->values,
-            .value_stride = n * V, .q_begin = k->t->begin + k->from, .cache_begin = k->t->begin + k->from,
-            .length = s->seq_length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = n,
+            .value_stride = n * V, .q_begin = s->there.begin + k->from, .cache_begin = s->there.begin + k->from,
+            .length = s->there.length + k->from, .sequences = k->to - k->from, .q_heads = n, .kv_heads = n,
             .head_dim = D, .value_dim = V, .scale = scale_of(p), .out = b->out, .act = act,
             .tokens = k->t->begin[k->to], .longest = s->longest);
     return EXC_OK;
@@ -218,7 +210,7 @@ static exc_status expanded(exc_session *s, const stretch *k) {
 /* a sequence that begins in this step holds only rows of this step */
 static bool begins(const exc_session *s, const exc_step *t, int64_t sequence) {
     return !s->ctx->queue.reproducible &&
-           s->seq_length[sequence] == t->begin[sequence + 1] - t->begin[sequence];
+           s->here.length[sequence] == t->begin[sequence + 1] - t->begin[sequence];
 }
 
 static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {

@@ -268,8 +268,10 @@ typedef struct exc_lens_hook {
 /* study/lenses.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
 exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
 
-/* Packed weights, one entry a layer (load.c). */
+/* Packed weights, one entry a layer (load.c). All that pointers of these structs point to lies where ops run, but `here`. */
 typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank; bool on; } exc_virtual;
+/* Matrices of one size and dtype. The host reads `here`; `there` is the same table where ops run that take one: on the CPU, it. */
+typedef struct exc_table { exc_packed *here, *there; int64_t count; } exc_table;
 /* q, k and v are one matrix, so that one matmul makes all three: columns 0.. of a row are queries, k_at.. keys, v_at..
  * values, each part padded to whole panels with zero weights (attention.c). */
 typedef struct exc_softmax_weights {
@@ -283,7 +285,7 @@ typedef struct exc_latent_weights {
     exc_packed first;              /* columns 0.. of a row are queries (or their latent), kv_at.. the latent of keys and values */
     int64_t kv_at, width;          /* of such a row */
     exc_packed q_b;                /* data NULL: no latent of the queries */
-    exc_packed *key, *absorb, *value; /* [heads]: [plain,rank], its transpose, [value_dim,rank] */
+    exc_table key, absorb, value;  /* [heads]: [plain,rank], its transpose, [value_dim,rank] */
     float *q_norm, *kv_norm;       /* [q_rank] or NULL, [rank] */
 } exc_latent_weights;
 typedef struct exc_linear_weights {
@@ -297,25 +299,27 @@ typedef struct exc_layer {
     union { exc_softmax_weights softmax; exc_latent_weights latent; exc_linear_weights linear; } mix; /* by exc_shape.mix */
     exc_packed out, router;        /* out: what the mixer writes to the stream with */
     float *out_bias;               /* [H] or NULL */
-    exc_packed *gate, *up, *down;  /* [experts of this rank]; [1] in a dense layer */
+    exc_table gate, up, down;      /* [experts of this rank]; [1] in a dense layer */
     float *gate_bias, *up_bias, *down_bias; /* [E,I], [E,I], [E,H] of all experts, or NULL */
-    exc_packed shared_gate, shared_up, shared_down; /* data NULL: no shared expert */
+    exc_table shared_gate, shared_up; /* [1] */
+    exc_packed shared_down;        /* data NULL: no shared expert */
     exc_packed shared_router;      /* [1,H]; data NULL: not gated */
     float *router_bias;            /* [E], added where the family says, or NULL */
     float *norm_in, *norm_post;    /* [H] */
     exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
-typedef struct exc_place { exc_layer y; void *slab; } exc_place; /* a layer's weights, all in one slab */
+typedef struct exc_slab { void *ops, *host; } exc_slab; /* memory where ops run, and the host's own where that is another */
+typedef struct exc_place { exc_layer y; exc_slab slab; } exc_place; /* a layer's weights, all in one slab */
 typedef struct exc_loaded {
     exc_place *layer; int64_t layers; /* [L]; exc_layer_at finds one */
     exc_packed lm_head;
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
     float *inv_freq;               /* [rotary/2] */
-    void *slab;                    /* holds what no layer owns */
+    exc_slab slab;                 /* holds what no layer owns */
 } exc_loaded;
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
-void exc_unload(exc_loaded *l);
+void exc_unload(exc_ctx *ctx, exc_loaded *l);
 exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
 
 struct exc_model {
@@ -352,24 +356,25 @@ int64_t exc_cache_bytes(const exc_model *m);                    /* of one token,
 int64_t exc_state_bytes(const exc_model *m);                    /* of one sequence of any length, in all layers */
 int64_t exc_step_tokens(const exc_model *m);                    /* a good size of a prefill step for this model */
 
-/* Sums a forward pass adds to, for one label and phase. Rows: M MoE layers. Any pointer may be NULL. */
+/* Sums a forward pass adds to, for one label and phase, where ops run. Rows: M MoE layers. Any pointer may be NULL. */
 typedef struct exc_sums {
     int64_t *count;        /* [M,E] */
     double *gate_sum;      /* [M,E] */
     double *mid_sum;       /* [M,E,I] */
     double *sqnorm_sum;    /* [M,E] */
     double *shared_mid_sum;/* [M,Ishared] */
-    int64_t *tokens;       /* [M] */
+    int64_t *tokens;       /* [M], the host's */
     uint32_t *prompt_count;/* [P,M,E] */
 } exc_sums;
 
-/* One step: `rows` tokens, grouped by sequence in any order of slots; a sequence's tokens continue what its slot holds. */
+/* One step: `rows` tokens, grouped by sequence in any order of slots; a sequence's tokens continue what its slot holds. What goes in
+ * is the host's. */
 typedef struct exc_step {
     const int32_t *tokens;      /* [rows] */
     const int32_t *slot;        /* [sequences] */
     const int64_t *begin;       /* [sequences+1] rows of each sequence */
     int64_t sequences;
-    /* outputs, all optional */
+    /* outputs, all optional, where ops run */
     int logits_all;             /* 1: logits of every row, 0: of the last row of each sequence */
     float *logits;              /* [rows or sequences, V] */
     float *hidden;              /* [L+1, rows, H] residual stream (embedding, then after each layer) */
@@ -379,9 +384,15 @@ typedef struct exc_step {
     const exc_sums *sums;       /* what to add to */
     const int32_t *observe;     /* [rows] prompt number of the row, -1: not observed; needed when sums is set */
 } exc_step;
+/* enqueues the step: on a device it is over when something is fetched. NaN and infinity are told then, by check or draw */
 exc_status exc_session_step(exc_session *s, const exc_step *step);
-/* logits f32 [rows,V] of rows first.. of the last step: a large vocabulary goes out in pieces */
+exc_status exc_session_check(exc_session *s); /* waits for the last step; EXC_ERR_NUMERIC when its stream is not finite */
+/* logits f32 [rows,V], where ops run, of rows first.. of the last step: a large vocabulary goes out in pieces */
 exc_status exc_session_logits(exc_session *s, int64_t first, int64_t rows, float *logits);
+
+/* the next tokens i32 [rows] of the host, as op sample takes them from logits [rows,V] of the last step; checks as well */
+typedef struct exc_draw { const float *logits; int64_t rows; float temperature, top_p; const double *random01; } exc_draw;
+exc_status exc_session_draw(exc_session *s, const exc_draw *d, int32_t *token);
 
 /* ---- generation (generate.c): one loop for greedy, sampled, captured decode */
 /* A piece of a prompt that a prefill step just did: rows row.. of `step` are tokens first..first+rows-1 of `prompt`. */
@@ -396,8 +407,8 @@ typedef struct exc_decode {
     bool observe;               /* sums also for the tokens fed back */
     const exc_sums *prefill_sums, *decode_sums; /* NULL: none */
     const int32_t *const *prefill_observe;      /* [P] per prompt [tokens]: 1 observe, 0 not; NULL: all */
-    float *hidden_last;         /* [P, L+1, H] or NULL */
-    float *first_logits;        /* [P, V] or NULL: logits that emit the first new token */
+    float *hidden_last;         /* [P, L+1, H] of the host or NULL */
+    float *first_logits;        /* [P, V] of the host or NULL: logits that emit the first new token */
     int64_t batch;              /* sequences at once; 0: chosen from lengths */
     int64_t batch_tokens;       /* prefill tokens a step; 0: chosen */
     const char *step;           /* name for progress events */
@@ -410,7 +421,7 @@ typedef struct exc_reply { int32_t *tokens; int64_t count; int stopped; /* 1: en
 exc_status exc_decode_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const exc_decode *d, exc_reply **replies);
 void exc_replies_free(exc_reply *r, int64_t n);
 /* logits of all positions of every prompt handed to `visit` in prompt order, in pieces: logits [rows,V] of tokens first.. of the
- * prompt; tokens: the whole prompt, so that row i predicts tokens[first + i + 1] where there is one */
+ * prompt, where ops run; tokens: the whole prompt, so that row i predicts tokens[first + i + 1] where there is one */
 typedef exc_status (*exc_logits_fn)(exc_ctx *ctx, void *user, int64_t prompt, int64_t first, int64_t rows, const int32_t *tokens, const float *logits);
 exc_status exc_logits_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const char *step, exc_logits_fn visit, void *user);
 

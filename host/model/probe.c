@@ -4,6 +4,24 @@
  * are any. */
 #include "model.h"
 
+static exc_status multiply(exc_ctx *ctx, const exc_packed *w, const double *x, int64_t n, double *y) {
+    struct exc_matvec_args a = {.x = x, .w = w, .rows = n, .y = y};
+    exc_dock d = {.ctx = ctx, .what = "sums of activations"};
+    exc_dock_in(&d, &a.x, (size_t)(n * w->k) * sizeof *x);
+    exc_dock_out(&d, &a.y, (size_t)(n * w->n) * sizeof *y);
+    return EXC_DOCK_CALL(&d, matvec, &a);
+}
+
+static exc_status add_bias(exc_ctx *ctx, const float *bias, const int64_t *terms, int64_t n, int64_t out, double *y) {
+    size_t bytes = (size_t)out * sizeof *bias;
+    float *copy = exc_alloc(ctx, bytes, 1, "a bias");
+    if (!copy) return EXC_ERR_MEMORY;
+    exc_status st = exc_device_get(ctx, copy, bias, bytes);
+    for (int64_t i = 0; st == EXC_OK && i < n * out; i++) y[i] += (double)terms[i / out] * (double)copy[i % out];
+    exc_release(copy);
+    return st;
+}
+
 exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t layer, int64_t expert,
                           const double *x, const int64_t *terms, int64_t n, double *y) {
     const exc_shape *s = &m->atlas->shape;
@@ -22,9 +40,8 @@ exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t lay
                         (long long)expert);
     const exc_layer *l;
     EXC_TRY(exc_layer_at(ctx, m, layer, &l));
-    const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down[role == EXC_ROLE_EXPERT_DOWN ? expert - m->expert_first : 0];
-    EXC_TRY(ctx->ops->matvec(&ctx->queue, &(struct exc_matvec_args){.x = x, .w = w, .rows = n, .y = y}));
+    const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down.here[role == EXC_ROLE_EXPERT_DOWN ? expert - m->expert_first : 0];
     const float *bias = role == EXC_ROLE_EXPERT_DOWN && l->down_bias ? l->down_bias + expert * out : NULL;
-    for (int64_t i = 0; bias && i < n * out; i++) y[i] += (double)terms[i / out] * (double)bias[i % out];
-    return EXC_OK;
+    EXC_TRY(multiply(ctx, w, x, n, y));
+    return bias ? add_bias(ctx, bias, terms, n, out, y) : EXC_OK;
 }

@@ -37,26 +37,45 @@ typedef struct exc_linear_room {
     int64_t ring_step, state_step;
 } exc_linear_room;
 
+/* What ops read of the rows and sequences of a step: one block, laid out by the host and put where ops run once a step. Steps of
+ * one shape, decode above all, find it at the same addresses. Sequences stand chunk by chunk. */
+typedef struct exc_inputs {
+    int64_t *cache_row;             /* [R] row of the cache */
+    int64_t *begin;                 /* [slots + 2 chunks] rows of each sequence in its chunk, one more a chunk */
+    int64_t *base, *length;         /* [slots + chunks] where the slot's cache rows are, and tokens it holds then */
+    int64_t *groups;                /* [2 chunks] 0 and the chunk's rows: the groups of an expert that all tokens have */
+    int32_t *tokens, *position;     /* [R] */
+    int32_t *observe;               /* [R] or NULL */
+    int32_t *slot;                  /* [slots + chunks] */
+    int32_t *last;                  /* [slots] last row of each sequence of the step */
+} exc_inputs;
+
+/* what a step leaves for the host, fetched at once */
+typedef struct exc_found {
+    int64_t bad, index;             /* NaN and infinities in the stream after the last layer, and the first of them */
+    int32_t token[];                /* [slots] drawn */
+} exc_found;
+
 /* Rows of a step that go through a layer together: whole sequences where they fit, else a stretch of one. */
 typedef struct exc_chunk {
     int64_t row, rows;              /* of the step */
-    int64_t at, sequences;          /* entries of seq_slot, seq_base, seq_length */
-    int64_t begin;                  /* and of seq_begin, one more */
-    int64_t longest;                /* of seq_length */
+    int64_t at, sequences;          /* entries of slot, base, length */
+    int64_t begin;                  /* and of begin, one more */
+    int64_t groups;                 /* and of groups */
+    int64_t longest;                /* of length */
 } exc_chunk;
 
 /* of a whole step */
 typedef struct exc_whole {
     int64_t rows;                   /* of the last step */
     float *h;                       /* [R,H] residual stream */
-    int32_t *position;              /* [R] */
-    int64_t *cache_row;             /* [R] */
-    exc_chunk *chunk;               /* [most_chunks] */
-    int64_t chunks, most_chunks;
-    int32_t *seq_slot;              /* [slots + most_chunks] sequences of the chunks, one chunk behind the other */
-    int64_t *seq_base, *seq_length; /* the same: where the slot's cache rows are, and tokens it holds then */
-    int64_t *seq_begin;             /* [slots + 2 most_chunks] rows of each in its chunk */
+    exc_inputs here, there;         /* for the host, and for ops: one on the CPU */
+    void *block_here, *block_there; /* they lie in */
+    exc_chunk *chunk;               /* [most_chunks] the host's */
+    int64_t chunks;
 } exc_whole;
+
+/* Pointers are to memory where ops run, but for base, capacity, length, chunk and what is called `here`. */
 
 struct exc_session {
     exc_ctx *ctx;
@@ -82,16 +101,16 @@ struct exc_session {
     float *y;                       /* [T*K,H] */
     float *last;                    /* [max(slots,64),H] rows that get logits */
     void *last_x;                   /* the same, normed, act */
-    int32_t *position;              /* [T] of the chunk, as h */
-    int64_t *cache_row;             /* [T] */
-    int64_t *seq_base, *seq_length; /* of the sequences in the chunk */
-    int64_t longest;                /* of seq_length */
+    exc_inputs here, there;         /* of the chunk, in those of whole */
+    int64_t longest;                /* of here.length */
+    double *random;                 /* [slots] what a draw takes */
+    exc_found *found_here, *found_there; /* one on the CPU */
     int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
     int32_t *own_row;               /* [T] 0,1,2,..: and its row */
     float *ones;                    /* [T] and its weight */
     struct exc_spread *spread;      /* buffers for work with other ranks; NULL alone */
-    void *slab;
-    size_t bytes;
+    exc_slab slab;
+    size_t bytes;                   /* where ops run */
 };
 
 /* One kind of token mixer. `run` takes a chunk: t has its sequences and rows. It adds the mixer's output for the normed rows s->x to the stream s->h. */
@@ -108,9 +127,15 @@ extern const exc_mixer exc_mixer_latent;  /* mla.c */
 extern const exc_mixer exc_mixer_linear;  /* linear.c */
 const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
 
-/* One op call; a refusal is a fault of the caller, and says which call. */
+/* One op call; a refusal is a fault of the caller, and says which call. Scratch grows where an op asks for more. */
 #define EXC_RUN(s, op, ...)                                                                                                     \
-    EXC_TRY(exc_op_checked((s)->ctx, #op, (s)->ctx->ops->op(&(s)->ctx->queue, &(struct exc_##op##_args){__VA_ARGS__})))
+    do {                                                                                                                        \
+        exc_ctx *run_ = (s)->ctx;                                                                                               \
+        const struct exc_##op##_args args_ = {__VA_ARGS__};                                                                     \
+        exc_status ran_ = run_->ops->op(&run_->queue, &args_);                                                                  \
+        if (exc_device_grew(run_, ran_)) ran_ = run_->ops->op(&run_->queue, &args_);                                            \
+        EXC_TRY(exc_op_checked(run_, #op, ran_));                                                                               \
+    } while (0)
 exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st);
 
 size_t exc_act_bytes(const exc_model *m);

@@ -229,7 +229,7 @@ static void all_codes(exc_ctx *ctx, const char *dir) {
         const exc_packed *in = s->mix[i] == EXC_MIX_LINEAR ? &y->mix.linear.in : s->mix[i] == EXC_MIX_LATENT ? &y->mix.latent.first : &y->mix.softmax.qkv;
         assert_int_equal(in->dtype, EXC_F8_E4M3);
         if (s->mix[i] == EXC_MIX_LINEAR) assert_int_equal(y->mix.linear.gates.dtype, EXC_F8_E4M3);
-        assert_true(y->out.dtype == EXC_F8_E4M3 && y->gate->dtype == EXC_F8_E4M3 && y->up->dtype == EXC_F8_E4M3 && y->down->dtype == EXC_F8_E4M3);
+        assert_true(y->out.dtype == EXC_F8_E4M3 && y->gate.here->dtype == EXC_F8_E4M3 && y->up.here->dtype == EXC_F8_E4M3 && y->down.here->dtype == EXC_F8_E4M3);
     }
     exc_model_free(m);
 }

@@ -189,6 +189,7 @@ static exc_status step(tandem *t, int64_t n) {
                          .logits = t->last_only ? t->logits[m] : NULL,
                          .router_ids = t->routing ? t->ids[m] : NULL};
         EXC_TRY(exc_session_step(t->session[m], &take));
+        EXC_TRY(exc_session_check(t->session[m]));
     }
     if (t->routing) count_routes(t, rows);
     if (t->last_only) return judge_rows(t, 0, n, true);

@@ -84,7 +84,7 @@ static size_t query_at(const job *j, const unit *u, int64_t row, int64_t dim) {
 }
 
 static const void *cached(const job *j, const void *cache, const unit *u, int64_t key, int64_t stride, int64_t dim) {
-    int64_t row = j->a->cache_begin[u->sequence] + key;
+    int64_t row = j->a->cache_begin[u->sequence] + (j->a->ring ? key % j->a->ring : key); /* no block of keys goes round */
     return (const uint8_t *)cache + (size_t)(row * stride + u->kv * dim) * j->size;
 }
 
@@ -328,6 +328,7 @@ exc_status exc_cpu_attend(exc_queue *q, const struct exc_attend_args *a) {
     if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads) return EXC_ERR_USAGE;
     if (a->head_dim < 1 || a->value_dim < 1) return EXC_ERR_USAGE;
     if ((a->act != EXC_F32 && a->act != EXC_BF16) || a->window < 0) return EXC_ERR_USAGE;
+    if (a->ring < 0 || a->ring % EXC_KEYS) return EXC_ERR_USAGE;
     if (a->sequences && a->tokens != a->q_begin[a->sequences]) return EXC_ERR_USAGE;
     for (int64_t s = 0; s < a->sequences; s++)
         if (a->length[s] > a->longest) return EXC_ERR_USAGE;

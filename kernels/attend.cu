@@ -120,13 +120,14 @@ template <class T, int NV> __global__ void __launch_bounds__(WARPS *WARP) attend
         const int64_t end = from + SPAN < end_key ? from + SPAN : end_key;
         for (int64_t at = from; at < end; at += KEYS) {
             if (at + KEYS <= first_key) continue;
+            const int64_t turn = a.ring ? at / a.ring * a.ring : 0; /* no block of keys goes round */
             __syncthreads();
             for (int64_t i : block_stride(KEYS * D)) {
                 const int64_t k = i / D, d = i % D;
-                tile[k * pitch + d] = at + k < end && at + k >= first_key ? keys[(at + k) * a.key_stride + d] : T{};
+                tile[k * pitch + d] = at + k < end && at + k >= first_key ? keys[(at - turn + k) * a.key_stride + d] : T{};
             }
             __syncthreads();
-            block<T, NV>(a, q + warp * EACH * pitch, tile, pitch, values, at, end, low, high, lane, part);
+            block<T, NV>(a, q + warp * EACH * pitch, tile, pitch, values - turn * a.value_stride, at, end, low, high, lane, part);
         }
         if (j.partial) break;
 #pragma unroll
@@ -213,6 +214,7 @@ template <class T> static exc_status by_width(exc_queue *q, const struct exc_att
 extern "C" exc_status exc_cuda_attend(exc_queue *q, const struct exc_attend_args *a) {
     if (a->sequences < 0 || a->kv_heads < 1 || a->q_heads < a->kv_heads || a->q_heads % a->kv_heads) return EXC_ERR_USAGE;
     if (a->head_dim < 1 || a->head_dim > 576 || a->value_dim < 1 || a->tokens < 0 || a->longest < 0 || a->window < 0) return EXC_ERR_USAGE;
+    if (a->ring < 0 || a->ring % 64) return EXC_ERR_USAGE;
     if (!a->sequences || !a->tokens) return EXC_OK;
     BY_ACT(a->act, return by_width<T>(q, a));
     return EXC_OK;

@@ -27,7 +27,7 @@ static void attend_case(const batch *b, int64_t Q, int64_t KV, int64_t D, int64_
     struct exc_attend_args a = {.q = q, .cache_k = k, .key_stride = ks, .cache_v = shared ? k : v, .value_stride = vs, .q_begin = q_begin,
                                 .cache_begin = cache_begin, .length = b->length, .sequences = b->n, .q_heads = Q, .kv_heads = KV, .head_dim = D,
                                 .value_dim = V, .scale = 1 / sqrtf((float)D), .window = window, .sinks = sinks ? sink : NULL, .out = want,
-                                .act = act, .tokens = T, .longest = longest}, g = a;
+                                .act = act, .tokens = T, .longest = longest, .ring = (window + 63) / 64 * 64}, g = a; /* some keys go round */
     g.q = twin_up(q, nq * as);
     g.cache_k = twin_up(k, nk * as);
     g.cache_v = shared ? g.cache_k : twin_up(v, nv * as);

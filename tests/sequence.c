@@ -304,7 +304,7 @@ typedef struct ragged {
     int64_t tokens, cache;
     void *q, *k, *v, *out;
     int act;
-    int64_t window;
+    int64_t window, ring;
     float *sinks;
 } ragged;
 
@@ -357,7 +357,7 @@ static void ragged_run(const ragged *r, int threads, void *out) {
     float scale = 1 / sqrtf((float)r->head_dim);
     int64_t D = r->head_dim, row = r->kv_heads * D;
     struct exc_attend_args a = {r->q, r->k, row, r->v, row, r->q_begin, r->cache_begin, r->length, r->sequences, r->q_heads,
-                                r->kv_heads, D, D, scale, r->window, r->sinks, out, r->act, r->q_begin[r->sequences], 0};
+                                r->kv_heads, D, D, scale, r->window, r->sinks, out, r->act, r->q_begin[r->sequences], 0, r->ring};
     for (int64_t s = 0; s < r->sequences; s++) a.longest = r->length[s] > a.longest ? r->length[s] : a.longest;
     assert_int_equal(exc_cpu_attend(queue_of(threads), &a), EXC_OK);
 }
@@ -428,6 +428,36 @@ static void window_body(void) {
 }
 
 static void attend_windows_and_sinks(void **state) { at_every_level(window_body); }
+
+/* the keys that are seen, in rings just large enough, and NaN where no key is: the same bits */
+static void ring_body(void) {
+    static const int64_t windows[] = {1, 63, 64, 130};
+    for (size_t w = 0; w < EXC_COUNT(windows); w++) {
+        ragged r = ragged_make(shapes, 8, 6, 2, 24, w & 1 ? EXC_F32 : EXC_BF16), q = r;
+        size_t bytes = (size_t)(r.tokens * r.q_heads * r.head_dim) * size_of(r.act), row = (size_t)(r.kv_heads * r.head_dim) * size_of(r.act);
+        ragged_narrow(&r, windows[w]);
+        ragged_run(&r, 2, r.out);
+        q.window = r.window;
+        q.ring = (r.window + 126 + 63) / 64 * 64; /* 127 queries at most */
+        q.k = malloc((size_t)(8 * q.ring) * row), q.v = malloc((size_t)(8 * q.ring) * row), q.out = get(bytes);
+        memset(q.k, 0xff, (size_t)(8 * q.ring) * row), memset(q.v, 0xff, (size_t)(8 * q.ring) * row);
+        for (int64_t s = 0; s < 8; s++) {
+            int64_t n = r.q_begin[s + 1] - r.q_begin[s], first = r.length[s] - n + 1 - r.window;
+            q.cache_begin[s] = (7 - s) * q.ring;
+            for (int64_t p = first < 0 ? 0 : first; p < r.length[s]; p++) {
+                size_t to = (size_t)(q.cache_begin[s] + p % q.ring) * row, from = (size_t)(r.cache_begin[s] + p) * row;
+                memcpy((uint8_t *)q.k + to, (uint8_t *)r.k + from, row);
+                memcpy((uint8_t *)q.v + to, (uint8_t *)r.v + from, row);
+            }
+        }
+        ragged_run(&q, 2, q.out);
+        assert_memory_equal(q.out, r.out, bytes);
+        free(q.k), free(q.v), free(q.out);
+        ragged_free(&r);
+    }
+}
+
+static void attend_goes_round(void **state) { at_every_level(ring_body); }
 
 /* pages in front of the window cannot be read at all */
 static void unread_body(void) {
@@ -529,6 +559,7 @@ int main(void) {
         cmocka_unit_test(rope_turns_and_stores),
         cmocka_unit_test(attend_ragged),
         cmocka_unit_test(attend_windows_and_sinks),
+        cmocka_unit_test(attend_goes_round),
         cmocka_unit_test(attend_reads_only_the_window),
         cmocka_unit_test(attend_same_bits_in_pieces),
         cmocka_unit_test(attend_long_caches),

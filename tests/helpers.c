@@ -20,6 +20,7 @@ exc_ctx *test_ctx(int threads)
 {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     opt.threads = threads;
+    opt.backend = "cpu";
     exc_ctx *ctx = NULL;
     exc_status st = exc_ctx_create(&opt, &ctx);
     if (st != EXC_OK) fail_msg("exc_ctx_create: %s", exc_ctx_error(ctx));

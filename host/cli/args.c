@@ -38,8 +38,27 @@ static void common(cli *c, cli_option out[COMMON]) {
     memcpy(out, table, sizeof table);
 }
 
+/* number of this process among those of a launcher, known before they have met */
+static int launched_as(void) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *s = getenv(names[i]);
+        if (s && *s) return atoi(s);
+    }
+    return 0;
+}
+
+/* What all ranks refuse alike is said once: by the first, whose end makes the launcher end the others while they wait
+ * here (mpirun takes a second or two). What only this one refuses, a file that its machine lacks, nobody else would say. */
+static bool speaks(const cli *c) {
+    bool first = !c->rank && !launched_as();
+    for (int i = 0; !first && i < 80 && !cli_stopped(); i++) nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    return first || !cli_stopped();
+}
+
 int cli_usage(cli *c, const char *fmt, ...) {
     va_list ap;
+    if (!speaks(c)) return c->code = 2;
     va_start(ap, fmt);
     fprintf(stderr, "excise %s: ", c->verb->name);
     vfprintf(stderr, fmt, ap);
@@ -222,10 +241,10 @@ int cli_output(cli *c, const char *path) {
     struct stat sb;
     if (!lstat(path, &sb)) {
         if (c->force && (S_ISREG(sb.st_mode) || S_ISLNK(sb.st_mode))) return 0;
-        fprintf(stderr, "excise %s: %s: %s\n", c->verb->name, path,
-                !c->force              ? "output exists; nothing is overwritten without --force"
-                : S_ISDIR(sb.st_mode) ? "expected a file to overwrite, found a folder"
-                                       : "expected a file to overwrite, found a device, pipe or socket");
+        const char *why = !c->force              ? "output exists; nothing is overwritten without --force"
+                          : S_ISDIR(sb.st_mode) ? "expected a file to overwrite, found a folder"
+                                                 : "expected a file to overwrite, found a device, pipe or socket";
+        if (speaks(c)) fprintf(stderr, "excise %s: %s: %s\n", c->verb->name, path, why);
         return c->code = 2;
     }
     const char *slash = strrchr(path, '/');
@@ -233,7 +252,7 @@ int cli_output(cli *c, const char *path) {
     int absent = folder && access(folder, W_OK | X_OK) ? errno : 0;
     free(folder);
     if (!absent) return 0;
-    fprintf(stderr, "excise %s: %s: its folder: %s\n", c->verb->name, path, strerror(absent));
+    if (speaks(c)) fprintf(stderr, "excise %s: %s: its folder: %s\n", c->verb->name, path, strerror(absent));
     return c->code = 1;
 }
 
@@ -243,10 +262,7 @@ int cli_done(cli *c, exc_status st) {
     const char *why = c->ctx ? exc_ctx_error(c->ctx) : "";
     size_t n = strlen(c->verb->name);
     if (!strncmp(why, c->verb->name, n) && !strncmp(why + n, ": ", 2)) why += n + 2; /* said already */
-    /* What all ranks refuse alike is said once: by the first, whose end makes the launcher end the others while they wait
-     * here (mpirun takes a second or two). What only this one refuses, a file that its machine lacks, nobody else would say. */
-    for (int i = 0; c->rank && i < 80 && !cli_stopped(); i++) nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
-    if (!c->rank || !cli_stopped()) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
+    if (speaks(c)) fprintf(stderr, "excise %s: %s\n", c->verb->name, *why ? why : exc_status_name(st));
     return exc_status_exit(st);
 }
 

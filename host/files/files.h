@@ -59,6 +59,7 @@ const char *exc_dtype_name(exc_dtype d); /* "BF16" .. */
  * its name only in exc_writer_commit (temp + fsync + rename). */
 typedef struct exc_writer exc_writer;
 exc_status exc_writer_open(exc_ctx *ctx, const char *path, bool force, exc_writer **w);
+exc_status exc_writer_open_own(exc_ctx *ctx, const char *path, bool force, exc_writer **out); /* this rank's own file */
 exc_status exc_writer_declare(exc_writer *w, const char *name, exc_dtype dtype, int rank, const int64_t *shape);
 exc_status exc_writer_meta(exc_writer *w, const char *key, const char *value);
 exc_status exc_writer_put(exc_writer *w, const char *name, const void *data, size_t bytes); /* whole tensor; header goes out first */

@@ -4,7 +4,8 @@
  * their place in a temporary file beside the target, in any order, and nothing is held in memory. Tensors lie
  * by descending element size, then in order of declaration, behind a header padded to 8 bytes: every array is
  * aligned for its dtype. The file gets its name in commit, after fsync, so a reader never sees half of one.
- * Of several ranks the first one writes; the others check the same things and throw the bytes away. */
+ * Of several ranks the first one writes; the others check the same things and throw the bytes away. A file of one rank's own is
+ * none of the others' business: nothing is agreed on. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -31,6 +32,7 @@ struct exc_writer {
     exc_ctx *ctx;
     char *path, *temporary;
     int fd;
+    bool own;                 /* of this rank alone */
     bool force, made, frozen; /* made: the temporary exists; frozen: header written, no more declarations */
     entry *items;             /* in file order once frozen */
     size_t count, cap;
@@ -50,27 +52,40 @@ static exc_status start(exc_writer *w, const char *path) {
     if (!(w->temporary = exc_alloc(ctx, n, 1, "path"))) return EXC_ERR_MEMORY;
     snprintf(w->temporary, n, "%s.partial-%ld", path, (long)getpid());
     if (!(w->meta = json_object())) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: no memory", path);
-    if (exc_ranks_me(ctx)) return EXC_OK;
+    if (exc_ranks_me(ctx) && !w->own) return EXC_OK;
     w->fd = open(w->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (w->fd < 0) return exc_fail_errno(ctx, "%s", path);
     w->made = true;
     return EXC_OK;
 }
 
-exc_status exc_writer_open(exc_ctx *ctx, const char *path, bool force, exc_writer **out) {
+static exc_status agree(exc_writer *w, const char *what, exc_status mine) {
+    return w->own ? mine : exc_ranks_agree(w->ctx, what, mine);
+}
+
+static exc_status open_writer(exc_ctx *ctx, const char *path, bool force, bool own, exc_writer **out) {
     *out = NULL;
-    EXC_TRY(exc_check_file(ctx, path, force));
+    EXC_TRY(own ? exc_check_output(ctx, path, force) : exc_check_file(ctx, path, force));
     exc_writer *w = exc_zalloc(ctx, 1, sizeof *w, "file writer");
     if (!w) return EXC_ERR_MEMORY;
     w->ctx = ctx;
     w->force = force;
+    w->own = own;
     w->fd = -1;
-    exc_status st = exc_ranks_agree(ctx, path, start(w, path));
+    exc_status st = agree(w, path, start(w, path));
     if (st)
         exc_writer_abort(w);
     else
         *out = w;
     return st;
+}
+
+exc_status exc_writer_open(exc_ctx *ctx, const char *path, bool force, exc_writer **out) {
+    return open_writer(ctx, path, force, false, out);
+}
+
+exc_status exc_writer_open_own(exc_ctx *ctx, const char *path, bool force, exc_writer **out) {
+    return open_writer(ctx, path, force, true, out);
 }
 
 static exc_status check_entry(exc_writer *w, const char *name, exc_dtype dtype, int rank,
@@ -266,7 +281,7 @@ static exc_status finish(exc_writer *w) {
 }
 
 exc_status exc_writer_commit(exc_writer *w) {
-    exc_status st = exc_ranks_agree(w->ctx, "commit of a file", finish(w));
+    exc_status st = agree(w, "commit of a file", finish(w));
     exc_writer_abort(w);
     return st;
 }

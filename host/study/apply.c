@@ -104,8 +104,7 @@ static exc_status write_shards(work *k) {
     exc_status st = exc_publish_tensors(k->p, r, k->e.n_ranges, fill, k);
     exc_release(r);
     if (st == EXC_OK) st = exc_edited_each_stretch(&k->e, write_scales, k);
-    st = exc_ranks_agree(k->ctx, "scales of edited weights", st);
-    return st == EXC_OK ? share_effects(k) : st;
+    return exc_ranks_agree(k->ctx, "scales of edited weights", st);
 }
 
 /* ----------------------------------------------------------------------------------------------------- what it says */
@@ -219,6 +218,7 @@ static exc_status prepare(work *k) {
 static exc_status write_out(work *k, double begun, json_t **o) {
     EXC_TRY(exc_publish_open(k->ctx, k->a->files, k->out, k->opt.force != 0, &k->p));
     EXC_TRY(k->opt.to ? exc_widened_write(&k->e, k->p) : write_shards(k));
+    EXC_TRY(share_effects(k));
     EXC_TRY(add_plan(k));
     EXC_TRY(add_directions(k));
     EXC_TRY(add_sidecar(k));

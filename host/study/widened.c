@@ -204,13 +204,15 @@ static exc_status declare(const exc_edited *e, int file, exc_writer *to) {
     return EXC_OK;
 }
 
+/* shards are dealt out to the ranks as they are without --to */
 static exc_status write_shard(exc_edited *e, exc_publish *p, int file) {
     char *path = NULL;
     exc_writer *to = NULL;
     EXC_TRY(exc_publish_shard(p, file, &path));
-    exc_status st = exc_writer_open(e->ctx, path, false, &to);
+    bool mine = exc_publish_rank(e->ctx, file) == exc_ranks_me(e->ctx);
+    exc_status st = mine ? exc_writer_open_own(e->ctx, path, false, &to) : EXC_OK;
     exc_release(path);
-    EXC_TRY(st);
+    if (st != EXC_OK || !mine) return st;
     st = declare(e, file, to);
     if (st == EXC_OK) st = exc_widened_make(e, file, "write", put, to);
     if (st == EXC_OK) return exc_writer_commit(to);
@@ -254,9 +256,11 @@ static exc_status write_index(exc_edited *e, exc_publish *p, json_t *index) {
 
 exc_status exc_widened_write(exc_edited *e, exc_publish *p) {
     const exc_checkpoint *c = e->a->files;
-    for (int i = 0; i < c->n_files; i++) EXC_TRY(write_shard(e, p, i));
+    exc_status st = EXC_OK;
+    for (int i = 0; i < c->n_files && st == EXC_OK; i++) st = write_shard(e, p, i);
+    EXC_TRY(exc_ranks_agree(e->ctx, "shards of the new checkpoint", st));
     json_t *config = exc_widened_config(c), *index = NULL;
-    exc_status st = replace_json(e, p, "config.json", config);
+    st = replace_json(e, p, "config.json", config);
     json_decref(config);
     char *path = NULL;
     if (st == EXC_OK) st = exc_path_join(e->ctx, c->dir, INDEX, &path);

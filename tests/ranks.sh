@@ -71,6 +71,15 @@ failing() {
     [ $rc != 0 ] && [ $rc != 124 ] && grep -qF -- "$part" "$out/log" && [ -z "$(ls "$file"* 2>/dev/null)" ] || ok=1
     result "$text" $ok "$out/log"
 }
+once() { # once TEXT COMMAND..: three ranks refuse alike, one line says so
+    local text=$1; shift
+    timeout 60 mpirun -n 3 "$excise" "$@" >"$out/log" 2>&1
+    [ "$(grep -c '^excise ' "$out/log")" = 1 ]
+    result "$text is said once" $? "$out/log"
+}
+once "a wrong option" apply --nonsense
+once "a backend that is not there" inspect "$demo" --backend abacus
+once "a folder that is not there" merge "$demo" -o "$out/none/s"
 failing "ranks with other options are told apart" "expected all ranks at the same step" "$out/s1" \
     mpirun -n 1 "$excise" "${capture[@]}" -o "$out/s1" : -n 1 "$excise" "${capture[@]}" --batch-tokens 64 --decode 4 -o "$out/s1"
 failing "more ranks than experts" "one for each expert" "$out/s2" mpirun -n 17 "$excise" "${capture[@]}" -o "$out/s2"

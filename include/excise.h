@@ -71,6 +71,8 @@ typedef struct exc_ctx_options {
     int device;            /* which GPU of the "cuda" backend */
     void *stream;          /* a cudaStream_t of the caller's on that device, borrowed until exc_ctx_free; NULL: one of the context's own */
     size_t work_bytes;     /* device memory that [stream] calls share as scratch, taken once here; 0: 64 MiB */
+    uint64_t memory;       /* bytes that weights, caches and buffers of models may take, where ops run; larger models are read
+                            * layer by layer, once a pass. 0: what is free now, within the limit of the control group */
 } exc_ctx_options;
 #define EXC_CTX_OPTIONS {sizeof(exc_ctx_options)}
 

@@ -43,6 +43,8 @@ struct exc_ctx {
     uint64_t nonfinite;        /* counter behind queue.nonfinite, on the CPU */
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
     exc_ranks *ranks;          /* NULL: this process works alone */
+    uint64_t memory, taken, most_taken; /* budget in bytes, what models have of it now, and had at most */
+    exc_model *models;         /* opened in this context, linked by `next` */
     struct exc_kept {
         char key[33];
         void *thing; /* NULL: nothing kept */
@@ -73,6 +75,14 @@ char *exc_strdup(exc_ctx *ctx, const char *s);                               /* 
 /* test hook: makes the n-th allocation from now fail (0: off) */
 void exc_alloc_fail_at(uint64_t n);
 bool exc_alloc_fails_now(void); /* for other allocators: counts one allocation */
+
+/* the budget (base/quota.c): memory where ops run that models may take. Only large blocks are told to it. */
+uint64_t exc_memory_free(exc_ctx *ctx);  /* of the machine or device: what is available, within the control group's limit */
+void exc_memory_take(exc_ctx *ctx, uint64_t bytes);
+void exc_memory_give(exc_ctx *ctx, uint64_t bytes);
+uint64_t exc_memory_left(const exc_ctx *ctx);
+uint64_t exc_memory_peak(const exc_ctx *ctx); /* most that this process had in memory, or of the device */
+const char *exc_memory_text(uint64_t bytes, char out[32]); /* "1.5 GiB" */
 
 /* one growing byte string, used for texts and reports */
 typedef struct exc_buf {

@@ -44,7 +44,9 @@ static exc_status open_backend(exc_ctx *ctx)
     if (st == EXC_OK) st = exc_queue_open(ctx, ctx->opt.threads);
     ctx->queue.reproducible = ctx->opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
-    return st == EXC_OK && !ctx->ops ? exc_device_open(ctx, ctx->opt.device) : st;
+    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, ctx->opt.device);
+    if (st == EXC_OK) ctx->memory = ctx->opt.memory ? ctx->opt.memory : exc_memory_free(ctx) / 10 * 9;
+    return st;
 }
 
 exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)

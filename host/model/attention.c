@@ -73,7 +73,7 @@ static int64_t qkv_width(const exc_atlas *a) {
 static void room(exc_carve *c, exc_session *s) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t T = (size_t)s->step_tokens, act = exc_act_bytes(s->m), q = (size_t)(p->heads * p->head_dim),
-           cache = (size_t)(p->mix_layers[EXC_MIX_SOFTMAX] * s->cache_tokens * p->kv_heads * p->head_dim);
+           cache = (size_t)(exc_planes(s, EXC_MIX_SOFTMAX) * s->cache_tokens * p->kv_heads * p->head_dim);
     s->softmax.qkv = exc_carve_take(c, T * (size_t)qkv_width(s->m->atlas), sizeof(float));
     s->softmax.q = exc_carve_take(c, T * q, act);
     s->softmax.o = exc_carve_take(c, T * q, act);
@@ -94,7 +94,7 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
     const exc_softmax_room *b = &s->softmax;
     int act = s->m->act;
     int64_t q = p->heads * p->head_dim, kv = p->kv_heads * p->head_dim;
-    size_t plane = (size_t)(p->mix_row[layer] * s->cache_tokens * kv) * exc_act_bytes(s->m);
+    size_t plane = (size_t)(exc_plane(s, layer) * s->cache_tokens * kv) * exc_act_bytes(s->m);
     void *ck = (uint8_t *)b->cache_k + plane, *cv = (uint8_t *)b->cache_v + plane;
     EXC_RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &w->qkv, .bias = w->bias, .y = b->qkv,
             .y_stride = w->width, .rows = rows);

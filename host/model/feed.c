@@ -57,6 +57,13 @@ exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer) {
     return exc_fill_lens(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->mlp_lens);
 }
 
+exc_status exc_feed_fill_down(exc_loader *r, exc_layer *y, int64_t layer) {
+    bool moe = r->a->shape.is_moe[layer];
+    if (y->down_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_EXPERT_DOWN_BIAS, layer, y->down_bias));
+    if (y->shared_down.data) EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
+    return exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->down);
+}
+
 void exc_feed_room(exc_carve *c, exc_session *s) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, E = (size_t)p->experts;

@@ -109,25 +109,36 @@ static exc_status get_slab(exc_session *s) {
     lay_out(s, &c);
     s->bytes = c.at;
     EXC_TRY(exc_slab_make(s->ctx, &c, "buffers and KV cache of the forward pass", &s->slab));
+    exc_memory_take(s->ctx, s->slab.bytes);
     lay_out(s, &c);
     return fill_constants(s);
 }
 
+static exc_session with_room(exc_model *m, const exc_room *room) {
+    int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
+    exc_session s = {.ctx = m->ctx, .m = m, .slots = room->slots, .cache_tokens = room->cache_tokens, .step_rows = room->step_tokens,
+                     .once = room->once};
+    s.step_tokens = exc_ranks_count(m->ctx) > 1 ? s.step_rows : chunk; /* ranks meet in every chunk: one each */
+    return s;
+}
+
+uint64_t exc_session_measure(exc_model *m, const exc_room *room) {
+    exc_session s = with_room(m, room);
+    exc_carve c = exc_carve_measure(m->ctx);
+    lay_out(&s, &c);
+    return c.overflow ? UINT64_MAX / 4 : c.at;
+}
+
 exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out) {
     *out = NULL;
-    int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
-    if (room->slots < 1 || room->cache_tokens < 1 || chunk < 1 || chunk > INT32_MAX / 64 || room->step_tokens < chunk ||
-        room->step_tokens > INT32_MAX / 2 || room->cache_tokens > (int64_t)1 << 40)
+    if (room->slots < 1 || room->cache_tokens < 1 || room->step_tokens < 1 || room->chunk_tokens < 0 ||
+        room->chunk_tokens > room->step_tokens || room->step_tokens > INT32_MAX / 64 || room->cache_tokens > (int64_t)1 << 40)
         return exc_fail(ctx, EXC_ERR_USAGE,
                         "session: expected at least one slot, cache token and step token");
     exc_session *s = exc_zalloc(ctx, 1, sizeof *s, "session");
     if (!s) return EXC_ERR_MEMORY;
+    *s = with_room(m, room);
     s->ctx = ctx;
-    s->m = m;
-    s->slots = room->slots;
-    s->cache_tokens = room->cache_tokens;
-    s->step_rows = room->step_tokens;
-    s->step_tokens = exc_ranks_count(ctx) > 1 ? s->step_rows : chunk; /* ranks meet in every chunk: one each */
     exc_status st = get_slab(s);
     if (st) exc_session_close(s);
     else *out = s;
@@ -136,6 +147,7 @@ exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, ex
 
 void exc_session_close(exc_session *s) {
     if (!s) return;
+    exc_memory_give(s->ctx, s->slab.bytes);
     exc_slab_free(s->ctx, &s->slab);
     exc_release(s);
 }
@@ -143,10 +155,14 @@ void exc_session_close(exc_session *s) {
 uint64_t exc_session_bytes(const exc_session *s) { return s->bytes; }
 
 bool exc_session_fits(const exc_session *s, const exc_room *room) {
-    int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
-    return s->slots >= room->slots && s->cache_tokens >= room->cache_tokens && s->step_rows >= room->step_tokens &&
-           s->step_tokens >= chunk;
+    exc_session w = with_room(s->m, room);
+    bool same = w.step_tokens < w.step_rows ? s->step_tokens == w.step_tokens : s->step_tokens >= w.step_tokens;
+    return same && s->once == w.once && s->slots >= w.slots && s->cache_tokens >= w.cache_tokens && s->step_rows >= w.step_rows;
 }
+
+int64_t exc_plane(const exc_session *s, int64_t layer) { return s->once ? 0 : s->m->atlas->shape.mix_row[layer]; }
+
+int64_t exc_planes(const exc_session *s, exc_mix kind) { return s->once ? 1 : s->m->atlas->shape.mix_layers[kind]; }
 
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity) {
     int64_t at = 0;

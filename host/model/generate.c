@@ -80,39 +80,46 @@ static int64_t reply_limit(const run *r, int64_t i) {
 /* -----------------------------------------------------------------------------------------------------------
  * set-up */
 
-static exc_status choose_sizes(run *r, int64_t *capacity) {
-    const exc_shape *s = &r->m->atlas->shape;
-    int64_t longest = 1, cap = 1, total = 0,
-            kv = exc_cache_bytes(r->m);
-    for (int64_t i = 0; i < r->p->count; i++) {
-        int64_t n = prompt_length(r->p, i);
-        longest = most(longest, n);
-        cap = most(cap, n + most(reply_limit(r, i) - 1, 0)); /* the last new token is never fed back */
-        total += n;
-    }
-    int64_t fit = least(CACHE_BYTES / (cap * kv + exc_state_bytes(r->m)), LOGIT_BYTES / (s->vocab * 4));
-    r->slots = r->d->batch > 0 ? r->d->batch : most(least(fit, 256), 1);
-    r->slots = least(r->slots, most(r->p->count, 1));
-    r->step_tokens = r->d->batch_tokens > 0 ? r->d->batch_tokens : exc_step_tokens(r->m);
-    r->step_tokens = most(least(r->step_tokens, total), r->slots);
-    *capacity = cap;
-    return EXC_OK;
+/* bytes of the buffers below: of a sequence, and of a token of a step */
+static uint64_t slot_bytes(const exc_decode *d, const exc_shape *s) {
+    uint64_t logits = d->max_new > 0 || d->first_logits ? (uint64_t)s->vocab * 4 : 0;
+    return 64 + logits + (d->hidden_last ? (uint64_t)((s->layers + 1) * s->hidden) * 4 : 0);
 }
 
-static exc_status get_session(run *r, int64_t capacity) {
+static uint64_t token_bytes(const exc_decode *d, const exc_shape *s) {
+    return 8 + (d->hidden ? (uint64_t)((s->layers + 1) * s->hidden) * 4 : 0) + (d->routing ? (uint64_t)(s->moe_layers * s->top_k) * 8 : 0);
+}
+
+/* how many sequences at once: what the caller says, or what keeps caches and logits moderate while the model is resident */
+static int64_t wanted_slots(const run *r, int64_t capacity) {
+    const exc_shape *s = &r->m->atlas->shape;
+    if (r->d->batch > 0) return least(r->d->batch, r->p->count);
+    if (r->m->loaded->places < r->m->loaded->layers) return r->p->count;
+    int64_t fit = least(CACHE_BYTES / (capacity * exc_cache_bytes(r->m) + exc_state_bytes(r->m)), LOGIT_BYTES / (s->vocab * 4));
+    return least(most(least(fit, 256), 1), r->p->count);
+}
+
+static exc_status get_session(run *r) {
     exc_ctx *ctx = r->ctx;
-    exc_room room = {.slots = r->slots, .cache_tokens = r->slots * capacity, .step_tokens = r->step_tokens};
-    if (r->m->spare && exc_session_fits(r->m->spare, &room)) {
-        r->s = r->m->spare;
-    } else {
-        exc_session_close(r->m->spare);
-        r->m->spare = NULL;
-        EXC_TRY(exc_session_open(ctx, r->m, &room, &r->s));
-        r->m->spare = r->s; /* kept by the model for the next run */
+    const exc_shape *s = &r->m->atlas->shape;
+    exc_wish w = {.longest = 1, .capacity = 1, .slot_bytes = slot_bytes(r->d, s), .token_bytes = token_bytes(r->d, s),
+                  .held = r->d->held, .once = r->d->max_new < 1};
+    exc_room room;
+    for (int64_t i = 0; i < r->p->count; i++) {
+        int64_t n = prompt_length(r->p, i);
+        w.longest = most(w.longest, n);
+        w.capacity = most(w.capacity, n + most(reply_limit(r, i) - 1, 0)); /* the last new token is never fed back */
+        w.tokens += n;
     }
+    w.chunk = r->d->batch_tokens > 0 ? r->d->batch_tokens : exc_step_tokens(r->m);
+    w.slots = wanted_slots(r, w.capacity);
+    EXC_TRY(exc_room_choose(ctx, r->m, &w, &room));
+    r->slots = room.slots;
+    r->step_tokens = room.step_tokens;
+    EXC_TRY(exc_session_get(ctx, r->m, &room, &r->s));
     int64_t *all = exc_alloc(ctx, (size_t)r->slots, sizeof *all, "slot sizes");
     if (!all) return EXC_ERR_MEMORY;
-    for (int64_t i = 0; i < r->slots; i++) all[i] = capacity;
+    for (int64_t i = 0; i < r->slots; i++) all[i] = w.capacity;
     exc_status st = exc_session_reset(r->s, r->slots, all);
     exc_release(all);
     return st;
@@ -340,14 +347,12 @@ static exc_status make_replies(run *r) {
 exc_status exc_decode_run(exc_ctx *ctx, exc_model *m, const exc_prompts *p, const exc_decode *d,
                           exc_reply **replies) {
     run r = {.ctx = ctx, .m = m, .p = p, .d = d, .partial = -1};
-    int64_t capacity = 0;
     exc_status st;
     if (replies) *replies = NULL;
     EXC_TRY(exc_prompts_check(ctx, m, p, d->ignore_eos && d->max_new > 0 ? d->max_new - 1 : 0));
     EXC_GOTO(done, make_replies(&r));
     if (p->count) {
-        EXC_GOTO(done, choose_sizes(&r, &capacity));
-        EXC_GOTO(done, get_session(&r, capacity));
+        EXC_GOTO(done, get_session(&r));
         EXC_GOTO(done, get_buffers(&r));
         EXC_GOTO(done, loop(&r));
     }

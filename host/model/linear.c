@@ -103,7 +103,7 @@ static void room(exc_carve *c, exc_session *s) {
     const exc_linear *l = &p->linear;
     exc_linear_room *b = &s->linear;
     size_t T = (size_t)s->step_tokens, values = (size_t)values_of(l),
-           slots = (size_t)(p->mix_layers[EXC_MIX_LINEAR] * s->slots);
+           slots = (size_t)(exc_planes(s, EXC_MIX_LINEAR) * s->slots);
     b->in = exc_carve_take(c, T * (size_t)in_width(l), sizeof *b->in);
     b->gates = exc_carve_take(c, T * (size_t)gates_width(l), sizeof *b->gates);
     b->qkv = exc_carve_take(c, T * (size_t)channels_of(l), sizeof *b->qkv);
@@ -120,7 +120,7 @@ static exc_status mix_tokens(exc_session *s, const exc_linear_weights *w, int64_
     const exc_shape *p = &s->m->atlas->shape;
     const exc_linear *l = &p->linear;
     const exc_linear_room *b = &s->linear;
-    int64_t row = p->mix_row[layer] * s->slots, channels = channels_of(l);
+    int64_t row = exc_plane(s, layer) * s->slots, channels = channels_of(l);
     const float *q = b->qkv, *k = q + keys_of(l), *v = k + keys_of(l);
     EXC_RUN(s, conv, .x = b->in, .x_stride = w->width, .weight = w->conv, .taps = l->taps, .channels = channels,
             .begin = s->there.begin, .length = s->there.length, .slot = s->there.slot, .sequences = t->sequences,

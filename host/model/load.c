@@ -53,6 +53,7 @@ exc_status exc_slab_make(exc_ctx *ctx, exc_carve *c, const char *what, exc_slab 
         exc_slab_free(ctx, out);
         return EXC_ERR_MEMORY;
     }
+    out->bytes = c->at;
     *c = (exc_carve){.base = out->ops, .host = out->host, .apart = c->apart};
     return EXC_OK;
 }
@@ -320,6 +321,7 @@ static exc_status scan(exc_loader *r, const exc_weight *w, const uint8_t *rows, 
 static exc_status leave(exc_loader *r, const exc_weight *w) {
     r->done += exc_weight_bytes(w);
     advise(r, w, MADV_DONTNEED);
+    if (!r->total) return EXC_OK; /* not the opening of a model */
     return exc_progress(r->ctx, "load", r->done, r->total, "bytes");
 }
 
@@ -563,87 +565,103 @@ static exc_status fill_ends(exc_loader *r) {
     return exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &l->lm_head);
 }
 
+exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent extent) {
+    exc_carve c = exc_carve_measure(r->ctx);
+    c.base = p->slab.ops;
+    c.host = p->slab.host;
+    lay_out_layer(&c, r->m, &p->y, layer);
+    if (extent == EXC_LAYER_DOWN) return exc_feed_fill_down(r, &p->y, layer);
+    read_ahead(r, layer + 1);
+    return fill_layer(r, &p->y, layer);
+}
+
 static exc_status load_all(exc_loader *r) {
-    const exc_shape *s = &r->a->shape;
+    exc_loaded *l = r->m->loaded;
+    bool resident = l->places == l->layers;
     for (size_t i = 0; i < r->a->count; i++)
-        if (is_mine(r, &r->a->items[i])) r->total += exc_weight_bytes(&r->a->items[i]);
-    if (s->tied) r->total += exc_weight_bytes(exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1)); /* as table and as head */
+        if (is_mine(r, &r->a->items[i]) && (resident || r->a->items[i].layer < 0)) r->total += exc_weight_bytes(&r->a->items[i]);
+    if (r->a->shape.tied) r->total += exc_weight_bytes(exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1)); /* as table and as head */
     read_ahead(r, -1);
     read_ahead(r, 0);
     EXC_TRY(fill_ends(r));
-    for (int64_t i = 0; i < s->layers; i++) {
-        read_ahead(r, i + 1);
-        EXC_TRY(fill_layer(r, &r->m->loaded->layer[i].y, i));
+    for (int64_t i = 0; resident && i < l->layers; i++) {
+        EXC_TRY(exc_layer_fill(r, &l->place[i], i, EXC_LAYER_WHOLE));
+        l->place[i].layer = i;
+        l->fills++;
     }
     return exc_progress(r->ctx, "load", r->total, r->total, "bytes");
 }
 
-static size_t layer_bytes(exc_ctx *ctx, const exc_model *m, int64_t layer) {
+static exc_status make_slab(exc_ctx *ctx, exc_model *m, exc_carve *c, exc_slab *slab) {
+    EXC_TRY(exc_slab_make(ctx, c, "packed weights", slab));
+    exc_memory_take(ctx, slab->bytes);
+    m->weight_bytes += slab->bytes;
+    return EXC_OK;
+}
+
+void exc_layer_drop(exc_ctx *ctx, exc_model *m, exc_slab *slab) {
+    exc_memory_give(ctx, slab->bytes);
+    m->weight_bytes -= slab->bytes;
+    exc_slab_free(ctx, slab);
+}
+
+exc_status exc_layer_room(exc_ctx *ctx, exc_model *m, int64_t layer, exc_slab *slab) {
     exc_carve c = exc_carve_measure(ctx);
     exc_layer y;
-    lay_out_layer(&c, m, &y, layer);
-    return c.at;
+    if (layer >= 0) lay_out_layer(&c, m, &y, layer);
+    else c.at = m->loaded->largest, c.host_at = m->loaded->largest_host;
+    return make_slab(ctx, m, &c, slab);
 }
 
-/* a GPU that is too small is told before anything is loaded, and how much of the model would fit */
-static exc_status check_room(exc_ctx *ctx, const exc_model *m, size_t ends) {
-    int64_t layers = m->atlas->shape.layers, fit = 0;
-    size_t all = ends, have = exc_device_free(ctx);
-    for (int64_t i = 0; i < layers; i++) {
-        all += layer_bytes(ctx, m, i);
-        fit += all <= have;
-    }
-    if (all <= have) return EXC_OK;
-    return exc_device_short(ctx, all, "%s: weights (%lld of %lld layers would fit)", m->dir, (long long)fit, (long long)layers);
-}
-
-/* one slab for each layer and one for the rest: measured, allocated, carved */
-static exc_status make_slabs(exc_ctx *ctx, exc_model *m) {
+/* how large everything is; the places of layers are for window.c to choose */
+static exc_status measure(exc_ctx *ctx, exc_model *m) {
     exc_loaded *l = m->loaded;
-    exc_carve c = exc_carve_measure(ctx);
-    lay_out_ends(&c, m, l);
-    if (ctx->module) EXC_TRY(check_room(ctx, m, c.at));
-    m->weight_bytes = c.at;
-    EXC_TRY(exc_slab_make(ctx, &c, "packed weights", &l->slab));
-    lay_out_ends(&c, m, l);
-    for (int64_t i = 0; i < m->atlas->shape.layers; i++) {
-        exc_place *p = &l->layer[i];
-        c = exc_carve_measure(ctx);
-        lay_out_layer(&c, m, &p->y, i);
-        m->weight_bytes += c.at;
-        EXC_TRY(exc_slab_make(ctx, &c, "packed weights", &p->slab));
-        lay_out_layer(&c, m, &p->y, i);
+    exc_carve ends = exc_carve_measure(ctx);
+    lay_out_ends(&ends, m, l);
+    l->layers = m->atlas->shape.layers;
+    l->ends_bytes = ends.at;
+    bool overflow = ends.overflow;
+    for (int64_t i = 0; i < l->layers; i++) {
+        exc_carve c = exc_carve_measure(ctx);
+        exc_layer y;
+        lay_out_layer(&c, m, &y, i);
+        if (c.at > l->largest) l->largest = c.at;
+        if (c.host_at > l->largest_host) l->largest_host = c.host_at;
+        overflow |= c.overflow || __builtin_add_overflow(l->all_bytes, c.at, &l->all_bytes);
     }
+    if (overflow) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: its weights are more than memory can address", m->dir);
     return EXC_OK;
+}
+
+void exc_loader_release(exc_loader *r) {
+    exc_stage *here[] = {&r->stage, &r->dense, &r->scale}, *there[] = {&r->codes, &r->scales, &r->part, &r->wide};
+    for (size_t i = 0; i < EXC_COUNT(here); i++) exc_release(here[i]->data);
+    for (size_t i = 0; i < EXC_COUNT(there); i++) exc_device_release(r->ctx, there[i]->data);
 }
 
 exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     exc_loader r = {.ctx = ctx, .m = m, .a = m->atlas};
+    int64_t places;
     m->loaded = exc_zalloc(ctx, 1, sizeof *m->loaded, "weights");
     if (!m->loaded) return EXC_ERR_MEMORY;
-    m->loaded->layers = m->atlas->shape.layers;
-    m->loaded->layer = exc_zalloc(ctx, (size_t)m->loaded->layers, sizeof *m->loaded->layer, "weights");
-    if (!m->loaded->layer) return EXC_ERR_MEMORY;
-    EXC_TRY(make_slabs(ctx, m));
+    EXC_TRY(measure(ctx, m));
+    EXC_TRY(exc_budget_places(ctx, m, &places));
+    exc_carve c = exc_carve_measure(ctx);
+    lay_out_ends(&c, m, m->loaded);
+    EXC_TRY(make_slab(ctx, m, &c, &m->loaded->ends));
+    lay_out_ends(&c, m, m->loaded);
+    EXC_TRY(exc_window_open(ctx, m, places));
     exc_status st = exc_ranks_agree(ctx, "load", load_all(&r));
-    exc_stage *here[] = {&r.stage, &r.dense, &r.scale}, *there[] = {&r.codes, &r.scales, &r.part, &r.wide};
-    for (size_t i = 0; i < EXC_COUNT(here); i++) exc_release(here[i]->data);
-    for (size_t i = 0; i < EXC_COUNT(there); i++) exc_device_release(ctx, there[i]->data);
+    exc_loader_release(&r);
     return st;
 }
 
-exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
-    (void)ctx;
-    *out = &m->loaded->layer[layer].y;
-    return EXC_OK;
-}
-
-void exc_unload(exc_ctx *ctx, exc_loaded *l) {
-    if (!l) return;
-    for (int64_t i = 0; l->layer && i < l->layers; i++) exc_slab_free(ctx, &l->layer[i].slab);
-    exc_slab_free(ctx, &l->slab);
-    exc_release(l->layer);
-    exc_release(l);
+void exc_unload(exc_ctx *ctx, exc_model *m) {
+    if (!m->loaded) return;
+    exc_window_close(ctx, m);
+    exc_layer_drop(ctx, m, &m->loaded->ends);
+    exc_release(m->loaded);
+    m->loaded = NULL;
 }
 
 /* ------------------------------------------------------------------------------------------------- public
@@ -651,6 +669,8 @@ void exc_unload(exc_ctx *ctx, exc_loaded *l) {
 
 static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_options *opt, exc_model *m) {
     m->ctx = ctx;
+    m->next = ctx->models;
+    ctx->models = m;
     m->compute = opt->compute;
     m->act = opt->compute == EXC_COMPUTE_F32 ? EXC_F32 : EXC_BF16;
     m->dir = exc_strdup(ctx, dir);
@@ -699,7 +719,12 @@ void exc_model_free(exc_model *m) {
     if (!m) return;
     exc_session_close(m->spare);
     if (m->lens.release) m->lens.release(m->lens.user);
-    exc_unload(m->ctx, m->loaded);
+    if (m->ctx) exc_unload(m->ctx, m);
+    for (exc_model **at = m->ctx ? &m->ctx->models : NULL; at && *at; at = &(*at)->next)
+        if (*at == m) {
+            *at = m->next;
+            break;
+        }
     exc_atlas_close(m->atlas);
     exc_release(m->dir);
     exc_release(m);

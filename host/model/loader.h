@@ -73,5 +73,12 @@ exc_status exc_fill_lens(exc_loader *r, exc_role role, int64_t layer, const exc_
 /* the part of a layer behind the mixer: experts, shared expert, dense MLP (feed.c) */
 void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
 exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer);
+exc_status exc_feed_fill_down(exc_loader *r, exc_layer *y, int64_t layer); /* only what exc_model_down reads */
+
+/* a place of layers: memory for one (-1: for any), and its weights read into it */
+exc_status exc_layer_room(exc_ctx *ctx, exc_model *m, int64_t layer, exc_slab *slab);
+void exc_layer_drop(exc_ctx *ctx, exc_model *m, exc_slab *slab);
+exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent extent);
+void exc_loader_release(exc_loader *r);
 
 #endif

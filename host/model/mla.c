@@ -97,7 +97,7 @@ static void room(exc_carve *c, exc_session *s) {
         b->q = exc_carve_take(c, (size_t)(s->step_tokens * n * p->head_dim), sizeof *b->q);
     }
     b->out = take(c, s, n * p->value_dim);
-    b->cache = exc_carve_take(c, (size_t)(p->mix_layers[EXC_MIX_LATENT] * s->cache_tokens * kv_width(p)),
+    b->cache = exc_carve_take(c, (size_t)(exc_planes(s, EXC_MIX_LATENT) * s->cache_tokens * kv_width(p)),
                               exc_act_bytes(s->m));
     exc_carve other = *c;
     b->plain = take(c, s, n * l->plain);
@@ -216,7 +216,7 @@ static bool begins(const exc_session *s, const exc_step *t, int64_t sequence) {
 static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const exc_step *t, int64_t rows) {
     const exc_shape *p = &s->m->atlas->shape;
     stretch k = {.w = &y->mix.latent, .t = t};
-    k.cache = at(s, s->latent.cache, p->mix_row[layer] * s->cache_tokens * kv_width(p));
+    k.cache = at(s, s->latent.cache, exc_plane(s, layer) * s->cache_tokens * kv_width(p));
     EXC_TRY(project(s, k.w, rows));
     for (; k.from < t->sequences; k.from = k.to) {
         bool expand = begins(s, t, k.from);

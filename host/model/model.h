@@ -308,19 +308,34 @@ typedef struct exc_layer {
     float *norm_in, *norm_post;    /* [H] */
     exc_virtual attn_lens, mlp_lens, shared_lens;
 } exc_layer;
-typedef struct exc_slab { void *ops, *host; } exc_slab; /* memory where ops run, and the host's own where that is another */
-typedef struct exc_place { exc_layer y; exc_slab slab; } exc_place; /* a layer's weights, all in one slab */
+/* memory where ops run (bytes of it), and the host's own where that is another */
+typedef struct exc_slab { void *ops, *host; size_t bytes; } exc_slab;
+typedef enum exc_extent { EXC_LAYER_WHOLE, EXC_LAYER_DOWN } exc_extent; /* all weights of a layer, or what exc_model_down reads */
+typedef struct exc_place { exc_layer y; exc_slab slab; int64_t layer; exc_extent extent; } exc_place; /* layer -1: it holds none */
 typedef struct exc_loaded {
-    exc_place *layer; int64_t layers; /* [L]; exc_layer_at finds one */
+    exc_place *place; int64_t places; /* of layers: [layers], or 1 or 2 that they take turns in (window.c) */
+    int64_t current;               /* the place in use, where they take turns */
+    struct exc_ahead *ahead;       /* fills them then; NULL: resident */
+    uint64_t fills;                /* whole layers filled so far */
+    int64_t layers;
+    uint64_t all_bytes, ends_bytes; /* of all layers, and of what no layer owns */
+    size_t largest, largest_host;  /* layer: where ops run, and what the host keeps of it */
     exc_packed lm_head;
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
     float *inv_freq;               /* [rotary/2] */
-    exc_slab slab;                 /* holds what no layer owns */
+    exc_slab ends;                 /* holds what no layer owns */
 } exc_loaded;
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
-void exc_unload(exc_ctx *ctx, exc_loaded *l);
+void exc_unload(exc_ctx *ctx, exc_model *m);
+/* window.c: weights of a layer, for the pass that has come to it; they hold until the next call */
 exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
+exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out); /* what exc_model_down reads of it */
+exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places); /* fills none */
+void exc_window_close(exc_ctx *ctx, exc_model *m);
+uint64_t exc_window_bytes(const exc_model *m, int64_t places); /* weights in memory with that many places */
+/* fewer places: of all layers, then two, then one; false: there is only one. What layers hold is lost. */
+bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st);
 
 struct exc_model {
     exc_ctx *ctx;
@@ -331,8 +346,9 @@ struct exc_model {
     int has_lens, is_virtual;
     char *dir;
     int64_t expert_first, expert_end; /* routed experts that this rank holds: all of them when it works alone */
-    uint64_t weight_bytes;      /* resident packed weights */
+    uint64_t weight_bytes;      /* packed weights in memory */
     exc_loaded *loaded;         /* packed weights by layer (load.c) */
+    exc_model *next;            /* of the context's models */
     struct exc_session *spare;  /* the last session, kept because first touch of fresh memory is slow (generate.c) */
 };
 
@@ -343,10 +359,12 @@ typedef struct exc_room {
     int64_t cache_tokens;       /* sum of their capacities */
     int64_t step_tokens;        /* most tokens of one step */
     int64_t chunk_tokens;       /* tokens that go through a layer at once; 0: all of a step */
+    bool once;                  /* sequences begin and end in the same step: caches and states are of one layer */
 } exc_room;
 exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out);
 void exc_session_close(exc_session *s);
 bool exc_session_fits(const exc_session *s, const exc_room *room);
+uint64_t exc_session_measure(exc_model *m, const exc_room *room); /* bytes that such a session takes */
 uint64_t exc_session_bytes(const exc_session *s);
 /* forgets all sequences; capacity[slots] tokens each (sum <= cache_tokens) */
 exc_status exc_session_reset(exc_session *s, int64_t slots, const int64_t *capacity);
@@ -355,6 +373,27 @@ int64_t exc_session_length(const exc_session *s, int64_t slot); /* tokens the sl
 int64_t exc_cache_bytes(const exc_model *m);                    /* of one token, in all layers */
 int64_t exc_state_bytes(const exc_model *m);                    /* of one sequence of any length, in all layers */
 int64_t exc_step_tokens(const exc_model *m);                    /* a good size of a prefill step for this model */
+
+/* ---- memory (room.c) */
+/* how many places its layers get: all within what the budget leaves, else two or one. Other models of the context may have to
+ * give places up for it. */
+exc_status exc_budget_places(exc_ctx *ctx, exc_model *m, int64_t *places);
+/* what a run would like to have */
+typedef struct exc_wish {
+    int64_t slots;              /* sequences at once, at most */
+    int64_t longest, capacity;  /* tokens of the longest prompt, and with what it gets fed back */
+    int64_t tokens;             /* of all prompts */
+    int64_t chunk;              /* tokens that go through a layer at once */
+    uint64_t slot_bytes, token_bytes; /* what the caller keeps of each sequence and each token of a step */
+    uint64_t held;              /* and besides */
+    bool once;                  /* nothing is fed back, and prompts go whole into a step */
+} exc_wish;
+/* sizes of a session within the budget; a streamed model gets steps of as many prompts as fit */
+exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *wish, exc_room *out);
+/* the session for them: the model's last one where that is large enough; belongs to the model */
+exc_status exc_session_get(exc_ctx *ctx, exc_model *m, const exc_room *room, exc_session **out);
+/* adds "budget", "peak_memory", "streamed" and "passes" (over the weights of layers, so far) to a result */
+void exc_memory_facts(const exc_model *m, json_t *to);
 
 /* Sums a forward pass adds to, for one label and phase, where ops run. Rows: M MoE layers. Any pointer may be NULL. */
 typedef struct exc_sums {
@@ -410,7 +449,8 @@ typedef struct exc_decode {
     float *hidden_last;         /* [P, L+1, H] of the host or NULL */
     float *first_logits;        /* [P, V] of the host or NULL: logits that emit the first new token */
     int64_t batch;              /* sequences at once; 0: chosen from lengths */
-    int64_t batch_tokens;       /* prefill tokens a step; 0: chosen */
+    int64_t batch_tokens;       /* prefill tokens that go through a layer at once; 0: chosen */
+    uint64_t held;              /* bytes of the budget that the caller keeps for itself */
     const char *step;           /* name for progress events */
     bool hidden, routing;       /* prefill steps deliver these taps too */
     exc_piece_fn visit;         /* called for every piece of prefill, prompts in order; NULL: nobody looks */

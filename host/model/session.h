@@ -13,7 +13,7 @@
 typedef struct exc_softmax_room {
     float *qkv;                     /* [T, q|k|v] */
     void *q, *o;                    /* [T, heads*D] act */
-    void *cache_k, *cache_v;        /* [softmax layers, cache_tokens, kv_heads*D] act */
+    void *cache_k, *cache_v;        /* [planes, cache_tokens, kv_heads*D] act */
 } exc_softmax_room;
 
 typedef struct exc_latent_room {
@@ -21,7 +21,7 @@ typedef struct exc_latent_room {
     void *q_a;                      /* [T, q_rank] act */
     float *q;                       /* [T, heads*(N+R)]; NULL: they are in `first` */
     void *out;                      /* [T, heads*V] act */
-    void *cache;                    /* [latent layers, cache_tokens, C+R] act */
+    void *cache;                    /* [planes, cache_tokens, C+R] act */
     void *plain, *wide, *sums;      /* absorbed: [T, heads*N], [T, heads*(C+R)], [T, heads*C] act */
     void *queries, *keys, *values;  /* expanded: [T, heads*(N+R)] twice, [T, heads*V] act */
     void *rows;                     /* expanded: [T, C+R] act */
@@ -33,7 +33,7 @@ typedef struct exc_linear_room {
     float *qkv;                     /* [T, q|k|v] behind the convolution */
     float *out;                     /* [T, v_heads*v_dim] */
     void *x;                        /* the same, normed and gated, act */
-    float *ring, *state;            /* [linear layers, slots, ring_step] and [.., state_step]: what conv and delta keep */
+    float *ring, *state;            /* [planes, slots, ring_step] and [.., state_step]: what conv and delta keep */
     int64_t ring_step, state_step;
 } exc_linear_room;
 
@@ -83,6 +83,7 @@ struct exc_session {
     int64_t slots, cache_tokens;
     int64_t step_rows;              /* R, rows of a step */
     int64_t step_tokens;            /* T, rows of a chunk */
+    bool once;                      /* caches of one layer a kind: sequences begin and end in a step */
     exc_whole whole;
     int64_t used_slots;             /* of the last reset */
     int64_t *base, *capacity;       /* [slots] cache rows of a slot */
@@ -139,6 +140,9 @@ const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
 exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st);
 
 size_t exc_act_bytes(const exc_model *m);
+/* caches and recurrent states lie in planes, one a layer of the kind, or one for all */
+int64_t exc_plane(const exc_session *s, int64_t layer);
+int64_t exc_planes(const exc_session *s, exc_mix kind);
 /* rows [rows,H] of the stream, normed, as act */
 exc_status exc_norm_rows(exc_session *s, const float *x, const float *weight, int64_t rows, void *y);
 /* a writer of the stream: h += x W^T + bias (or NULL), x act [rows,width]; a virtual edit is applied on the way */

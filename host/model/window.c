@@ -1,0 +1,203 @@
+/* window.c - which layers' weights are in memory.
+ *
+ * A model within its budget is resident: every layer has a place of its own, filled when the model is opened. A larger one is
+ * streamed: its layers take turns in one or two places, each filled when a pass reaches it. A thread with a context of
+ * its own does that, so that with two places the next layer is read and packed while ops run on this one; an error it
+ * finds is told by the call that needs the layer. Places are as large as the largest layer. A model may give places up
+ * later, when states or another model need the memory. Output sums want one matrix of each layer only: a place may hold
+ * just that. */
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+
+#include "session.h"
+
+enum { IDLE, BUSY, READY, QUIT };
+
+/* the thread that fills places, and what it is asked for */
+struct exc_ahead {
+    exc_loader loader;        /* its context is the thread's own: two threads do not share a queue */
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t turn;
+    int state;
+    exc_place *place;
+    int64_t layer;
+    exc_extent extent;
+    exc_status status;
+};
+
+/* ------------------------------------------------------------------------------------------------------- the thread */
+
+static void *work(void *arg) {
+    struct exc_ahead *a = arg;
+    pthread_mutex_lock(&a->lock);
+    for (;;) {
+        while (a->state != BUSY && a->state != QUIT) pthread_cond_wait(&a->turn, &a->lock);
+        if (a->state == QUIT) break;
+        pthread_mutex_unlock(&a->lock);
+        exc_clear(a->loader.ctx);
+        exc_status st = exc_layer_fill(&a->loader, a->place, a->layer, a->extent);
+        if (st == EXC_OK) st = exc_device_sync(a->loader.ctx);
+        pthread_mutex_lock(&a->lock);
+        a->status = st;
+        if (a->state == BUSY) a->state = READY;
+        pthread_cond_broadcast(&a->turn);
+    }
+    pthread_mutex_unlock(&a->lock);
+    return NULL;
+}
+
+static void ask(struct exc_ahead *a, exc_place *p, int64_t layer, exc_extent extent) {
+    p->layer = -1;
+    pthread_mutex_lock(&a->lock);
+    a->place = p;
+    a->layer = layer;
+    a->extent = extent;
+    a->state = BUSY;
+    pthread_cond_broadcast(&a->turn);
+    pthread_mutex_unlock(&a->lock);
+}
+
+/* waits until the thread is idle; a place that could not be filled stays empty */
+static exc_status settle(exc_loaded *l) {
+    struct exc_ahead *a = l->ahead;
+    pthread_mutex_lock(&a->lock);
+    while (a->state == BUSY) pthread_cond_wait(&a->turn, &a->lock);
+    exc_status st = a->state == READY ? a->status : EXC_OK;
+    bool filled = a->state == READY && st == EXC_OK;
+    a->state = IDLE;
+    pthread_mutex_unlock(&a->lock);
+    if (!filled) return st;
+    a->place->layer = a->layer;
+    a->place->extent = a->extent;
+    l->fills += a->extent == EXC_LAYER_WHOLE;
+    return EXC_OK;
+}
+
+/* a context like `of` for work beside its: no events, no ranks, a stream of its own */
+static exc_status second_context(const exc_ctx *of, exc_ctx **out) {
+    exc_ctx_options opt = of->opt;
+    opt.on_event = NULL;
+    opt.ranks = NULL;
+    opt.stream = NULL;
+    return exc_ctx_create(&opt, out);
+}
+
+static void stop(exc_loaded *l) {
+    struct exc_ahead *a = l->ahead;
+    if (!a) return;
+    settle(l);
+    pthread_mutex_lock(&a->lock);
+    a->state = QUIT;
+    pthread_cond_broadcast(&a->turn);
+    pthread_mutex_unlock(&a->lock);
+    pthread_join(a->thread, NULL);
+    pthread_mutex_destroy(&a->lock);
+    pthread_cond_destroy(&a->turn);
+    exc_loader_release(&a->loader);
+    exc_ctx_free(a->loader.ctx);
+    exc_release(a);
+    l->ahead = NULL;
+}
+
+static exc_status start(exc_ctx *ctx, exc_model *m) {
+    struct exc_ahead *a = exc_zalloc(ctx, 1, sizeof *a, "reader of layers");
+    if (!a) return EXC_ERR_MEMORY;
+    exc_status st = second_context(ctx, &a->loader.ctx);
+    a->loader.m = m;
+    a->loader.a = m->atlas;
+    pthread_mutex_init(&a->lock, NULL);
+    pthread_cond_init(&a->turn, NULL);
+    sigset_t all, before; /* signals belong to the caller's threads */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool runs = st == EXC_OK && !pthread_create(&a->thread, NULL, work, a);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (runs) {
+        m->loaded->ahead = a;
+        return EXC_OK;
+    }
+    exc_ctx_free(a->loader.ctx);
+    exc_release(a);
+    return exc_fail(ctx, EXC_ERR_MEMORY, "%s: the thread that reads its layers could not be started", m->dir);
+}
+
+/* -------------------------------------------------------------------------------------------------------- places */
+
+static void drop_places(exc_ctx *ctx, exc_model *m) {
+    exc_loaded *l = m->loaded;
+    for (int64_t i = 0; l->place && i < l->places; i++) exc_layer_drop(ctx, m, &l->place[i].slab);
+    exc_release(l->place);
+    l->place = NULL;
+    l->places = 0;
+}
+
+uint64_t exc_window_bytes(const exc_model *m, int64_t places) {
+    const exc_loaded *l = m->loaded;
+    return l->ends_bytes + (places < l->layers ? (uint64_t)places * l->largest : l->all_bytes);
+}
+
+exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places) {
+    exc_loaded *l = m->loaded;
+    l->place = exc_zalloc(ctx, (size_t)places, sizeof *l->place, "weights");
+    if (!l->place) return EXC_ERR_MEMORY;
+    l->places = places;
+    for (int64_t i = 0; i < places; i++) l->place[i].layer = -1;
+    for (int64_t i = 0; i < places; i++) EXC_TRY(exc_layer_room(ctx, m, places < l->layers ? -1 : i, &l->place[i].slab));
+    if (places < l->layers) EXC_TRY(start(ctx, m));
+    return EXC_OK;
+}
+
+bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st) {
+    exc_loaded *l = m->loaded;
+    int64_t fewer = l->places > 2 ? 2 : 1;
+    *st = EXC_OK;
+    if (fewer >= l->places) return false;
+    exc_window_close(ctx, m);
+    *st = exc_window_open(ctx, m, fewer);
+    return true;
+}
+
+void exc_window_close(exc_ctx *ctx, exc_model *m) {
+    stop(m->loaded);
+    drop_places(ctx, m);
+    m->loaded->current = 0;
+}
+
+/* -------------------------------------------------------------------------------------------------------- layers */
+
+static bool holds(const exc_place *p, int64_t layer, exc_extent extent) {
+    return p->layer == layer && (p->extent == EXC_LAYER_WHOLE || p->extent == extent);
+}
+
+static exc_status turn(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_extent extent) {
+    exc_loaded *l = m->loaded;
+    if (holds(&l->place[l->current], layer, extent)) return EXC_OK;
+    settle(l); /* a layer that failed is tried again below, and tells why */
+    int64_t other = l->places > 1 ? 1 - l->current : 0;
+    if (!holds(&l->place[other], layer, extent)) {
+        ask(l->ahead, &l->place[other], layer, extent);
+        exc_status st = settle(l);
+        if (st != EXC_OK) return exc_fail(ctx, st, "%s", exc_ctx_error(l->ahead->loader.ctx));
+    }
+    l->current = other;
+    if (l->places > 1 && layer + 1 < l->layers) ask(l->ahead, &l->place[1 - other], layer + 1, extent);
+    return exc_progress(ctx, "layers", (uint64_t)layer, (uint64_t)l->layers, "layers");
+}
+
+static exc_status find(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_extent extent, const exc_layer **out) {
+    const exc_loaded *l = m->loaded;
+    exc_status st = l->ahead ? turn(ctx, m, layer, extent) : EXC_OK;
+    *out = &l->place[l->ahead ? l->current : layer].y;
+    return st;
+}
+
+exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
+    exc_status st = find(ctx, m, layer, EXC_LAYER_WHOLE, out);
+    return m->loaded->ahead ? exc_ranks_agree(ctx, "layer", st) : st; /* ranks pass through the layers together */
+}
+
+exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
+    return find(ctx, m, layer, EXC_LAYER_DOWN, out);
+}

@@ -8,6 +8,8 @@
 #include "base.h"
 #include "module.h"
 
+#define PROGRAM_BYTES ((uint64_t)16 << 20) /* code, libraries, tokenizer, tables of weights */
+
 typedef struct backend {
     const char *name;
     /* NULL when usable, else one sentence why not */
@@ -45,6 +47,8 @@ static exc_status open_backend(exc_ctx *ctx)
     ctx->queue.reproducible = ctx->opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
     if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, ctx->opt.device);
+    /* scratch of this context's threads and of those that read layers ahead (model/window.c), and the program */
+    if (st == EXC_OK && !ctx->module) exc_memory_take(ctx, 2 * (uint64_t)ctx->queue.workers * EXC_SCRATCH_BYTES + PROGRAM_BYTES);
     if (st == EXC_OK) ctx->memory = ctx->opt.memory ? ctx->opt.memory : exc_memory_free(ctx) / 10 * 9;
     return st;
 }

@@ -7,6 +7,7 @@
  * model has not, a rank beyond these samples, a damaged file. 1 is what may go better next time. */
 #include <errno.h>
 #include <limits.h>
+#include <math.h>
 #include <stdbool.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -29,6 +30,8 @@ static void common(cli *c, cli_option out[COMMON]) {
          "CPU threads; any number gives the same bits. Default: all cores"},
         {"--gpus", CLI_TEXT, &c->gpus, "0,1,..", "GPUs of the cuda backend, a process each. Default: 0"},
         {"--ranks", CLI_COUNT, &c->ranks, "N", "processes on this machine that share the experts. Default: 1"},
+        {"--memory", CLI_BYTES, &c->memory, "SIZE",
+         "for weights and states, as 8GiB; a larger model is read layer by layer. Default: what is free"},
         {"--reproducible", CLI_FLAG, &c->reproducible, NULL,
          "same logits, states, replies and sums, bit for bit, for any batching too"},
         {"--force", CLI_FLAG, &c->force, NULL, "overwrite existing outputs"},
@@ -153,6 +156,18 @@ static int store(cli *c, const cli_option *o, const char *value) {
         *(uint64_t *)o->to = v;
         return 0;
     }
+    case CLI_BYTES: {
+        static const char *const units[] = {"", "KMGT", "B", "iB"};
+        double v = strtod(value, &end);
+        const char *unit = *end ? strchr(units[1], *end) : NULL;
+        if (unit) end++;
+        bool known = !*end || !strcmp(end, units[2]) || (unit && !strcmp(end, units[3]));
+        double bytes = v * (unit ? pow(end[0] == 'B' ? 1000 : 1024, (double)(unit - units[1] + 1)) : 1);
+        if (end == value || !known || !(bytes >= 1 && bytes < 1e18))
+            return cli_usage(c, "%s: expected a size such as 8GiB, 500MB or 1073741824, found %s", o->name, value);
+        *(uint64_t *)o->to = (uint64_t)bytes;
+        return 0;
+    }
     default: {
         double v = strtod(value, &end);
         if (errno || end == value || *end || !(v > -1e300 && v < 1e300))
@@ -171,6 +186,7 @@ static exc_status open_context(cli *c, int device) {
     opt.backend = c->backend;
     opt.threads = c->threads;
     opt.reproducible = c->reproducible;
+    opt.memory = c->memory;
     opt.on_event = cli_event;
     opt.user = c;
     opt.ranks = "auto";

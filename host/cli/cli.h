@@ -9,11 +9,11 @@
 #include "excise.h"
 
 /* CLI_INT is 0 or more, CLI_COUNT 1 or more (0 is how excise.h says "the default") */
-typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_COUNT, CLI_U64, CLI_REAL, CLI_FLOAT, CLI_TEXT } cli_kind;
+typedef enum cli_kind { CLI_FLAG, CLI_INT, CLI_COUNT, CLI_U64, CLI_REAL, CLI_FLOAT, CLI_TEXT, CLI_BYTES } cli_kind;
 typedef struct cli_option {
     const char *name;  /* "--rank" or "-o"; NULL: a heading of the help, with the text in `help` */
     cli_kind kind;
-    void *to;          /* int, int, int, uint64_t, double, float, const char * */
+    void *to;          /* int, int, int, uint64_t, double, float, const char *, uint64_t */
     const char *arg;   /* "N", "FILE"; NULL for flags */
     const char *help;  /* one line; "Default: X" last */
 } cli_option;
@@ -28,6 +28,7 @@ typedef struct cli {
     int n_rest;
     int json, quiet, verbose, force, threads, reproducible, ranks;
     const char *backend, *gpus;
+    uint64_t memory;
     exc_ctx *ctx;
     int rank;                   /* of this process among those of one job */
     int code;                   /* exit code when cli_begin says stop */

@@ -95,11 +95,23 @@ static exc_status visit(exc_ctx *ctx, void *user, const exc_piece *piece) {
     return EXC_OK;
 }
 
+static size_t longest_prompt(const exc_prompts *p) {
+    size_t longest = 1;
+    for (int64_t i = 0; i < p->count; i++)
+        if ((size_t)prompt_length(p, i) > longest) longest = (size_t)prompt_length(p, i);
+    return longest;
+}
+
+/* bytes of the buffers below */
+static uint64_t held(const sink *k) {
+    const exc_shape *s = k->s;
+    int64_t values = (k->logits ? s->vocab : 0) + (k->hidden ? (s->layers + 1) * s->hidden : 0) + (k->ids ? 2 * s->moe_layers * s->top_k : 0);
+    return longest_prompt(k->p) * (uint64_t)values * 4;
+}
+
 static exc_status get_buffers(exc_ctx *ctx, sink *k) {
     const exc_shape *s = k->s;
-    size_t longest = 1;
-    for (int64_t i = 0; i < k->p->count; i++)
-        if ((size_t)prompt_length(k->p, i) > longest) longest = (size_t)prompt_length(k->p, i);
+    size_t longest = longest_prompt(k->p);
     size_t routing = longest * (size_t)(s->moe_layers * s->top_k);
     if (k->opt->emit_logits &&
         !(k->logits = exc_alloc(ctx, longest * (size_t)s->vocab, 4, "logits of a prompt")))
@@ -126,6 +138,7 @@ static exc_status run_forward(exc_ctx *ctx, exc_model *m, sink *k) {
     exc_decode d = {.max_new = k->opt->generate,
                     .ignore_eos = true,
                     .batch_tokens = k->opt->batch_tokens,
+                    .held = held(k),
                     .step = "forward",
                     .hidden = k->opt->emit_hidden,
                     .routing = k->opt->emit_routing,
@@ -177,6 +190,7 @@ exc_status exc_forward(exc_ctx *ctx, exc_model *m, const exc_prompts *prompts,
                   "tokens", (json_int_t)prompts->begin[prompts->count], "generated",
                   (json_int_t)(prompts->count * opt.generate), "weight_bytes", (json_int_t)m->weight_bytes,
                   "state_bytes", state_bytes(m), "seconds", exc_seconds() - t0);
+    exc_memory_facts(m, o);
     *json = o ? exc_json_text(ctx, o) : NULL;
     json_decref(o);
     return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "forward: no memory for the result");
@@ -289,6 +303,7 @@ exc_status exc_generate(exc_ctx *ctx, exc_model *m, const exc_prompts *prompts,
     json_t *o =
         json_pack("{s:s,s:I,s:I,s:I,s:f}", "out", out, "prompts", (json_int_t)prompts->count, "generated",
                   (json_int_t)generated, "stopped", (json_int_t)stopped, "seconds", exc_seconds() - t0);
+    exc_memory_facts(m, o);
     *json = o ? exc_json_text(ctx, o) : NULL;
     json_decref(o);
     return *json ? EXC_OK : exc_fail(ctx, EXC_ERR_MEMORY, "generate: no memory for the result");

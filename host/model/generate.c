@@ -102,7 +102,7 @@ static int64_t wanted_slots(const run *r, int64_t capacity) {
 static exc_status get_session(run *r) {
     exc_ctx *ctx = r->ctx;
     const exc_shape *s = &r->m->atlas->shape;
-    exc_wish w = {.longest = 1, .capacity = 1, .slot_bytes = slot_bytes(r->d, s), .token_bytes = token_bytes(r->d, s),
+    exc_wish w = {.prompts = r->p->count, .longest = 1, .capacity = 1, .slot_bytes = slot_bytes(r->d, s), .token_bytes = token_bytes(r->d, s),
                   .held = r->d->held, .once = r->d->max_new < 1};
     exc_room room;
     for (int64_t i = 0; i < r->p->count; i++) {

@@ -380,7 +380,7 @@ int64_t exc_step_tokens(const exc_model *m);                    /* a good size o
 exc_status exc_budget_places(exc_ctx *ctx, exc_model *m, int64_t *places);
 /* what a run would like to have */
 typedef struct exc_wish {
-    int64_t slots;              /* sequences at once, at most */
+    int64_t prompts, slots;     /* in all, and at once at most */
     int64_t longest, capacity;  /* tokens of the longest prompt, and with what it gets fed back */
     int64_t tokens;             /* of all prompts */
     int64_t chunk;              /* tokens that go through a layer at once */

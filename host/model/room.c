@@ -49,19 +49,24 @@ static int64_t most_slots(exc_model *m, const exc_wish *w, int64_t chunk, uint64
     return fits;
 }
 
-/* half of the memory at most goes to the buffers of a chunk, unless there is no other way */
-static bool choose(exc_model *m, const exc_wish *w, uint64_t left, exc_room *out) {
-    int64_t chunk = w->chunk, slots = most_slots(m, w, chunk, left);
-    exc_room one = room_of(m, w, 1, chunk);
-    while (chunk > LEAST_CHUNK && (!slots || cost(m, w, &one) > left / 2 + w->held)) {
-        int64_t smaller = most(chunk / 2, LEAST_CHUNK), more = most_slots(m, w, smaller, left);
-        if (slots && more < 2 * slots) break; /* larger chunks are worth more than a few sequences */
-        chunk = smaller;
-        slots = more;
-        one = room_of(m, w, 1, chunk);
+/* What a run costs, in readings of the weights from memory: filling a place takes about four, each chunk one. */
+static int64_t effort(const exc_wish *w, const exc_room *r) {
+    int64_t steps = (w->prompts + r->slots - 1) / r->slots;
+    return 4 * steps + (w->tokens + r->chunk_tokens - 1) / r->chunk_tokens;
+}
+
+/* Small chunks leave memory to more sequences, so to fewer steps. A resident model has the largest that fits. */
+static bool choose(exc_model *m, const exc_wish *w, uint64_t left, exc_room *out, int64_t *best) {
+    *best = INT64_MAX;
+    for (int64_t chunk = w->chunk;; chunk = most(chunk / 2, LEAST_CHUNK)) {
+        int64_t slots = most_slots(m, w, chunk, left);
+        exc_room r = room_of(m, w, slots, chunk);
+        if (slots && effort(w, &r) < *best) {
+            *best = effort(w, &r);
+            *out = r;
+        }
+        if (chunk <= LEAST_CHUNK || (slots && !wide(m))) return *best < INT64_MAX;
     }
-    if (slots) *out = room_of(m, w, slots, chunk);
-    return slots > 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------- the budget */
@@ -82,7 +87,7 @@ static bool others_narrow(exc_ctx *ctx, const exc_model *but, exc_status *st) {
 
 static exc_status refuse(exc_ctx *ctx, const exc_model *m, uint64_t states, const char *what) {
     const exc_loaded *l = m->loaded;
-    char all[32], layer[32], ends[32], state[32], need[32], has[32];
+    char all[32], layer[32], ends[32], state[32], rest[32], need[32], has[32];
     uint64_t others = ctx->taken - m->weight_bytes - (m->spare ? exc_session_bytes(m->spare) : 0);
     uint64_t total = exc_window_bytes(m, 1) + states + others;
     exc_memory_text(total, need);
@@ -90,22 +95,31 @@ static exc_status refuse(exc_ctx *ctx, const exc_model *m, uint64_t states, cons
     exc_memory_text(l->largest, layer);
     exc_memory_text(l->ends_bytes, ends);
     exc_memory_text(states, state);
+    exc_memory_text(others, rest);
     exc_memory_text(exc_window_bytes(m, l->layers) + states + others, all);
     return exc_fail(ctx, ctx->opt.memory ? EXC_ERR_INPUT : EXC_ERR_MEMORY,
-                    "%s: memory: expected at least %s (its largest layer %s, embedding and head %s, %s %s), found a budget of %s; "
-                    "%s would hold all layers", m->dir, need, layer, ends, what, state, has, all);
+                    "%s: memory: expected at least %s (its largest layer %s, embedding and head %s, %s %s, besides the model %s), found a budget of %s; "
+                    "%s would hold all layers", m->dir, need, layer, ends, what, state, rest, has, all);
+}
+
+/* the second place is for reading ahead; without it there may be so much more room for states that it does not pay */
+static bool better_narrow(exc_model *m, const exc_wish *w, uint64_t left, int64_t effort) {
+    exc_room r;
+    int64_t narrow;
+    return m->loaded->places == 2 && wide(m) && choose(m, w, left + m->loaded->largest, &r, &narrow) && narrow < effort / 2;
 }
 
 exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
     exc_status st = EXC_OK;
-    while (!choose(m, w, left_for(ctx, m), out)) {
+    for (int64_t effort;;) {
+        bool fits = choose(m, w, left_for(ctx, m), out, &effort);
+        if (fits && !better_narrow(m, w, left_for(ctx, m), effort)) return EXC_OK;
         if (!exc_window_narrow(ctx, m, &st) && !others_narrow(ctx, m, &st)) {
             exc_room one = room_of(m, w, 1, LEAST_CHUNK);
             return refuse(ctx, m, cost(m, w, &one), "states of one prompt");
         }
         EXC_TRY(st);
     }
-    return EXC_OK;
 }
 
 /* what a short prompt takes: a model is resident where at least that fits beside it */

@@ -12,6 +12,8 @@
 
 #include "session.h"
 
+#define FILL_BYTES ((size_t)4 << 20) /* scratch of the ops that fill a layer, on a device */
+
 enum { IDLE, BUSY, READY, QUIT };
 
 /* the thread that fills places, and what it is asked for */
@@ -81,6 +83,10 @@ static exc_status second_context(const exc_ctx *of, exc_ctx **out) {
     opt.on_event = NULL;
     opt.ranks = NULL;
     opt.stream = NULL;
+    opt.backend = of->backend;
+    opt.threads = of->queue.workers;
+    opt.device = of->queue.device;
+    opt.work_bytes = FILL_BYTES;
     return exc_ctx_create(&opt, out);
 }
 

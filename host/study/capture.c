@@ -186,6 +186,16 @@ static exc_sums sums_of(const capture *c, int label, int phase) {
                       .prompt_count = phase == EXC_PREFILL ? s->prompt_count[label] : NULL};
 }
 
+/* bytes of the sums */
+static uint64_t held(const capture *c) {
+    exc_field all[EXC_STATS_FIELDS];
+    uint64_t bytes = 4 * (uint64_t)(c->s->moe_layers * c->m->atlas->shape.shared_inner) * sizeof(double);
+    exc_stats_fields(c->s, all);
+    for (int i = 0; i < EXC_STATS_FIELDS; i++)
+        if (exc_field_get(&all[i])) bytes += (uint64_t)exc_field_count(&all[i]) * exc_dtype_bits(all[i].dtype) / 8;
+    return bytes;
+}
+
 static exc_status run_set(capture *c, int label) {
     const exc_prompts *p = c->set[label];
     exc_sums prefill = sums_of(c, label, EXC_PREFILL), decode = sums_of(c, label, EXC_DECODE);
@@ -197,6 +207,7 @@ static exc_status run_set(capture *c, int label) {
                     .prefill_observe = c->observe_of[label],
                     .hidden_last = c->s->resid_last[label],
                     .batch_tokens = c->opt.batch_tokens,
+                    .held = held(c),
                     .step = label ? "capture baseline" : "capture target"};
     exc_reply *replies = NULL;
     EXC_TRY(exc_decode_run(c->ctx, c->m, p, &d, &replies));
@@ -307,6 +318,7 @@ static exc_status facts(const capture *c, char **json) {
                   "decode", s->decode, "compute", c->m->compute == EXC_COMPUTE_F32 ? "f32" : "bf16",
                   "output_sums", !c->opt.no_out, "observed", RULE, "target", set_facts(c, EXC_TARGET),
                   "baseline", set_facts(c, EXC_BASELINE));
+    exc_memory_facts(c->m, o);
     *json = o ? exc_json_text(c->ctx, o) : NULL;
     json_decref(o);
     return *json ? EXC_OK : exc_fail(c->ctx, EXC_ERR_MEMORY, "capture: no memory for the result");

@@ -414,6 +414,7 @@ exc_status exc_judge(exc_ctx *ctx, exc_model *after, exc_model *before, const ex
         json_object_set_new(result, "compute",
                             json_string(after->compute == EXC_COMPUTE_F32 ? "f32" : "bf16"));
         json_object_set_new(result, "rules", rules(&j));
+        exc_memory_facts(after, result);
         json_object_set_new(result, "seconds", json_real(exc_seconds() - started));
         *out = json_object();
         if (before) json_object_set(*out, "before", of[BEFORE]);

@@ -387,7 +387,9 @@ typedef struct exc_wish {
     uint64_t slot_bytes, token_bytes; /* what the caller keeps of each sequence and each token of a step */
     uint64_t held;              /* and besides */
     bool once;                  /* nothing is fed back, and prompts go whole into a step */
+    bool whole;                 /* prompts must go whole into a step, also of a resident model */
 } exc_wish;
+bool exc_model_streamed(const exc_model *m);
 /* sizes of a session within the budget; a streamed model gets steps of as many prompts as fit */
 exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *wish, exc_room *out);
 /* the session for them: the model's last one where that is large enough; belongs to the model */

@@ -14,16 +14,18 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* -------------------------------------------------------------------------------------------------------- sizes */
 
-static bool streamed(const exc_model *m) { return m->loaded->places < m->loaded->layers; }
+bool exc_model_streamed(const exc_model *m) { return m->loaded->places < m->loaded->layers; }
 
 /* steps of many chunks; ranks meet in every chunk and have one */
-static bool wide(const exc_model *m) { return streamed(m) && exc_ranks_count(m->ctx) == 1; }
+static bool wide(const exc_model *m, const exc_wish *w) {
+    return (w->whole || exc_model_streamed(m)) && exc_ranks_count(m->ctx) == 1;
+}
 
 static exc_room room_of(const exc_model *m, const exc_wish *w, int64_t slots, int64_t chunk) {
-    int64_t rows = wide(m) ? least(w->tokens, slots * w->longest) : least(chunk, w->tokens);
+    int64_t rows = wide(m, w) ? least(w->tokens, slots * w->longest) : least(chunk, w->tokens);
     exc_room r = {.slots = slots, .cache_tokens = slots * w->capacity, .step_tokens = most(most(rows, slots), 1)};
     r.chunk_tokens = least(chunk, r.step_tokens);
-    r.once = w->once && wide(m);
+    r.once = w->once && wide(m, w);
     return r;
 }
 
@@ -39,7 +41,7 @@ static uint64_t left_for(const exc_ctx *ctx, const exc_model *m) {
 /* the largest number of slots that fits; 0: not one */
 static int64_t most_slots(exc_model *m, const exc_wish *w, int64_t chunk, uint64_t left) {
     int64_t fits = 0, beyond = w->slots + 1;
-    if (wide(m)) beyond = least(beyond, (INT32_MAX / 64) / w->longest + 1);
+    if (wide(m, w)) beyond = least(beyond, (INT32_MAX / 64) / w->longest + 1);
     while (beyond - fits > 1) {
         int64_t n = fits + (beyond - fits) / 2;
         exc_room r = room_of(m, w, n, chunk);
@@ -65,7 +67,7 @@ static bool choose(exc_model *m, const exc_wish *w, uint64_t left, exc_room *out
             *best = effort(w, &r);
             *out = r;
         }
-        if (chunk <= LEAST_CHUNK || (slots && !wide(m))) return *best < INT64_MAX;
+        if (chunk <= LEAST_CHUNK || (slots && !wide(m, w))) return *best < INT64_MAX;
     }
 }
 
@@ -106,7 +108,7 @@ static exc_status refuse(exc_ctx *ctx, const exc_model *m, uint64_t states, cons
 static bool better_narrow(exc_model *m, const exc_wish *w, uint64_t left, int64_t effort) {
     exc_room r;
     int64_t narrow;
-    return m->loaded->places == 2 && wide(m) && choose(m, w, left + m->loaded->largest, &r, &narrow) && narrow < effort / 2;
+    return m->loaded->places == 2 && wide(m, w) && choose(m, w, left + m->loaded->largest, &r, &narrow) && narrow < effort / 2;
 }
 
 exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
@@ -158,6 +160,6 @@ void exc_memory_facts(const exc_model *m, json_t *to) {
     const exc_loaded *l = m->loaded;
     json_object_set_new(to, "budget", json_integer((json_int_t)m->ctx->memory));
     json_object_set_new(to, "peak_memory", json_integer((json_int_t)exc_memory_peak(m->ctx)));
-    json_object_set_new(to, "streamed", json_boolean(streamed(m)));
+    json_object_set_new(to, "streamed", json_boolean(exc_model_streamed(m)));
     json_object_set_new(to, "passes", json_integer((json_int_t)(((int64_t)l->fills + l->layers - 1) / l->layers)));
 }

@@ -57,26 +57,50 @@ static bool same_routers(const exc_model *a, const exc_model *b) {
         if (!(pointer)) return EXC_ERR_MEMORY;                                                               \
     } while (0)
 
+/* Resident models take steps of one chunk. Where a model is streamed, steps are as large as both models' memory lets them be;
+ * the first one leaves half of what there is to the second. */
+static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_room room[2]) {
+    const exc_model *first = t->model[0], *second = t->model[1];
+    bool wide = exc_model_streamed(second) || (first && exc_model_streamed(first));
+    uint64_t ids = t->routing ? (uint64_t)(t->layers * t->top_k) * sizeof(int32_t) : 0;
+    exc_wish w = {.prompts = t->p->count, .slots = t->slots, .longest = longest, .capacity = longest, .tokens = total,
+                  .chunk = t->step_tokens, .slot_bytes = 48, .token_bytes = 12 + ids, .once = true, .whole = true};
+    room[0] = room[1] = (exc_room){.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
+    if (!wide || exc_ranks_count(t->ctx) > 1) return EXC_OK;
+    w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);
+    for (int m = 0; m < 2; m++) {
+        if (!t->model[m]) continue;
+        w.held = (uint64_t)t->piece * (uint64_t)(t->vocab * 4 + 32) + (!m ? exc_memory_left(t->ctx) / 2 : 0);
+        EXC_TRY(exc_room_choose(t->ctx, t->model[m], &w, &room[m]));
+        EXC_TRY(exc_session_open(t->ctx, t->model[m], &room[m], &t->session[m]));
+        w.slots = t->slots = room[m].slots;
+        t->step_tokens = room[m].step_tokens;
+    }
+    return EXC_OK;
+}
+
 static exc_status prepare(tandem *t) {
     const exc_shape *s = &t->model[1]->atlas->shape;
     int64_t total = 0, longest = 1;
+    exc_room room[2];
     for (int64_t i = 0; i < t->p->count; i++) {
         int64_t n = t->p->begin[i + 1] - t->p->begin[i];
         total += n;
         longest = most(longest, n);
     }
+    total = most(total, 1);
     t->vocab = s->vocab;
     t->layers = s->moe_layers;
     t->top_k = s->top_k;
     if (t->step_tokens <= 0) t->step_tokens = exc_step_tokens(t->model[1]);
-    t->step_tokens = least(t->step_tokens, most(total, 1));
+    t->step_tokens = least(t->step_tokens, total);
     t->piece = most(PIECE_BYTES / (t->vocab * 4), 1);
     t->slots = least(most(t->p->count, 1), least(t->step_tokens, t->last_only ? t->piece : t->step_tokens));
+    EXC_TRY(choose_rooms(t, total, longest, room));
     t->piece = least(t->piece, t->step_tokens);
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        exc_room room = {.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
-        EXC_TRY(exc_session_open(t->ctx, t->model[m], &room, &t->session[m]));
+        if (!t->session[m]) EXC_TRY(exc_session_open(t->ctx, t->model[m], &room[m], &t->session[m]));
         GET(t->logits[m], t->piece * t->vocab);
         GET(t->nll[m], t->piece);
         if (t->routing) GET(t->ids[m], t->layers * t->step_tokens * t->top_k);

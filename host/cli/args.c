@@ -19,7 +19,7 @@
 
 #include "cli.h"
 
-#define COMMON 10
+#define COMMON 11
 static void common(cli *c, cli_option out[COMMON]) {
     const cli_option table[COMMON] = {
         CLI_HEAD("every verb"),

@@ -1,6 +1,7 @@
 /* golden.c - the families against goldens made by another implementation (tests/data/models): logits, hidden states, routing,
  * greedy tokens and the expert sums of prefill and decode in f32, and closeness in bf16. */
 #include "collect.h"
+#include "session.h"
 
 static void show(const char *what, const verdict *v)
 {
@@ -118,6 +119,45 @@ static double worst(const double *a, const void *b, size_t n)
         norm += g * g;
     }
     return sqrt(diff / norm);
+}
+
+/* Two sequences of 200 tokens in pieces of at most 8: layers with a window of 8 or 9 keep rings of 64 rows, which go round three
+ * times. Logits are those of one step that holds everything, up to another order of sums. */
+static void test_rings(void **state)
+{
+    enum { N = 200, PIECE = 8 };
+    static const char *const models[] = {"gpt_oss", "dots1"};
+    for (size_t i = 0; i < EXC_COUNT(models); i++) {
+        exc_ctx *ctx = test_ctx(2);
+        exc_model *m = open_model(ctx, golden_dir(models[i]), EXC_COMPUTE_F32);
+        int64_t V = m->atlas->shape.vocab, capacity[2] = {N, N};
+        float *whole = malloc(2 * N * (size_t)V * 4), *piece = malloc(2 * PIECE * (size_t)V * 4);
+        int32_t token[2 * N];
+        for (int t = 0; t < 2 * N; t++) token[t] = (int32_t)(exc_random_u64(3, 1, (uint64_t)t) % (uint64_t)V);
+        exc_session *one, *many;
+        assert_int_equal(exc_session_open(ctx, m, &(exc_room){.slots = 2, .cache_tokens = 2 * N, .step_tokens = 2 * N}, &one), EXC_OK);
+        assert_int_equal(exc_session_open(ctx, m, &(exc_room){.slots = 2, .cache_tokens = 2 * N, .step_tokens = PIECE}, &many), EXC_OK);
+        assert_true(!one->ring && many->ring == 64);
+        assert_int_equal(exc_session_reset(one, 2, capacity), EXC_OK);
+        assert_int_equal(exc_session_reset(many, 2, capacity), EXC_OK);
+        exc_step step = {.tokens = token, .slot = (int32_t[]){0, 1}, .begin = (int64_t[]){0, N, 2 * N}, .sequences = 2, .logits_all = 1, .logits = whole};
+        assert_int_equal(exc_session_step(one, &step), EXC_OK);
+        for (int64_t at = 0, n = 1; at < N; at += n, n = n % (PIECE / 2) + 1) {
+            if (n > N - at) n = N - at;
+            int32_t now[PIECE];
+            memcpy(now, token + at, (size_t)n * 4), memcpy(now + n, token + N + at, (size_t)n * 4);
+            step = (exc_step){.tokens = now, .slot = (int32_t[]){0, 1}, .begin = (int64_t[]){0, n, 2 * n}, .sequences = 2, .logits_all = 1, .logits = piece};
+            if (exc_session_step(many, &step)) fail_msg("%s", exc_ctx_error(ctx));
+            for (int k = 0; k < 2; k++)
+                if (!(test_relative(piece + k * n * V, whole + (k * N + at) * V, (size_t)(n * V)) < 1e-5)) fail_msg("%s: token %d of sequence %d", models[i], (int)at, k);
+        }
+        exc_session_close(one);
+        exc_session_close(many);
+        exc_model_free(m);
+        exc_ctx_free(ctx);
+        free(whole);
+        free(piece);
+    }
 }
 
 static void golden_sums(const char *name_of)
@@ -249,6 +289,7 @@ int main(void)
         cmocka_unit_test(test_golden_f32),
         cmocka_unit_test(test_golden_bf16),
         cmocka_unit_test(test_golden_long),
+        cmocka_unit_test(test_rings),
         cmocka_unit_test(test_golden_sums),
         cmocka_unit_test(test_golden_variants),
     };

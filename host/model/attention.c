@@ -1,9 +1,10 @@
 /* attention.c - the softmax mixer: grouped-query attention with rotary positions over a KV cache.
  *
  * Queries, keys and values come from one matmul. Rotation, the norm per head and the store into the cache are one op;
- * where a family norms all heads as one vector that norm runs before, and where it gates the output that comes behind. Cache rows of all sequences lie in one plane a
- * layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. A layer may see a window of the last tokens only, and
- * each head may have a sink, a score that takes its share of the softmax and has no value. */
+ * where a family norms all heads as one vector that norm runs before, and where it gates the output that comes behind. Cache
+ * rows of all sequences lie in one plane a layer, [cache_tokens, kv_heads*D]; a sequence owns a stretch of it. A layer may see
+ * a window of the last tokens only, and then keeps a ring of them where contexts are longer than that; each head may have a
+ * sink, a score that takes its share of the softmax and has no value. */
 #include "session.h"
 
 /* a gated q_proj is stored head by head, D rows of queries and D of gates; gates go behind all queries */
@@ -70,10 +71,25 @@ static int64_t qkv_width(const exc_atlas *a) {
     return (a->family->out_gate ? 2 : 1) * q + 2 * kv;
 }
 
+static bool in_ring(const exc_session *s, int64_t layer) { return s->ring && s->m->atlas->shape.window[layer]; }
+
+/* cache rows before those of a layer, and of all */
+static int64_t plane_at(const exc_session *s, int64_t layer) {
+    int64_t rows = 0;
+    if (!s->ring) return exc_plane(s, layer) * s->cache_tokens;
+    for (int64_t i = 0; i < layer; i++)
+        if (s->m->atlas->shape.mix[i] == EXC_MIX_SOFTMAX) rows += in_ring(s, i) ? s->ring_tokens : s->cache_tokens;
+    return rows;
+}
+
+static int64_t plane_rows(const exc_session *s) {
+    return s->ring ? plane_at(s, s->m->atlas->shape.layers) : exc_planes(s, EXC_MIX_SOFTMAX) * s->cache_tokens;
+}
+
 static void room(exc_carve *c, exc_session *s) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t T = (size_t)s->step_tokens, act = exc_act_bytes(s->m), q = (size_t)(p->heads * p->head_dim),
-           cache = (size_t)(exc_planes(s, EXC_MIX_SOFTMAX) * s->cache_tokens * p->kv_heads * p->head_dim);
+           cache = (size_t)(plane_rows(s) * p->kv_heads * p->head_dim);
     s->softmax.qkv = exc_carve_take(c, T * (size_t)qkv_width(s->m->atlas), sizeof(float));
     s->softmax.q = exc_carve_take(c, T * q, act);
     s->softmax.o = exc_carve_take(c, T * q, act);
@@ -94,7 +110,8 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
     const exc_softmax_room *b = &s->softmax;
     int act = s->m->act;
     int64_t q = p->heads * p->head_dim, kv = p->kv_heads * p->head_dim;
-    size_t plane = (size_t)(exc_plane(s, layer) * s->cache_tokens * kv) * exc_act_bytes(s->m);
+    size_t plane = (size_t)(plane_at(s, layer) * kv) * exc_act_bytes(s->m);
+    bool ring = in_ring(s, layer);
     void *ck = (uint8_t *)b->cache_k + plane, *cv = (uint8_t *)b->cache_v + plane;
     EXC_RUN(s, matmul, .x = s->x, .x_stride = p->hidden, .act = act, .w = &w->qkv, .bias = w->bias, .y = b->qkv,
             .y_stride = w->width, .rows = rows);
@@ -106,14 +123,15 @@ static exc_status run(exc_session *s, const exc_layer *y, int64_t layer, const e
     EXC_RUN(s, rope, .q = b->qkv, .q_stride = w->width, .k = b->qkv + w->k_at, .k_stride = w->width, .v = b->qkv + w->v_at,
             .v_stride = w->width, .q_norm = whole ? NULL : w->q_norm, .k_norm = whole ? NULL : w->k_norm, .eps = p->eps,
             .zero_centred = s->m->atlas->family->norm_zero_centred, .inv_freq = s->m->loaded->inv_freq, .rotary = p->rotary,
-            .attention_factor = p->rope.attention, .position = s->there.position, .cache_row = s->there.cache_row, .tokens = rows,
+            .attention_factor = p->rope.attention, .position = s->there.position, .cache_row = ring ? s->there.ring_row : s->there.cache_row,
+            .tokens = rows,
             .q_heads = p->heads, .kv_heads = p->kv_heads, .head_dim = p->head_dim, .q_out = b->q, .cache_k = ck,
             .cache_v = cv, .act = act);
-    EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = s->there.begin, .cache_begin = s->there.base,
+    EXC_RUN(s, attend, .q = b->q, .cache_k = ck, .cache_v = cv, .q_begin = s->there.begin, .cache_begin = ring ? s->there.ring_base : s->there.base,
             .length = s->there.length, .sequences = t->sequences, .q_heads = p->heads, .kv_heads = p->kv_heads,
             .head_dim = p->head_dim, .value_dim = p->head_dim, .key_stride = kv, .value_stride = kv,
             .scale = (float)(1.0 / __builtin_sqrt((double)p->head_dim)), .window = p->window[layer], .sinks = w->sinks,
-            .out = b->o, .act = act, .tokens = rows, .longest = s->longest);
+            .out = b->o, .act = act, .tokens = rows, .longest = s->longest, .ring = ring ? s->ring : 0);
     if (w->gate_at)
         EXC_RUN(s, gate, .x = b->o, .x_dtype = act, .g = b->qkv + w->gate_at, .g_stride = w->width, .tokens = rows,
                 .heads = p->heads, .dim = p->head_dim, .y = b->o, .act = act);

@@ -48,6 +48,8 @@ static size_t lay_inputs(const exc_session *s, exc_inputs *in, void *block, int6
     in->tokens = exc_carve_take(&c, R, sizeof *in->tokens);
     in->position = exc_carve_take(&c, R, sizeof *in->position);
     in->observe = exc_carve_take(&c, R, sizeof *in->observe);
+    in->ring_row = s->ring ? exc_carve_take(&c, R, sizeof *in->ring_row) : NULL;
+    in->ring_base = s->ring ? exc_carve_take(&c, S + C, sizeof *in->ring_base) : NULL;
     in->slot = exc_carve_take(&c, S + C, sizeof *in->slot);
     in->last = exc_carve_take(&c, S, sizeof *in->last);
     return c.overflow ? SIZE_MAX : c.at;
@@ -114,11 +116,24 @@ static exc_status get_slab(exc_session *s) {
     return fill_constants(s);
 }
 
+/* The rows of a chunk are stored before they look around, so a ring holds them and the window of the first. It is taken where
+ * that is less than what the slots have. */
+static void choose_ring(exc_session *s) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t window = 0;
+    for (int64_t i = 0; i < p->layers; i++) window = most(window, p->window[i]);
+    int64_t rows = (window + s->step_tokens + EXC_RING_ALIGN - 1) / EXC_RING_ALIGN * EXC_RING_ALIGN;
+    if (!window || s->once || rows >= s->cache_tokens / most(s->slots, 1)) return;
+    s->ring = rows;
+    s->ring_tokens = rows * s->slots;
+}
+
 static exc_session with_room(exc_model *m, const exc_room *room) {
     int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
     exc_session s = {.ctx = m->ctx, .m = m, .slots = room->slots, .cache_tokens = room->cache_tokens, .step_rows = room->step_tokens,
                      .once = room->once};
     s.step_tokens = exc_ranks_count(m->ctx) > 1 ? s.step_rows : chunk; /* ranks meet in every chunk: one each */
+    choose_ring(&s);
     return s;
 }
 
@@ -221,12 +236,14 @@ static void add_rows(exc_session *s, exc_chunk *c, int64_t slot, int64_t count) 
     for (int64_t j = 0; j < count; j++) {
         in->position[row + j] = (int32_t)(s->length[slot] + j);
         in->cache_row[row + j] = s->base[slot] + s->length[slot] + j;
+        if (s->ring) in->ring_row[row + j] = slot * s->ring + (s->length[slot] + j) % s->ring;
     }
     s->length[slot] += count;
     c->rows += count;
     c->longest = most(c->longest, s->length[slot]);
     in->slot[at] = (int32_t)slot;
     in->base[at] = s->base[slot];
+    if (s->ring) in->ring_base[at] = slot * s->ring;
     in->length[at] = s->length[slot];
     in->begin[c->begin + c->sequences] = c->rows;
     in->groups[c->groups + 1] = c->rows;
@@ -283,6 +300,7 @@ static exc_inputs inputs_of(const exc_inputs *whole, const exc_chunk *c) {
     in.tokens += c->row;
     in.position += c->row;
     if (in.observe) in.observe += c->row;
+    if (in.ring_row) in.ring_row += c->row, in.ring_base += c->at;
     in.slot += c->at;
     return in;
 }

@@ -10,10 +10,12 @@
 
 #include "loader.h"
 
+#define EXC_RING_ALIGN 64 /* a ring has a multiple of so many rows, for op attend */
+
 typedef struct exc_softmax_room {
     float *qkv;                     /* [T, q|k|v] */
     void *q, *o;                    /* [T, heads*D] act */
-    void *cache_k, *cache_v;        /* [planes, cache_tokens, kv_heads*D] act */
+    void *cache_k, *cache_v;        /* planes of [cache_tokens or ring_tokens, kv_heads*D] act */
 } exc_softmax_room;
 
 typedef struct exc_latent_room {
@@ -41,6 +43,7 @@ typedef struct exc_linear_room {
  * one shape, decode above all, find it at the same addresses. Sequences stand chunk by chunk. */
 typedef struct exc_inputs {
     int64_t *cache_row;             /* [R] row of the cache */
+    int64_t *ring_row, *ring_base;  /* the same and [slots + chunks], in layers that keep a ring; NULL: none does */
     int64_t *begin;                 /* [slots + 2 chunks] rows of each sequence in its chunk, one more a chunk */
     int64_t *base, *length;         /* [slots + chunks] where the slot's cache rows are, and tokens it holds then */
     int64_t *groups;                /* [2 chunks] 0 and the chunk's rows: the groups of an expert that all tokens have */
@@ -81,6 +84,7 @@ struct exc_session {
     exc_ctx *ctx;
     exc_model *m;
     int64_t slots, cache_tokens;
+    int64_t ring, ring_tokens;      /* cache rows of a slot, of all, in layers with a window; 0: these keep all tokens, as others */
     int64_t step_rows;              /* R, rows of a step */
     int64_t step_tokens;            /* T, rows of a chunk */
     bool once;                      /* caches of one layer a kind: sequences begin and end in a step */

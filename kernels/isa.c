@@ -44,8 +44,26 @@ static enum exc_isa find(void) {
     if (has_amx && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)) return EXC_ISA_AMX;
     return EXC_ISA_AVX512BF16;
 }
+
+/* Caches are described by leaf 4, or by one of AMD's in the same format. */
+size_t exc_cache_share(int workers) {
+    uint32_t a, b, c, d, leaf = 4;
+    if (__get_cpuid(0x80000001u, &a, &b, &c, &d) && c & 1u << 22) leaf = 0x8000001du;
+    for (uint32_t i = 0; i < 8 && __get_cpuid_count(leaf, i, &a, &b, &c, &d) && a & 31; i++) {
+        if ((a >> 5 & 7) != 3) continue;
+        size_t bytes = (size_t)((b >> 22) + 1) * ((b >> 12 & 0x3ff) + 1) * ((b & 0xfff) + 1) * ((size_t)c + 1);
+        uint32_t threads = (a >> 14 & 0xfff) + 1;
+        return bytes / (size_t)(workers < (int)threads ? workers : (int)threads);
+    }
+    return 0;
+}
 #else
 static enum exc_isa find(void) { return EXC_ISA_GENERIC; }
+
+size_t exc_cache_share(int workers) {
+    (void)workers;
+    return 0;
+}
 #endif
 
 static _Atomic int known; /* level + 1 */

@@ -77,6 +77,8 @@ enum exc_isa { EXC_ISA_GENERIC, EXC_ISA_AVX2, EXC_ISA_AVX512, EXC_ISA_AVX512BF16
 enum exc_isa exc_isa_level(void);
 enum exc_isa exc_isa_lower(const char *name);
 const char *exc_isa_name(enum exc_isa level);
+/* bytes of the third-level cache for each of so many busy threads; 0: unknown */
+size_t exc_cache_share(int workers);
 
 #ifdef __cplusplus
 }

@@ -198,25 +198,30 @@ static void project_everywhere(void **state) {
     one_edit(&(edit){EXC_BF16, EXC_SIDE_OUT, EXC_NORM_NONE, 130, 40, 64, 1.0f});
 }
 
-/* the fast path for plain bf16 edits: as when sums are asked for, which it leaves to the general path; NaN and huge values too */
+/* the fast paths for plain bf16 edits: as when sums are asked for, which they leave to the general path; NaN and huge values too,
+ * and subnormal numbers in all matrices, in one, and as differences */
 static void plain_edits_agree(void **state) {
     (void)state;
-    static const int64_t shapes[][2] = {{1, 128}, {63, 128}, {129, 384}, {200, 256}, {127, 130}};
-    for (int s = 0; s < 5; s++)
-        for (int64_t rank = 1; rank <= 9 && rank <= shapes[s][0]; rank++)
-            for (int bad = 0; bad < 2; bad++) {
+    enum { SUBNORMAL, SOME, PLAIN, TINY, BAD, KINDS };
+    static const int64_t shapes[][2] = {{1, 128}, {63, 128}, {129, 384}, {200, 256}, {127, 130}, {66, 96}, {2047, 1536}};
+    for (int s = 0; s < 7; s++)
+        for (int64_t rank = 1; rank <= (s < 6 ? 9 : 3) && rank <= shapes[s][0]; rank++)
+            for (int kind = 0; kind < (s < 6 ? KINDS : 1); kind++) { /* the last: too large for a cache */
                 enum { N = 5 };
                 int64_t rows = shapes[s][0], cols = shapes[s][1], n = rows * cols, changed[N];
                 size_t bytes = (size_t)n * 2;
                 float *basis = orthonormal(rank, rows, 9);
+                for (int64_t k = 0; kind == SOME && k < rank * rows; k += 3) basis[k] = 0; /* weights that nothing is added to */
                 const void *src[N], *in_place[N];
                 void *want[N], *out[N], *here[N];
                 for (int i = 0; i < N; i++) {
                     uint16_t *w = exc_alloc(NULL, bytes, 1, "a test matrix");
                     want[i] = get(bytes), out[i] = exc_alloc(NULL, bytes, 1, "a test matrix"), here[i] = exc_alloc(NULL, bytes, 1, "a test matrix");
                     fill(w, EXC_BF16, n, (uint64_t)i);
-                    for (int64_t k = 0; k < n; k += 41) w[k] = (uint16_t)(k % 2 ? 0x8000 : k % 64); /* -0, subnormal */
-                    if (bad && i % 2) w[n / 2] = 0x7f81, w[n / 3] = 0xff80, w[n - 1] = 0x7f7f, w[0] = 0x7f7f;
+                    for (int64_t k = 0; kind == TINY && k < n; k++) w[k] = (uint16_t)(w[k] & 0x80ff); /* about 2^-126 */
+                    for (int64_t k = 0; k < n; k += 41)
+                        w[k] = (uint16_t)(k % 2 ? 0x8000 : kind == PLAIN || (kind == SOME && i != 2) ? 0 : k % 64); /* -0, 0, subnormal */
+                    if (kind == BAD && i % 2) w[n / 2] = 0x7f81, w[n / 3] = 0xff80, w[n - 1] = 0x7f7f, w[0] = 0x7f7f;
                     memcpy(here[i], w, bytes);
                     src[i] = w, in_place[i] = here[i];
                 }

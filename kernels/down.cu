@@ -6,6 +6,7 @@
  * Reproducible queues take them from the stored rows instead (fixed.cuh). */
 #include "fixed.cuh"
 #include "crowd.cuh"
+#include "wide.cuh"
 
 struct Down {
     struct exc_down_args a;
@@ -69,6 +70,8 @@ __global__ static void down_squares(const struct exc_down_args a, const float *s
     if (a.offset[e] < a.offset[e + 1]) a.sqnorm_sum[e] += all;
 }
 
+static bool whole(const struct exc_down_args *a) { return aligned(a->mid, 16) && a->inner % 8 == 0; }
+
 template <class TILE> static exc_status run(exc_queue *q, const struct exc_down_args *a) {
     const int64_t most = most_groups(a->tokens * a->top_k, a->experts, TILE::BM), pieces = ceil_div(a->hidden, TILE::BN);
     const bool in_tiles = a->sqnorm_sum && !q->reproducible;
@@ -78,7 +81,7 @@ template <class TILE> static exc_status run(exc_queue *q, const struct exc_down_
     float *square = in_tiles ? work.take<float>(a->tokens * a->top_k * pieces) : nullptr;
     if (!work.ready()) return work.status;
     if (most > 65535) return EXC_ERR_USAGE;
-    Down d = {*a, group, square, pieces, aligned(a->mid, 16) && a->inner % 8 == 0};
+    Down d = {*a, group, square, pieces, whole(a)};
     ENQUEUE(q, find_groups, 1, threads_for_groups(a->experts), 0, a->offset, a->experts, TILE::BM, most, group, begin);
     ENQUEUE(q, down_tiles<TILE>, dim3((unsigned)pieces, (unsigned)most), TILE::THREADS, TILE::SHARED, d);
     if (a->sqnorm_sum) ENQUEUE(q, down_squares, (unsigned)a->experts, SUM_WARPS * WARP, 0, *a, square, pieces);
@@ -89,5 +92,7 @@ extern "C" exc_status exc_cuda_down(exc_queue *q, const struct exc_down_args *a)
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->experts > 65535 || a->hidden < 1 || a->inner < 1) return EXC_ERR_USAGE;
     if (!a->down || (a->sqnorm_sum && !a->slot)) return EXC_ERR_USAGE;
     if (!a->tokens) return EXC_OK;
-    BY_TILE(a->act, a->w_dtype, 1, a->tokens * a->top_k / a->experts, return run<TILE>(q, a));
+    const int64_t rows = a->tokens * a->top_k / a->experts;
+    BY_WIDE(q, a->act, a->w_dtype, whole(a), 1, rows, return run<TILE>(q, a));
+    BY_TILE(a->act, a->w_dtype, 1, rows, return run<TILE>(q, a));
 }

@@ -7,6 +7,7 @@
  * f64 [tiles, I]; a second kernel adds an expert's tiles in ascending order to mid_sum. No atomics: same bits every time. */
 #include "fixed.cuh"
 #include "crowd.cuh"
+#include "wide.cuh"
 
 struct Glu {
     struct exc_glu_args a;
@@ -75,6 +76,8 @@ __global__ static void glu_sums(const double *part, const int64_t *begin, int64_
     mid_sum[e * inner + c] = sum;
 }
 
+static bool whole(const struct exc_glu_args *a) { return aligned(a->x, 16) && a->hidden % 8 == 0; }
+
 template <class TILE> static exc_status run(exc_queue *q, const struct exc_glu_args *a) {
     const int64_t most = most_groups(a->tokens * a->top_k, a->experts, TILE::BM);
     Carve work(q);
@@ -83,7 +86,7 @@ template <class TILE> static exc_status run(exc_queue *q, const struct exc_glu_a
     double *part = a->mid_sum ? work.take<double>(most * a->inner) : nullptr;
     if (!work.ready()) return work.status;
     if (most > 65535) return EXC_ERR_USAGE;
-    Glu g = {*a, group, part, aligned(a->x, 16) && a->hidden % 8 == 0, q->reproducible != 0};
+    Glu g = {*a, group, part, whole(a), q->reproducible != 0};
     /* the hole behind the activation: what the host's stack had there does not travel */
     const size_t hole = offsetof(struct exc_glu_args, activation) + sizeof g.a.activation;
     memset(reinterpret_cast<char *>(&g.a) + hole, 0, offsetof(struct exc_glu_args, offset) - hole);
@@ -100,5 +103,7 @@ extern "C" exc_status exc_cuda_glu(exc_queue *q, const struct exc_glu_args *a) {
     if (!a->gate || !a->up || (a->mid_sum && !a->slot)) return EXC_ERR_USAGE;
     if (a->activation.kind != EXC_GLU_SILU && a->activation.kind != EXC_GLU_CLAMPED) return EXC_ERR_USAGE;
     if (!a->tokens) return EXC_OK;
-    BY_TILE(a->act, a->w_dtype, 2, a->tokens * a->top_k / a->experts, return run<TILE>(q, a));
+    const int64_t rows = a->tokens * a->top_k / a->experts;
+    BY_WIDE(q, a->act, a->w_dtype, whole(a), 2, rows, return run<TILE>(q, a));
+    BY_TILE(a->act, a->w_dtype, 2, rows, return run<TILE>(q, a));
 }

@@ -7,7 +7,7 @@
  * dtype. Not on a reproducible queue: which algorithm it takes, and so a row's bits, depends on how many rows there are. Fewer
  * rows stay with our tiles, as do codes, which it does not read, and f32 rows against bf16 weights. */
 #include "libraries.cuh"
-#include "product.cuh"
+#include "wide.cuh"
 
 template <class TILE> __global__ void __launch_bounds__(TILE::THREADS, TILE::BLOCKS) matmul_tiles(const struct exc_matmul_args a, Plane w, int64_t n, bool whole) {
     DYN_SHARED(unsigned char, shared);
@@ -30,12 +30,13 @@ template <class TILE> __global__ void __launch_bounds__(TILE::THREADS, TILE::BLO
     }
 }
 
+static bool whole(const struct exc_matmul_args *a) { return aligned(a->x, 16) && a->x_stride % 8 == 0 && a->w->k % 8 == 0; }
+
 template <class TILE> static exc_status run(exc_queue *q, const struct exc_matmul_args *a) {
-    const bool whole = aligned(a->x, 16) && a->x_stride % 8 == 0 && a->w->k % 8 == 0;
     const dim3 grid((unsigned)ceil_div(a->w->n, TILE::BN), (unsigned)ceil_div(a->rows, TILE::BM));
     struct exc_matmul_args there = *a;
     there.w = nullptr; /* it is on the host */
-    ENQUEUE(q, matmul_tiles<TILE>, grid, TILE::THREADS, TILE::SHARED, there, plane_of(*a->w), a->w->n, whole);
+    ENQUEUE(q, matmul_tiles<TILE>, grid, TILE::THREADS, TILE::SHARED, there, plane_of(*a->w), a->w->n, whole(a));
     return EXC_OK;
 }
 
@@ -72,6 +73,7 @@ extern "C" exc_status exc_cuda_matmul(exc_queue *q, const struct exc_matmul_args
             return work.ready() ? exc_product(q, plan, a->w->data, a->x, a->add, a->y, a->bias, workspace) : work.status;
         }
     }
+    if (a->w->n >= 128) BY_WIDE(q, a->act, a->w->dtype, whole(a), 1, a->rows, return run<TILE>(q, a));
     if (a->act == EXC_BF16 && a->w->dtype == EXC_BF16 && a->rows > 64 && a->w->n >= 128)
         return run<TensorTile<EXC_BF16, 128, 128, 1, 2, 4>>(q, a);
     BY_TILE(a->act, a->w->dtype, 1, a->rows, return run<TILE>(q, a));

@@ -3,6 +3,7 @@
  * Any code of the driver but success means "no GPU", in words. A queue is a stream that does not wait for others, scratch that
  * its ops share in stream order, a counter of non-finite numbers, and handles of NVIDIA's libraries where those are. */
 #include "libraries.cuh"
+#include "wide.cuh"
 #include "memory.cuh"
 #include "module.h"
 
@@ -95,6 +96,7 @@ static exc_status open_queue(exc_queue *q, int device, void *callers, size_t wor
     if (e == cudaSuccess && !callers) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (e != cudaSuccess) return exc_enqueued(q, "opening a stream", e);
     q->stream = stream;
+    exc_wide_check(device);
     exc_status st = exc_libraries_open(q);
     return st == EXC_OK ? resize(q, work_bytes) : st;
 }
@@ -127,6 +129,15 @@ static const char *error_text(const exc_queue *q) {
     return text ? text : cudaGetErrorString((cudaError_t)q->failed);
 }
 
+/* and what does products where none of them does */
+static void describe_libraries(char *text, size_t bytes) {
+    exc_libraries_describe(text, bytes);
+    const size_t at = strlen(text);
+    if (at + 2 > bytes) return;
+    text[at] = '\n';
+    exc_wide_describe(text + at + 1, bytes - at - 1);
+}
+
 static const exc_module table = {
     EXC_MODULE_VERSION,
     sizeof(exc_module),
@@ -152,7 +163,7 @@ static const exc_module table = {
     exc_cuda_sync,
     constant,
     error_text,
-    exc_libraries_describe,
+    describe_libraries,
 };
 
 extern "C" const exc_module *exc_module_open(uint32_t version) { return version == EXC_MODULE_VERSION ? &table : nullptr; }

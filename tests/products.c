@@ -3,6 +3,7 @@
  *
  * Every weight dtype with every activation dtype it goes with, odd sizes on both sides of a tile, empty and crowded experts, captured
  * sums in both modes. Distances: f32 sums of k products in another order, about sqrt(k)/2 ulp of the sum of |products|. */
+#include "module.h"
 #include "twin.h"
 
 #include <math.h>
@@ -495,12 +496,27 @@ static void refusals(void **state) {
     assert_int_equal(TWIN_STATUS(bundle, (&(struct exc_bundle_args){.act = EXC_F16})), EXC_ERR_USAGE);
 }
 
+/* tiles of four warps at once, on a Hopper (HC_MAJOR=9 plays one): they were tried and did right */
+static void wide_tiles(void **state) {
+    exc_device_info info;
+    char lines[2048];
+    twin_ok(twin.gpu->module->describe(twin.gpu->queue.device, &info));
+    if (info.major != 9) skip();
+    twin.gpu->module->libraries(lines, sizeof lines);
+    assert_non_null(strstr(lines, "wgmma: products of bf16 rows"));
+    for (int kind = 0; kind < (int)EXC_COUNT(kinds); kind++)
+        if (kinds[kind].act == EXC_BF16 && kinds[kind].to == EXC_BF16 && !twin_small()) {
+            experts_case(kind, 300, 2, 3, 200, 136, 1, 0, 9);
+            matmul_case(kind, 257, 130, 72, 10); /* rows of 130 outputs: not for cuBLASLt */
+        }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(matmul_all),     cmocka_unit_test(matmul_rows_alone), cmocka_unit_test(bundle_all),
         cmocka_unit_test(permute_all),    cmocka_unit_test(experts_all),       cmocka_unit_test(sums_any_split),
         cmocka_unit_test(combine_all),    cmocka_unit_test(view_all),          cmocka_unit_test(widen_all),
-        cmocka_unit_test(refusals),
+        cmocka_unit_test(wide_tiles),     cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, twin_open, twin_close);
 }

@@ -7,6 +7,7 @@
  * file itself must not be instrumented. */
 #include "inside.h"
 #include "tensor.h"
+#include "wgmma.h"
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -86,7 +87,16 @@ struct Store { // a bulk store: global, shared, and what was read of it
     int group;
     std::vector<char> read;
 };
+struct Product { // of four warps: operands by descriptor, this lane's sums
+    uint64_t a, b;
+    float *d;
+    int n, group;
+};
 struct Fiber {
+    std::vector<Product> products;
+    int product_groups = 0;
+    bool ordered = false; /* group_fence since registers were last touched */
+    bool plain = false;   /* cp.async has written since the last bulk_fence */
     std::vector<Async> pending;
     int groups = 0; /* committed so far */
     std::vector<Store> stores;
@@ -409,8 +419,9 @@ struct Runner {
             if (x.read.empty()) fail("a thread ends, but its bulk stores may not have been read");
             memcpy(x.d, x.read.data(), x.n);
         }
+        if (!f->products.empty()) fail("a thread ends, but its products were not waited for");
         f->stores.clear();
-        f->fenced = false;
+        f->fenced = f->ordered = f->plain = false;
     }
     void end_gates() {
         Gates &g = job->gates;
@@ -463,7 +474,7 @@ struct Runner {
         blk.dsmem_bytes = L.smem;
         blk.dsmem = nullptr;
         if (L.smem) {
-            if (posix_memalign(&blk.dsmem, 128, L.smem)) fail("no memory");
+            if (posix_memalign(&blk.dsmem, 1024, L.smem)) fail("no memory");
             memset(blk.dsmem, 0xff, L.smem);
         }
         th.resize(n);
@@ -581,10 +592,68 @@ void cp_async_wait(int open) {
             continue;
         }
         if (c.n) memcpy(c.d, c.s, (size_t)c.n);
+        f->plain = true;
         if (c.n < 16) memset((char *)c.d + c.n, 0, (size_t)(16 - c.n));
     }
     f->pending.resize(left);
 }
+// ---------------------------------------------------------------- products of four warps
+// element k of row r of an operand, as the hardware finds it
+HC_NOTSAN static float operand(const Block &blk, uint64_t descriptor, int r, int k) {
+    const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    uint64_t at = start + (uint64_t)(r / 8) * stride + (uint64_t)(r % 8) * 128 + (uint64_t)k * 2;
+    at ^= at >> 3 & 0x70;
+    if (at + 2 > blk.dsmem_bytes) fail("wgmma: an operand lies outside of dynamic shared memory");
+    unsigned short half;
+    memcpy(&half, (const char *)blk.dsmem + at, sizeof half);
+    return bf_half(half, 0);
+}
+HC_NOTSAN static void group_run(unsigned m, const void *const *in, void *const *out, const int *warp) {
+    if (m != 0xffffffffu) fail("wgmma needs all 32 lanes (mask %08x)", m);
+    const Product &one = *(const Product *)in[0];
+    const Block &blk = *(const Block *)out[0];
+    float a[16][16], b[16], d[16];
+    HC_LANES(l, m) {
+        const Product &x = *(const Product *)in[l];
+        if (x.a != one.a || x.b != one.b || x.n != one.n) fail("wgmma: lanes differ in their operands");
+    }
+    for (int r = 0; r < 16; r++)
+        for (int k = 0; k < 16; k++) a[r][k] = operand(blk, one.a, warp[0] * 16 + r, k);
+    for (int c = 0; c < one.n; c++) {
+        float *to[16];
+        for (int r = 0; r < 16; r++) {
+            to[r] = ((const Product *)in[r % 8 * 4 + c % 8 / 2])->d + c / 8 * 4 + r / 8 * 2 + c % 2;
+            d[r] = *to[r];
+        }
+        for (int k = 0; k < 16; k++) b[k] = operand(blk, one.b, c, k);
+        for (int r = 0; r < 16; r++) {
+            for (int k = 0; k < 16; k++) d[r] += a[r][k] * b[k];
+            *to[r] = d[r];
+        }
+    }
+}
+void group_fence() { cur->fib->ordered = true; }
+void group_multiply(float *d, uint64_t a, uint64_t b, int n) {
+    Fiber *f = cur->fib;
+    if (!f->ordered) fail("wgmma: no fence since registers were touched");
+    if (f->plain) fail("wgmma: no fence between writing operands and their product");
+    for (uint64_t x : {a, b})
+        if (x >> 62 != 1 || (x >> 49 & 7)) fail("wgmma: descriptor %016llx: not the 128-byte swizzle from its base", (unsigned long long)x);
+    f->products.push_back({a, b, d, n, f->product_groups});
+}
+void group_commit() { cur->fib->product_groups++; }
+void group_wait(int open, Site s) {
+    Fiber *f = cur->fib;
+    size_t done = 0;
+    for (Product &x : f->products) {
+        if (x.group >= f->product_groups - open) break;
+        collective(~0u, group_run, &x, cur->blk, (int)(cur->warp % 4), false, s);
+        done++;
+    }
+    f->products.erase(f->products.begin(), f->products.begin() + (long)done);
+    f->ordered = false;
+}
+
 // ---------------------------------------------------------------- gates and bulk copies
 static Gate *gate_of(unsigned long long *word) {
     if (!cur->fib->run->job->gates.known.count(*word)) fail("this gate was not made by gate_init");
@@ -677,7 +746,10 @@ void bulk_store(void *global, const void *shared, unsigned bytes) {
     if (!f->fenced) fail("bulk store: no fence after what was written before");
     f->stores.push_back({global, shared, bytes, f->store_groups, {}});
 }
-void bulk_fence() { cur->fib->fenced = true; }
+void bulk_fence() {
+    cur->fib->fenced = true;
+    cur->fib->plain = false;
+}
 void bulk_commit() {
     cur->fib->store_groups++;
     cur->fib->fenced = false;

@@ -24,6 +24,14 @@ exc_status exc_cuda_release(exc_queue *q, void *p) {
 
 exc_status exc_cuda_sync(exc_queue *q) { return exc_enqueued(q, "wait", cudaStreamSynchronize((cudaStream_t)q->stream)); }
 
+exc_status exc_cuda_ready(exc_queue *q, int *done) {
+    cudaError_t e = cudaStreamQuery((cudaStream_t)q->stream);
+    *done = e != cudaErrorNotReady;
+    if (e != cudaErrorNotReady) return exc_enqueued(q, "wait", e);
+    cudaGetLastError();
+    return EXC_OK;
+}
+
 static exc_status transfer(exc_queue *q, void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, const char *what) {
     if (!bytes) return EXC_OK;
     cudaError_t e = cudaSetDevice(q->device);

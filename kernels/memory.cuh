@@ -8,6 +8,7 @@
 exc_status exc_cuda_alloc(exc_queue *q, size_t bytes, void **p);
 exc_status exc_cuda_release(exc_queue *q, void *p);
 exc_status exc_cuda_sync(exc_queue *q);
+exc_status exc_cuda_ready(exc_queue *q, int *done);
 exc_status exc_cuda_put(exc_queue *q, void *device, const void *host, size_t bytes);
 exc_status exc_cuda_get(exc_queue *q, void *host, const void *device, size_t bytes);
 exc_status exc_cuda_copy(exc_queue *q, void *dst, const void *src, size_t bytes);

@@ -59,6 +59,7 @@ static exc_status describe(int device, exc_device_info *info) {
         return EXC_ERR_DEVICE;
     }
     snprintf(info->name, sizeof info->name, "%s", p.name);
+    memcpy(info->id, p.uuid.bytes, sizeof info->id);
     info->major = p.major;
     info->minor = p.minor;
     info->processors = p.multiProcessorCount;
@@ -161,6 +162,7 @@ static const exc_module table = {
     exc_cuda_copy,
     exc_cuda_zero,
     exc_cuda_sync,
+    exc_cuda_ready,
     constant,
     error_text,
     describe_libraries,

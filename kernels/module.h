@@ -12,10 +12,11 @@
 extern "C" {
 #endif
 
-#define EXC_MODULE_VERSION 2
+#define EXC_MODULE_VERSION 3
 
 typedef struct exc_device_info {
     char name[256];
+    unsigned char id[16]; /* no other GPU has it */
     int major, minor; /* compute capability */
     int processors;   /* streaming multiprocessors */
     uint64_t memory, free;
@@ -46,6 +47,7 @@ typedef struct exc_module {
     exc_status (*copy)(exc_queue *q, void *dst, const void *src, size_t bytes); /* both on the device */
     exc_status (*zero)(exc_queue *q, void *p, size_t bytes);
     exc_status (*sync)(exc_queue *q);
+    exc_status (*ready)(exc_queue *q, int *done); /* is all that was enqueued done? does not wait */
     /* a value in device memory for the ops enqueued next, until another is asked for */
     exc_status (*constant)(exc_queue *q, float value, const float **device);
     const char *(*error)(const exc_queue *q); /* text of q->failed */

@@ -1,4 +1,4 @@
-/* vendor.cpp - kernels/vendor.cuh against NVIDIA's own headers, and its names against their libraries where those are installed.
+/* vendor.cpp - kernels/vendor.cuh and nccl.h against NVIDIA's own headers, and its names against their libraries where those are installed.
  *
  * Built only where the headers are. Numbers are compared when this is compiled; so is every prototype: as many arguments, each
  * of the same size and, pointer or number, of the same kind. What is left to run is whether the libraries have the calls;
@@ -6,9 +6,15 @@
 #include <cublasLt.h>
 #include <cusolverDn.h>
 #include <dlfcn.h>
+#include <limits.h>
 #include <stdio.h>
 #include <type_traits>
 
+#if __has_include(<nccl.h>)
+#include <nccl.h>
+#endif
+
+#include "../kernels/nccl.h"
 #include "vendor.cuh"
 
 #define NUMBER(name, value) static_assert((int)::name == (value), #name " has another value");
@@ -35,6 +41,16 @@ struct Same<RA (*)(A...), RB (*)(B...)>
 EXC_BLAS_CALLS(PROTOTYPE)
 EXC_SOLVER_CALLS(PROTOTYPE)
 
+#ifdef NCCL_VERSION_CODE
+static_assert(ncclSuccess == EXC_NCCL_SUCCESS && ncclInvalidArgument == EXC_NCCL_INVALID_ARGUMENT && ncclInvalidUsage == EXC_NCCL_INVALID_USAGE &&
+              ncclRemoteError == EXC_NCCL_REMOTE && ncclInProgress == EXC_NCCL_IN_PROGRESS, "a status of NCCL has another value");
+static_assert(ncclInt8 == EXC_NCCL_BYTES && ncclInt64 == EXC_NCCL_I64 && ncclSum == EXC_NCCL_SUM, "a type of NCCL has another value");
+static_assert(NCCL_CONFIG_UNDEF_INT == INT_MIN && offsetof(ncclConfig_t, blocking) == offsetof(exc_nccl_config, blocking) &&
+              offsetof(ncclConfig_t, version) == offsetof(exc_nccl_config, version), "NCCL's configuration begins otherwise");
+#define NCCL_PROTOTYPE(name, arguments) static_assert(Same<int(*) arguments, decltype(&::name)>::value, #name " has another prototype");
+EXC_NCCL_CALLS(NCCL_PROTOTYPE)
+#endif
+
 static int number, failed;
 
 static void has_all(const char *file, const char *const *names, size_t count) {
@@ -57,6 +73,9 @@ static void has_all(const char *file, const char *const *names, size_t count) {
 }
 
 int main() {
+#define NCCL_NAME(name, arguments) #name,
+    static const char *const nccl[] = {EXC_NCCL_CALLS(NCCL_NAME)};
+    has_all(EXC_NCCL_FILE, nccl, sizeof nccl / sizeof *nccl);
 #define NAME(result, name, arguments) #name,
     static const char *const blas[] = {EXC_BLAS_CALLS(NAME)}, *const solver[] = {EXC_SOLVER_CALLS(NAME)};
     printf("ok %d - numbers and prototypes are those of the headers\n", ++number);

@@ -182,6 +182,20 @@ exc_status exc_ranks_gather(exc_ctx *ctx, const char *what, const void *send, vo
 exc_status exc_ranks_exchange(exc_ctx *ctx, const char *what, const void *send, const size_t *send_bytes, void *recv, const size_t *recv_bytes);
 /* every rank's piece to everyone: recv in rank order, bytes [ranks] the size of each piece, known to all */
 exc_status exc_ranks_collect(exc_ctx *ctx, const char *what, const void *send, void *recv, const size_t *bytes);
+/* The same two for memory where ops run, and for `count` kinds of rows at once: rows [ranks] that go to and come from each, `what` a
+ * literal. On a GPU they are enqueued and nothing is said before them: an exchange in the same place must have shown that the
+ * ranks agree on the numbers. */
+typedef struct exc_rows {
+    const void *send;
+    void *recv;
+    size_t width; /* bytes of a row */
+} exc_rows;
+exc_status exc_ranks_send_rows(exc_ctx *ctx, const char *what, const exc_rows *list, size_t count, const int64_t *sends,
+                               const int64_t *receives);
+exc_status exc_ranks_collect_rows(exc_ctx *ctx, const char *what, const exc_rows *list, size_t count, const int64_t *rows);
+/* before a wait for the device: what other ranks have a part in is done, or has failed and is given up */
+exc_status exc_ranks_settle(exc_ctx *ctx);
+exc_status exc_ranks_device(exc_ctx *ctx); /* once the backend is open: several GPUs join */
 /* array <- sum over ranks, added in rank order: the same bits everywhere. dtype EXC_I64, EXC_U32, EXC_F64, EXC_F32; array may be NULL */
 exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array, size_t count);
 /* fails on all ranks when it failed on one, with that one's words */

@@ -69,7 +69,8 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     ctx->opt = opt;
     *out = ctx; /* also on failure: exc_ctx_error() says why, exc_ctx_free() is due */
     EXC_TRY(exc_ranks_open(ctx, opt.ranks)); /* first: so that a backend that cannot be used is said once */
-    return exc_ranks_agree(ctx, "opening the backend", open_backend(ctx));
+    EXC_TRY(exc_ranks_agree(ctx, "opening the backend", open_backend(ctx)));
+    return exc_ranks_device(ctx);
 }
 
 void exc_ctx_free(exc_ctx *ctx)

@@ -109,6 +109,9 @@ exc_status exc_device_open(exc_ctx *ctx, int device)
     return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", work) : exc_device_failed(ctx, st, "opening the device");
 }
 
+/* the wait of a module has no end while another rank is missing: these calls first wait where there is one */
+static exc_status settle(exc_ctx *ctx) { return ctx->module && ctx->ranks ? exc_ranks_settle(ctx) : EXC_OK; }
+
 void exc_device_close(exc_ctx *ctx)
 {
     if (!ctx->module) return;
@@ -120,6 +123,7 @@ void exc_device_close(exc_ctx *ctx)
 exc_status exc_device_reserve(exc_ctx *ctx, size_t work_bytes)
 {
     if (!ctx->module || work_bytes <= ctx->queue.work_bytes) return EXC_OK;
+    EXC_TRY(settle(ctx));
     exc_status st = ctx->module->resize(&ctx->queue, work_bytes);
     return st == EXC_ERR_MEMORY ? too_little(ctx, "scratch", work_bytes) : exc_device_failed(ctx, st, "scratch");
 }
@@ -137,6 +141,7 @@ exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char 
     if (!ctx->module) return (*p = exc_alloc(ctx, count, size, what)) ? EXC_OK : EXC_ERR_MEMORY;
     if (!exc_mul(count, size, &bytes))
         return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %zu x %zu bytes is more than memory can address", what, count, size);
+    EXC_TRY(settle(ctx));
     exc_status st = exc_alloc_fails_now() ? EXC_ERR_MEMORY : ctx->module->alloc(&ctx->queue, bytes, p);
     if (st == EXC_ERR_MEMORY && exc_dock_drop(ctx)) st = ctx->module->alloc(&ctx->queue, bytes, p);
     return st == EXC_ERR_MEMORY ? too_little(ctx, what, bytes) : exc_device_failed(ctx, st, what);
@@ -145,11 +150,12 @@ exc_status exc_device_alloc(exc_ctx *ctx, size_t count, size_t size, const char 
 void exc_device_release(exc_ctx *ctx, void *p)
 {
     if (!ctx->module) exc_release(p);
-    else ctx->module->release(&ctx->queue, p);
+    else if (p) settle(ctx), ctx->module->release(&ctx->queue, p);
 }
 
 exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t bytes)
 {
+    EXC_TRY(settle(ctx));
     if (ctx->module) return exc_device_failed(ctx, ctx->module->put(&ctx->queue, device, host, bytes), "copy to the device");
     if (bytes && device != host) memcpy(device, host, bytes);
     return EXC_OK;
@@ -157,6 +163,7 @@ exc_status exc_device_put(exc_ctx *ctx, void *device, const void *host, size_t b
 
 exc_status exc_device_get(exc_ctx *ctx, void *host, const void *device, size_t bytes)
 {
+    EXC_TRY(settle(ctx));
     if (ctx->module) return exc_device_failed(ctx, ctx->module->get(&ctx->queue, host, device, bytes), "copy from the device");
     if (bytes && host != device) memcpy(host, device, bytes);
     return EXC_OK;
@@ -186,6 +193,7 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes)
 
 exc_status exc_device_sync(exc_ctx *ctx)
 {
+    EXC_TRY(settle(ctx));
     return ctx->module ? exc_device_failed(ctx, ctx->module->sync(&ctx->queue), "waiting for the device") : EXC_OK;
 }
 

@@ -26,7 +26,8 @@ struct exc_ranks {
     uint64_t turn;
     size_t said;   /* bytes of an announcement with its counts */
     uint8_t *mine, *all; /* one, and [size] of them */
-    size_t *bytes; /* [4, size] of one round */
+    size_t *bytes; /* [6, size] of one round and of one kind of rows */
+    exc_nccl *nccl; /* between GPUs; NULL on the CPU */
 };
 
 int exc_ranks_me(const exc_ctx *ctx) { return ctx->ranks ? ctx->ranks->rank : 0; }
@@ -71,7 +72,7 @@ static exc_status allocate(exc_ctx *ctx, const exc_transport *t, int rank, int s
     r->said = sizeof(announcement) + (size_t)size * sizeof(uint64_t);
     r->mine = exc_zalloc(ctx, 1, r->said, "ranks");
     r->all = exc_zalloc(ctx, (size_t)size, r->said, "ranks");
-    r->bytes = exc_zalloc(ctx, (size_t)size * 4, sizeof *r->bytes, "ranks");
+    r->bytes = exc_zalloc(ctx, (size_t)size * 6, sizeof *r->bytes, "ranks");
     return r->mine && r->all && r->bytes ? EXC_OK : EXC_ERR_MEMORY;
 }
 
@@ -108,8 +109,13 @@ exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
     return size > 1 ? allocate(ctx, t, rank, size) : EXC_OK;
 }
 
+exc_status exc_ranks_device(exc_ctx *ctx) {
+    return ctx->ranks && ctx->module ? exc_nccl_open(ctx, time_limit(), &ctx->ranks->nccl) : EXC_OK;
+}
+
 void exc_ranks_close(exc_ctx *ctx) {
     if (!ctx->ranks) return;
+    exc_nccl_close(ctx, ctx->ranks->nccl);
     exc_release(ctx->ranks->mine);
     exc_release(ctx->ranks->all);
     exc_release(ctx->ranks->bytes);
@@ -119,7 +125,13 @@ void exc_ranks_close(exc_ctx *ctx) {
 
 /* ---------------------------------------------------------------------------------------------------------- exchanges */
 
-static exc_status broken(exc_ctx *ctx, const char *what, const char *why) {
+const char *exc_ranks_missing(const exc_ctx *ctx) { return ctx->ranks->t->missing(); }
+
+exc_status exc_ranks_settle(exc_ctx *ctx) {
+    return ctx->ranks && ctx->ranks->nccl ? exc_nccl_settle(ctx, ctx->ranks->nccl) : EXC_OK;
+}
+
+exc_status exc_ranks_broken(exc_ctx *ctx, const char *what, const char *why) {
     return exc_fail(ctx, EXC_ERR_DEVICE, "rank %d of %d, at \"%s\": %s", ctx->ranks->rank, ctx->ranks->size, what, why);
 }
 
@@ -132,7 +144,7 @@ static exc_status announce(exc_ctx *ctx, const char *what, uint64_t same, const 
     memcpy(r->mine, &mine, sizeof mine);
     for (int i = 0; i < r->size; i++) counts[i] = sends ? sends[i] : to_all;
     const char *why = r->t->all_gather(r->mine, r->all, r->said);
-    if (why) return broken(ctx, what, why);
+    if (why) return exc_ranks_broken(ctx, what, why);
     for (int i = 0; i < r->size; i++) {
         announcement a;
         memcpy(&a, r->all + (size_t)i * r->said, sizeof a);
@@ -161,7 +173,7 @@ exc_status exc_ranks_gather(exc_ctx *ctx, const char *what, const void *send, vo
     }
     EXC_TRY(announce(ctx, what, bytes, NULL, bytes));
     const char *why = ctx->ranks->t->all_gather(send, recv, bytes);
-    return why ? broken(ctx, what, why) : EXC_OK;
+    return why ? exc_ranks_broken(ctx, what, why) : EXC_OK;
 }
 
 static size_t share_of(size_t bytes, uint64_t round) {
@@ -195,7 +207,7 @@ static exc_status move(exc_ctx *ctx, const char *what, const void *send, const s
             t += recv_bytes[i];
         }
         const char *why = r->t->all_to_all(send, sb, sa, recv, rb, ra);
-        if (why) return broken(ctx, what, why);
+        if (why) return exc_ranks_broken(ctx, what, why);
     }
     return EXC_OK;
 }
@@ -210,6 +222,32 @@ exc_status exc_ranks_exchange(exc_ctx *ctx, const char *what, const void *send, 
 exc_status exc_ranks_collect(exc_ctx *ctx, const char *what, const void *send, void *recv, const size_t *bytes) {
     if (ctx->ranks) return move(ctx, what, send, NULL, bytes[ctx->ranks->rank], recv, bytes);
     if (bytes[0]) memcpy(recv, send, bytes[0]);
+    return EXC_OK;
+}
+
+exc_status exc_ranks_send_rows(exc_ctx *ctx, const char *what, const exc_rows *list, size_t count, const int64_t *sends,
+                               const int64_t *receives) {
+    exc_ranks *r = ctx->ranks;
+    if (r && r->nccl) return exc_nccl_rows(ctx, r->nccl, what, list, count, sends, receives);
+    for (size_t i = 0; i < count; i++) {
+        size_t width = list[i].width, alone[2], *out = r ? r->bytes + 4 * r->size : alone, *in = out + (r ? r->size : 1);
+        for (int k = 0; k < exc_ranks_count(ctx); k++) {
+            out[k] = (size_t)sends[k] * width;
+            in[k] = (size_t)receives[k] * width;
+        }
+        EXC_TRY(exc_ranks_exchange(ctx, what, list[i].send, out, list[i].recv, in));
+    }
+    return EXC_OK;
+}
+
+exc_status exc_ranks_collect_rows(exc_ctx *ctx, const char *what, const exc_rows *list, size_t count, const int64_t *rows) {
+    exc_ranks *r = ctx->ranks;
+    if (r && r->nccl) return exc_nccl_rows(ctx, r->nccl, what, list, count, NULL, rows);
+    for (size_t i = 0; i < count; i++) {
+        size_t alone, *in = r ? r->bytes + 4 * r->size : &alone;
+        for (int k = 0; k < exc_ranks_count(ctx); k++) in[k] = (size_t)rows[k] * list[i].width;
+        EXC_TRY(exc_ranks_collect(ctx, what, list[i].send, list[i].recv, in));
+    }
     return EXC_OK;
 }
 

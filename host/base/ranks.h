@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base.h"
+
 /* What a transport module gives; counts of bytes are per peer, arrays are [size]. Functions return NULL or one sentence. */
 #define EXC_TRANSPORT_VERSION 2
 #define EXC_TRANSPORT_SYMBOL "exc_transport_table"
@@ -32,5 +34,16 @@ typedef const exc_transport *(*exc_transport_fn)(void);
 
 #define EXC_RANK_SOCKETS "EXCISE_RANK_SOCKETS" /* the variable by which a rank finds its sockets */
 extern const exc_transport exc_sockets;
+
+/* ---- what ranks.c and nccl.c are to each other. Statuses as in base.h, whose exc_ranks_ calls lead here on a GPU. */
+typedef struct exc_nccl exc_nccl;
+exc_status exc_nccl_open(exc_ctx *ctx, double seconds, exc_nccl **out); /* by all ranks; *out may be set on failure too */
+void exc_nccl_close(exc_ctx *ctx, exc_nccl *n);
+exc_status exc_nccl_settle(exc_ctx *ctx, exc_nccl *n);
+exc_status exc_nccl_rows(exc_ctx *ctx, exc_nccl *n, const char *what, const exc_rows *list, size_t count, const int64_t *sends,
+                         const int64_t *receives);
+exc_status exc_nccl_sum(exc_ctx *ctx, exc_nccl *n, const char *what, int64_t *array, size_t count);
+exc_status exc_ranks_broken(exc_ctx *ctx, const char *what, const char *why); /* EXC_ERR_DEVICE, with the rank and the place */
+const char *exc_ranks_missing(const exc_ctx *ctx);
 
 #endif

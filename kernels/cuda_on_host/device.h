@@ -83,6 +83,7 @@ struct Launch {
     bool coop;
 };
 cudaError_t launch(const Launch &, std::function<void()> body);
+void enqueue_poll(cudaStream_t stream, std::function<bool()> poll); /* work that is done when poll says so */
 void check_arg(const char *kernel, int i, const void *p, cudaStream_t s);
 void check_words(const char *kernel, int i, const void *value, size_t n, cudaStream_t s);
 template <class T> void check_one(const char *k, int i, const T &v, cudaStream_t s) {

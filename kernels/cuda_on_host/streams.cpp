@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <vector>
 
 // ---------------------------------------------------------------- streams and events
@@ -19,6 +20,7 @@ using hc::fail;
 struct StreamOp {
     std::function<void()> fn;
     std::vector<std::pair<CUstream_st *, uint64_t>> deps;
+    std::function<bool()> poll; /* instead of fn: called until it says that the work is done */
 };
 typedef std::vector<std::function<void()>> Work;
 struct CUgraph_st {
@@ -69,7 +71,8 @@ static void drain(CUstream_st *s, uint64_t upto) {
         StreamOp op = std::move(s->q.front());
         s->q.pop_front();
         for (auto &d : op.deps) drain(d.first, d.second);
-        op.fn();
+        if (op.fn) op.fn();
+        while (op.poll && !op.poll()) usleep(20);
         s->done++;
     }
 }
@@ -94,6 +97,15 @@ static void submit(CUstream_st *s, std::function<void()> fn,
     s->q.push_back({std::move(fn), std::move(deps)});
     s->issued++;
     if (!cfg().defer) drain(s, s->issued); // deferred (default): work happens only when somebody waits for it
+}
+
+/* work that other processes have a part in: cudaStreamQuery does not wait for it */
+void hc::enqueue_poll(cudaStream_t stream, std::function<bool()> poll) {
+    LOCK;
+    CUstream_st *s = S(stream);
+    if (s->capture) fail("work of several processes in a graph is not played");
+    s->q.push_back({{}, {}, std::move(poll)});
+    s->issued++;
 }
 
 // ---------------------------------------------------------------- memory
@@ -257,8 +269,9 @@ API cudaGetDevice(int *d) {
     *d = cur_dev;
     return cudaSuccess;
 }
-API cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+API cudaGetDeviceProperties(cudaDeviceProp *p, int d) {
     memset(p, 0, sizeof *p);
+    p->uuid.bytes[0] = (char)d;
     snprintf(p->name, sizeof p->name, "CUDA on the host");
     p->major = (int)cfg().major;
     p->minor = 0;
@@ -381,7 +394,9 @@ API cudaStreamQuery(cudaStream_t s) {
     LOCK;
     CUstream_st *x = S(s);
     if (x->done < x->issued) {
-        drain(x, x->done + 1);
+        auto &poll = x->q.front().poll;
+        if (!poll) drain(x, x->done + 1);
+        else if (poll()) poll = nullptr;
         return cudaErrorNotReady;
     }
     return cudaSuccess;

@@ -1,4 +1,5 @@
-/* vendor.cpp - kernels/vendor.cuh and nccl.h against NVIDIA's own headers, and its names against their libraries where those are installed.
+/* vendor.cpp - kernels/vendor.cuh and collectives.h against NVIDIA's own headers, and their names against the libraries where
+ * those are installed.
  *
  * Built only where the headers are. Numbers are compared when this is compiled; so is every prototype: as many arguments, each
  * of the same size and, pointer or number, of the same kind. What is left to run is whether the libraries have the calls;
@@ -14,7 +15,7 @@
 #include <nccl.h>
 #endif
 
-#include "../kernels/nccl.h"
+#include "collectives.h"
 #include "vendor.cuh"
 
 #define NUMBER(name, value) static_assert((int)::name == (value), #name " has another value");
@@ -42,9 +43,10 @@ EXC_BLAS_CALLS(PROTOTYPE)
 EXC_SOLVER_CALLS(PROTOTYPE)
 
 #ifdef NCCL_VERSION_CODE
-static_assert(ncclSuccess == EXC_NCCL_SUCCESS && ncclInvalidArgument == EXC_NCCL_INVALID_ARGUMENT && ncclInvalidUsage == EXC_NCCL_INVALID_USAGE &&
-              ncclRemoteError == EXC_NCCL_REMOTE && ncclInProgress == EXC_NCCL_IN_PROGRESS, "a status of NCCL has another value");
-static_assert(ncclInt8 == EXC_NCCL_BYTES && ncclInt64 == EXC_NCCL_I64 && ncclSum == EXC_NCCL_SUM, "a type of NCCL has another value");
+static_assert((int)ncclSuccess == EXC_NCCL_SUCCESS && (int)ncclInvalidArgument == EXC_NCCL_INVALID_ARGUMENT &&
+              (int)ncclInvalidUsage == EXC_NCCL_INVALID_USAGE &&
+              (int)ncclRemoteError == EXC_NCCL_REMOTE && (int)ncclInProgress == EXC_NCCL_IN_PROGRESS, "a status of NCCL has another value");
+static_assert((int)ncclInt8 == EXC_NCCL_BYTES && (int)ncclInt64 == EXC_NCCL_I64 && (int)ncclSum == EXC_NCCL_SUM, "a type of NCCL has another value");
 static_assert(NCCL_CONFIG_UNDEF_INT == INT_MIN && offsetof(ncclConfig_t, blocking) == offsetof(exc_nccl_config, blocking) &&
               offsetof(ncclConfig_t, version) == offsetof(exc_nccl_config, version), "NCCL's configuration begins otherwise");
 #define NCCL_PROTOTYPE(name, arguments) static_assert(Same<int(*) arguments, decltype(&::name)>::value, #name " has another prototype");

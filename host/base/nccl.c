@@ -13,7 +13,7 @@
 
 #include "base.h"
 #include "module.h"
-#include "nccl.h"
+#include "collectives.h"
 #include "ranks.h"
 
 typedef struct calls {

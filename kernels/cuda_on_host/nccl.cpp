@@ -6,7 +6,7 @@
  * size in the same order, all of them on one stream and in device memory. A rank that ended is not reported: the stream
  * just never comes to its end, as with the real one. HC_NCCL_VERSION is the version it says it is. */
 #include "standin.h"
-#include "../nccl.h"
+#include "../collectives.h"
 
 #include <atomic>
 #include <cerrno>

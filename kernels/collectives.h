@@ -1,10 +1,10 @@
-/* nccl.h - what Excise uses of NCCL, said in its own words, because nothing here may need the library or its header to build:
+/* collectives.h - what Excise uses of NCCL, said in its own words, because nothing here may need the library or its header to build:
  * the numbers, the two structs that calls take, and the calls.
  *
  * The configuration is that of NCCL 2.14, the first whose calls need not block; its `version` tells every later library
  * which fields it has. tests/vendor.cpp holds all of this against NVIDIA's own header, where there is one. */
-#ifndef EXC_NCCL_H
-#define EXC_NCCL_H
+#ifndef EXC_COLLECTIVES_H
+#define EXC_COLLECTIVES_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -28,7 +28,7 @@
 #define MOST_RANK 3
 #define LINE 32             /* columns of a 64-byte line */
 #define ENTER_AHEAD 24576   /* bytes asked for before they are needed: of the matrix that enters, */
-#define LEAVE_AHEAD 12288   /* and of the one that leaves */
+#define LEAVE_AHEAD 6144    /* and of the one that leaves */
 #define MATRICES 64         /* of a task, at most: its first and last have no companion */
 #define LEAST_PRODUCT 0x1p-70f
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")))
@@ -52,8 +52,11 @@ struct tandem {
 };
 
 AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-/* a masked shift by nothing: unlike `and`, it never takes a unit away from multiply-adds */
-AVX512 EXC_INLINE __m512 odd(__m512i x) { return _mm512_castsi512_ps(_mm512_maskz_slli_epi16(0xaaaaaaaau, x, 0)); }
+/* where multiply-adds are what takes time, a masked shift by nothing: unlike `and`, it never takes a unit away from them */
+AVX512 EXC_INLINE __m512 odd(__m512i x, int rank) {
+    if (rank > 2) return _mm512_castsi512_ps(_mm512_maskz_slli_epi16(0xaaaaaaaau, x, 0));
+    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
+}
 
 /* to nearest even, in the upper halves; what is in the lower ones is not cleared */
 AVX512 EXC_INLINE __m512i rounded(__m512 x) {
@@ -98,7 +101,7 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
                 __m512i w = _mm512_load_si512((const void *)(new + (size_t)i * stride + x));
                 __builtin_prefetch(soon[0] + (size_t)i * stride + x, 0, 2);
                 e[i] = even(w);
-                o[i] = odd(w);
+                o[i] = odd(w, rank);
             }
             if (leaves) __builtin_prefetch(soon[1] + (size_t)i * stride + x, 0, 2);
             de[i] = dd[i] = _mm512_setzero_ps();
@@ -123,7 +126,7 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
         }
         _Pragma("GCC unroll 4") for (int i = 0; leaves && i < n; i++) {
             __m512i w = _mm512_load_si512((const void *)(old + (size_t)i * stride + x));
-            __m512 l = _mm512_sub_ps(even(w), de[i]), r = _mm512_sub_ps(odd(w), dd[i]);
+            __m512 l = _mm512_sub_ps(even(w), de[i]), r = _mm512_sub_ps(odd(w, rank), dd[i]);
             w = how & FAST ? joined_fast(l, r) : joined(l, r);
             if (apart) _mm512_stream_si512((__m512i *)(to + (size_t)i * stride + x), w);
             else _mm512_store_si512((void *)(to + (size_t)i * stride + x), w);

@@ -97,8 +97,8 @@ static exc_status open_queue(exc_queue *q, int device, void *callers, size_t wor
     if (e == cudaSuccess && !callers) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     if (e != cudaSuccess) return exc_enqueued(q, "opening a stream", e);
     q->stream = stream;
-    exc_wide_check(device);
-    exc_status st = exc_libraries_open(q);
+    exc_status st = exc_wide_check(q);
+    if (st == EXC_OK) st = exc_libraries_open(q);
     return st == EXC_OK ? resize(q, work_bytes) : st;
 }
 

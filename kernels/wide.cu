@@ -1,14 +1,15 @@
 /* wide.cu - whether wide tiles (wide.cuh) do right on a device: a product of whole numbers, exact in f32, made by such a
  * tile and number by number, once for each device of a process. One that differs turns them off, and the description says so. */
-#include <atomic>
-
+#include "memory.cuh"
 #include "wide.cuh"
 
 namespace {
 
 constexpr int K = 200, PITCH = 224, DEVICES = 64; /* the last stage is not whole */
 enum State { UNKNOWN, OTHER, RIGHT, WRONG };
-std::atomic<int> states[DEVICES];
+int states[DEVICES]; /* queues are opened by several threads */
+
+int state_of(int device) { return __atomic_load_n(&states[device], __ATOMIC_ACQUIRE); }
 
 __device__ int whole_number(int i) { return i * 37 % 13 - 6; }
 
@@ -41,48 +42,40 @@ template <class TILE, int NB> __global__ void __launch_bounds__(TILE::THREADS) w
     if (wrong) atomicAdd(&o->wrong, wrong);
 }
 
-cudaError_t try_out(bool *right) {
+exc_status try_out(exc_queue *q, Operands *o, int *wrong) {
     using One = WideTile<1, 128>;
     using Two = WideTile<2, 64>;
-    Operands *o = nullptr;
-    int wrong = -1;
-    cudaStream_t stream;
-    cudaError_t e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (e != cudaSuccess) return e;
-    e = cudaMalloc((void **)&o, sizeof *o);
-    if (e == cudaSuccess) e = LAUNCH(wide_operands, dim3(1), dim3(256), 0, stream, o);
-    if (e == cudaSuccess) e = LAUNCH((wide_product<One, 1>), dim3(1), dim3(One::THREADS), One::SHARED, stream, o);
-    if (e == cudaSuccess) e = LAUNCH((wide_product<Two, 2>), dim3(1), dim3(Two::THREADS), Two::SHARED, stream, o);
-    if (e == cudaSuccess) e = cudaMemcpyAsync(&wrong, &o->wrong, sizeof wrong, cudaMemcpyDeviceToHost, stream);
-    if (e == cudaSuccess) e = cudaStreamSynchronize(stream);
-    if (o) cudaFree(o);
-    cudaStreamDestroy(stream);
-    *right = e == cudaSuccess && wrong == 0;
-    return e;
+    ENQUEUE(q, wide_operands, 1, 256, 0, o);
+    ENQUEUE(q, (wide_product<One, 1>), 1, One::THREADS, One::SHARED, o);
+    ENQUEUE(q, (wide_product<Two, 2>), 1, Two::THREADS, Two::SHARED, o);
+    return exc_cuda_get(q, wrong, &o->wrong, sizeof *wrong);
 }
 
 } // namespace
 
-void exc_wide_check(int device) {
-    int major = 0;
-    if (device < 0 || device >= DEVICES || states[device].load() != UNKNOWN) return;
-    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major != 9) {
-        cudaGetLastError();
-        states[device].store(OTHER);
-        return;
+exc_status exc_wide_check(exc_queue *q) {
+    int major = 0, wrong = 0;
+    void *o;
+    if (q->device < 0 || q->device >= DEVICES || state_of(q->device) != UNKNOWN) return EXC_OK;
+    exc_status st = exc_enqueued(q, "wgmma", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, q->device));
+    if (st == EXC_OK && major == 9) {
+        st = exc_cuda_alloc(q, sizeof(Operands), &o);
+        if (st != EXC_OK) return st;
+        st = try_out(q, static_cast<Operands *>(o), &wrong);
+        const exc_status freed = exc_cuda_release(q, o);
+        if (st == EXC_OK) st = freed;
     }
-    bool right = false;
-    if (try_out(&right) != cudaSuccess) cudaGetLastError();
-    states[device].store(right ? RIGHT : WRONG);
+    if (st == EXC_OK) __atomic_store_n(&states[q->device], major != 9 ? OTHER : wrong ? WRONG : RIGHT, __ATOMIC_RELEASE);
+    return st;
 }
 
 bool exc_wide(const exc_queue *q) {
-    return !q->reproducible && q->device >= 0 && q->device < DEVICES && states[q->device].load() == RIGHT;
+    return !q->reproducible && q->device >= 0 && q->device < DEVICES && state_of(q->device) == RIGHT;
 }
 
 void exc_wide_describe(char *text, size_t bytes) {
     int right = 0, wrong = 0;
-    for (auto &s : states) right += s.load() == RIGHT, wrong += s.load() == WRONG;
+    for (int d = 0; d < DEVICES; d++) right += state_of(d) == RIGHT, wrong += state_of(d) == WRONG;
     snprintf(text, bytes, "%s",
              wrong   ? "wgmma: differed from plain sums when it was tried on this device; mma.sync does its products instead"
              : right ? "wgmma: products of bf16 rows, 65 and more that share a matrix"

@@ -93,7 +93,7 @@ template <int NB, int BN_> struct WideTile {
 
 /* whether these tiles are to be used on a queue's device, and did right there. wide.cu */
 bool exc_wide(const exc_queue *q);
-void exc_wide_check(int device);
+exc_status exc_wide_check(exc_queue *q); /* with a stream; waits */
 /* a line for the description of the module, at most `bytes` with its end */
 void exc_wide_describe(char *text, size_t bytes);
 

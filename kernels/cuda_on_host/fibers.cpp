@@ -3,44 +3,24 @@
  * A thread runs until it waits: at a barrier, in a warp collective, at its end. Which one goes on is the lowest
  * (HC_SEED 0) or drawn, so every seed is another legal schedule. Shared memory is fresh, exact and poisoned for every
  * block. Under AddressSanitizer (HC_ASAN) stacks are announced; under ThreadSanitizer (HC_TSAN) every CUDA thread is
- * a fiber of its own that is ordered by barriers and __syncwarp alone, so races inside and across blocks show. This
- * file itself must not be instrumented. */
+ * a fiber of its own that is ordered by barriers and __syncwarp alone, so races inside and across blocks show. What
+ * threads have under way by themselves is async.cpp's. This file itself must not be instrumented. */
+#include "async.h"
 #include "inside.h"
-#include "tensor.h"
-#include "wgmma.h"
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdarg>
-#include <deque>
 #include <memory>
 #include <mutex>
 #include <sys/mman.h>
 #include <thread>
 #include <unistd.h>
-#include <unordered_set>
 #include <vector>
 #if defined(HC_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#elif defined(HC_TSAN)
-extern "C" {
-void *__tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void *);
-void *__tsan_get_current_fiber(void);
-void __tsan_switch_to_fiber(void *, unsigned);
-void __tsan_acquire(void *);
-void __tsan_release(void *);
-}
 #endif
-#ifdef HC_TSAN
-#define ACQ(p) __tsan_acquire((void *)(p))
-#define REL(p) __tsan_release((void *)(p))
-#else
-#define ACQ(p) ((void)0)
-#define REL(p) ((void)0)
-#endif
-
 // ---------------------------------------------------------------- context switch
 #if defined(__x86_64__) && !defined(HC_UCONTEXT)
 extern "C" void hc_switch(void **save, void *load);
@@ -75,33 +55,8 @@ static inline void ctx_swap(Ctx *a, Ctx *b) { swapcontext(&a->u, &b->u); }
 #endif
 
 namespace hc {
-struct Async {
-    void *d;
-    const void *s;
-    int n, group; /* bytes, the rest of 16 is zeroed */
-};
-struct Store { // a bulk store: global, shared, and what was read of it
-    void *d;
-    const void *s;
-    unsigned n;
-    int group;
-    std::vector<char> read;
-};
-struct Product { // of four warps: operands by descriptor, this lane's sums
-    uint64_t a, b;
-    float *d;
-    int n, group;
-};
 struct Fiber {
-    std::vector<Product> products;
-    int product_groups = 0;
-    bool ordered = false; /* group_fence since registers were last touched */
-    bool plain = false;   /* cp.async has written since the last bulk_fence */
-    std::vector<Async> pending;
-    int groups = 0; /* committed so far */
-    std::vector<Store> stores;
-    int store_groups = 0;
-    bool fenced = false; /* since the last bulk_commit */
+    Pending pending;
     Ctx c;
     char *lo = nullptr;
     size_t n = 0;
@@ -131,32 +86,6 @@ struct GridBar {
     std::condition_variable cv;
     unsigned n = 0, in = 0, gen = 0;
     char tok[2];
-};
-struct Move { // bytes on the way to shared memory
-    void *d;
-    const void *s; // null: the value
-    unsigned n;
-    float value;
-};
-struct Gate { // an mbarrier: arrivals and bytes of the phase under way
-    const void *block; // null: it has ended
-    int arrivals, left;
-    unsigned long long announced, under_way;
-    unsigned phase;
-    std::vector<Move> moves;
-    char tok;
-};
-// gates of a launch; `events` counts what may let a waiting thread go on
-struct Gates {
-    std::mutex m;
-    std::condition_variable cv;
-    std::deque<Gate> all;
-    std::unordered_set<unsigned long long> known; // their addresses
-    unsigned long events = 0;
-    void happened() {
-        events++;
-        cv.notify_all();
-    }
 };
 struct Job {
     const Launch *l;
@@ -314,20 +243,13 @@ struct Runner {
         auto news = [&] { return g.events != seen; };
         if (!news() && (!job->gb || !g.cv.wait_for(k, std::chrono::seconds(10), news))) {
             cur = asleep[0];
-            describe_gates(g);
+            describe_gates(g, Site{cur->file, cur->line});
         }
         seen = g.events;
         k.unlock();
         for (Thread *a : asleep) wake(a->warp, 1u << a->lane);
         asleep.clear();
         return pick(wi, fresh);
-    }
-    [[noreturn]] void describe_gates(Gates &g) {
-        for (Gate &x : g.all)
-            if (x.block && (x.left != x.arrivals || x.announced || x.under_way))
-                fprintf(stderr, "hc: a gate waits for %d of %d arrivals; %llu bytes were announced, %llu are there\n",
-                        x.left, x.arrivals, x.announced, x.under_way);
-        fail("%s:%d: threads wait at gates for what nobody sends", cur->file, cur->line);
     }
     void wake(int wi, unsigned lanes) {
         w[wi].runnable |= lanes;
@@ -377,7 +299,7 @@ struct Runner {
             cur = t;
             ACQ(&tok_begin);
             (*job->body)();
-            end_stores(f);
+            end_thread(f->pending);
             REL(&tok_end);
             Warp &x = w[t->warp];
             x.alive &= ~(1u << t->lane);
@@ -412,25 +334,6 @@ struct Runner {
 #endif
             cur = n;
             jump(f, n->fib);
-        }
-    }
-    static void end_stores(Fiber *f) {
-        for (Store &x : f->stores) {
-            if (x.read.empty()) fail("a thread ends, but its bulk stores may not have been read");
-            memcpy(x.d, x.read.data(), x.n);
-        }
-        if (!f->products.empty()) fail("a thread ends, but its products were not waited for");
-        f->stores.clear();
-        f->fenced = f->ordered = f->plain = false;
-    }
-    void end_gates() {
-        Gates &g = job->gates;
-        std::lock_guard<std::mutex> k(g.m);
-        for (Gate &x : g.all) {
-            if (x.block != &blk) continue;
-            if (!x.moves.empty() && (x.left || x.under_way != x.announced))
-                fail("a block ends with %llu bytes on the way to its shared memory", x.under_way);
-            x.block = nullptr;
         }
     }
     std::vector<Fiber *> retired;
@@ -502,7 +405,7 @@ struct Runner {
         REL(&tok_begin);
         cur = t;
         jump(&main, t->fib);
-        end_gates();
+        end_block(job->gates, &blk);
         for (Fiber *f : retired) put_idle(f);
         retired.clear();
         // TSan: the block's memory is freed in a context of its own, so that `main` learns nothing of this block's
@@ -577,196 +480,16 @@ int barrier(int id, int count, BarOp op, int pred, Site s) {
     ACQ(r->btok(id, bg));
     return op == BAR_AND ? b.res == 0 : op == BAR_OR ? b.res != 0 : b.res;
 }
-void cp_async(void *d, const void *src, int n) {
-    if (((uintptr_t)d | (uintptr_t)(n ? src : d)) % 16) fail("cp.async: an address is not 16-byte aligned");
-    if (n < 0 || n > 16) fail("cp.async: %d of 16 bytes", n);
-    cur->fib->pending.push_back({d, src, n, cur->fib->groups});
+Pending &pending() { return cur->fib->pending; }
+Gates &gates() { return cur->fib->run->job->gates; }
+const Block &block() { return cur->fib->run->blk; }
+void each_pending(void (*f)(Pending &, const void *), const void *arg) {
+    for (Thread &t : cur->fib->run->th)
+        if (t.fib && t.fib->start == &t) f(t.fib->pending, arg);
 }
-void cp_async_commit() { cur->fib->groups++; }
-void cp_async_wait(int open) {
-    Fiber *f = cur->fib;
-    size_t left = 0;
-    for (auto &c : f->pending) {
-        if (c.group >= f->groups - open) {
-            f->pending[left++] = c;
-            continue;
-        }
-        if (c.n) memcpy(c.d, c.s, (size_t)c.n);
-        f->plain = true;
-        if (c.n < 16) memset((char *)c.d + c.n, 0, (size_t)(16 - c.n));
-    }
-    f->pending.resize(left);
-}
-// ---------------------------------------------------------------- products of four warps
-// element k of row r of an operand, as the hardware finds it
-HC_NOTSAN static float operand(const Block &blk, uint64_t descriptor, int r, int k) {
-    const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-    uint64_t at = start + (uint64_t)(r / 8) * stride + (uint64_t)(r % 8) * 128 + (uint64_t)k * 2;
-    at ^= at >> 3 & 0x70;
-    if (at + 2 > blk.dsmem_bytes) fail("wgmma: an operand lies outside of dynamic shared memory");
-    unsigned short half;
-    memcpy(&half, (const char *)blk.dsmem + at, sizeof half);
-    return bf_half(half, 0);
-}
-HC_NOTSAN static void group_run(unsigned m, const void *const *in, void *const *out, const int *warp) {
-    if (m != 0xffffffffu) fail("wgmma needs all 32 lanes (mask %08x)", m);
-    const Product &one = *(const Product *)in[0];
-    const Block &blk = *(const Block *)out[0];
-    float a[16][16], b[16], d[16];
-    HC_LANES(l, m) {
-        const Product &x = *(const Product *)in[l];
-        if (x.a != one.a || x.b != one.b || x.n != one.n) fail("wgmma: lanes differ in their operands");
-    }
-    for (int r = 0; r < 16; r++)
-        for (int k = 0; k < 16; k++) a[r][k] = operand(blk, one.a, warp[0] * 16 + r, k);
-    for (int c = 0; c < one.n; c++) {
-        float *to[16];
-        for (int r = 0; r < 16; r++) {
-            to[r] = ((const Product *)in[r % 8 * 4 + c % 8 / 2])->d + c / 8 * 4 + r / 8 * 2 + c % 2;
-            d[r] = *to[r];
-        }
-        for (int k = 0; k < 16; k++) b[k] = operand(blk, one.b, c, k);
-        for (int r = 0; r < 16; r++) {
-            for (int k = 0; k < 16; k++) d[r] += a[r][k] * b[k];
-            *to[r] = d[r];
-        }
-    }
-}
-void group_fence() { cur->fib->ordered = true; }
-void group_multiply(float *d, uint64_t a, uint64_t b, int n) {
-    Fiber *f = cur->fib;
-    if (!f->ordered) fail("wgmma: no fence since registers were touched");
-    if (f->plain) fail("wgmma: no fence between writing operands and their product");
-    for (uint64_t x : {a, b})
-        if (x >> 62 != 1 || (x >> 49 & 7)) fail("wgmma: descriptor %016llx: not the 128-byte swizzle from its base", (unsigned long long)x);
-    f->products.push_back({a, b, d, n, f->product_groups});
-}
-void group_commit() { cur->fib->product_groups++; }
-void group_wait(int open, Site s) {
-    Fiber *f = cur->fib;
-    size_t done = 0;
-    for (Product &x : f->products) {
-        if (x.group >= f->product_groups - open) break;
-        collective(~0u, group_run, &x, cur->blk, (int)(cur->warp % 4), false, s);
-        done++;
-    }
-    f->products.erase(f->products.begin(), f->products.begin() + (long)done);
-    f->ordered = false;
-}
-
-// ---------------------------------------------------------------- gates and bulk copies
-static Gate *gate_of(unsigned long long *word) {
-    if (!cur->fib->run->job->gates.known.count(*word)) fail("this gate was not made by gate_init");
-    Gate *g = (Gate *)(uintptr_t)*word;
-    if (!g->block) fail("a gate in the shared memory of a block that has ended");
-    return g;
-}
-static bool complete(const Gate &g) { return g.left == 0 && g.under_way == g.announced; }
-// the phase ends: bytes land
-static void finish_phase(Gate &g) {
-    for (Move &x : g.moves) memcpy(x.d, x.s ? x.s : &x.value, x.n);
-    g.moves.clear();
-    g.announced = g.under_way = 0;
-    g.left = g.arrivals;
-    g.phase++;
-}
-void gate_init(unsigned long long *word, int arrivals) {
-    if (arrivals < 1) fail("a gate for %d arrivals", arrivals);
-    Runner *r = cur->fib->run;
-    Gates &all = r->job->gates;
-    std::lock_guard<std::mutex> k(all.m);
-    all.all.push_back(Gate{&r->blk, arrivals, arrivals, 0, 0, 0, {}, 0});
-    *word = (unsigned long long)(uintptr_t)&all.all.back();
-    all.known.insert(*word);
-}
-void gate_expect(unsigned long long *word, unsigned bytes) {
-    Gates &all = cur->fib->run->job->gates;
-    std::lock_guard<std::mutex> k(all.m);
-    Gate *g = gate_of(word);
-    if (complete(*g)) finish_phase(*g);
-    if (!g->left) fail("more arrivals at a gate than the %d it was made for", g->arrivals);
-    REL(&g->tok);
-    g->left--;
-    g->announced += bytes;
-    if (!g->left && g->under_way > g->announced)
-        fail("%llu bytes come to a gate that was told of %llu", g->under_way, g->announced);
-    all.happened();
-}
-void gate_bring(unsigned long long *word, void *to, const void *from, unsigned bytes, bool bulk) {
-    if (bulk && ((uintptr_t)to | (uintptr_t)from | bytes) % 16)
-        fail("bulk load: an address or the size, %u, is no multiple of 16", bytes);
-    if (!bytes) fail("a bulk copy of nothing");
-    if (bulk)
-        for (Thread &t : cur->fib->run->th)
-            for (size_t i = 0; t.fib && t.fib->start == &t && i < t.fib->stores.size(); i++) {
-                const Store &x = t.fib->stores[i];
-                if (x.read.empty() && (char *)to < (const char *)x.s + x.n && (const char *)x.s < (char *)to + bytes)
-                    fail("bulk load over what a bulk store may not have read yet");
-            }
-    Gates &all = cur->fib->run->job->gates;
-    std::lock_guard<std::mutex> k(all.m);
-    Gate *g = gate_of(word);
-    if (complete(*g)) finish_phase(*g);
-    REL(&g->tok);
-    Move m = {to, bulk ? from : nullptr, bytes, 0};
-    if (!bulk) memcpy(&m.value, from, sizeof m.value);
-    g->moves.push_back(m);
-    g->under_way += bytes;
-    if (!g->left && g->under_way > g->announced)
-        fail("%llu bytes come to a gate that was told of %llu", g->under_way, g->announced);
-    all.happened();
-}
-void gate_wait(unsigned long long *word, unsigned parity, Site s) {
-    Runner *r = cur->fib->run;
-    Gates &all = r->job->gates;
-    for (;;) {
-        {
-            std::lock_guard<std::mutex> k(all.m);
-            Gate *g = gate_of(word);
-            if (g->block != &r->blk) fail("%s:%d: only its own block may wait at a gate", s.file, s.line);
-            if ((g->phase & 1) == (parity & 1) && complete(*g)) {
-                ACQ(&g->tok);
-                finish_phase(*g);
-                REL(&g->tok);
-                all.happened();
-            }
-            if ((g->phase & 1) != (parity & 1)) {
-                ACQ(&g->tok);
-                return;
-            }
-        }
-        r->asleep.push_back(cur);
-        r->suspend(s);
-    }
-}
-void bulk_store(void *global, const void *shared, unsigned bytes) {
-    Fiber *f = cur->fib;
-    if (((uintptr_t)global | (uintptr_t)shared | bytes) % 16)
-        fail("bulk store: an address or the size, %u, is no multiple of 16", bytes);
-    if (!f->fenced) fail("bulk store: no fence after what was written before");
-    f->stores.push_back({global, shared, bytes, f->store_groups, {}});
-}
-void bulk_fence() {
-    cur->fib->fenced = true;
-    cur->fib->plain = false;
-}
-void bulk_commit() {
-    cur->fib->store_groups++;
-    cur->fib->fenced = false;
-}
-void bulk_wait(int open, bool read_only) {
-    Fiber *f = cur->fib;
-    size_t left = 0;
-    for (size_t i = 0; i < f->stores.size(); i++) {
-        Store &x = f->stores[i];
-        const bool due = x.group < f->store_groups - open;
-        if (due && x.read.empty()) x.read.assign((const char *)x.s, (const char *)x.s + x.n);
-        if (due && !read_only)
-            memcpy(x.d, x.read.data(), x.n);
-        else if (left++ != i)
-            f->stores[left - 1] = std::move(x);
-    }
-    f->stores.resize(left);
+void sleep_at_gate(Site s) {
+    cur->fib->run->asleep.push_back(cur);
+    cur->fib->run->suspend(s);
 }
 void *shared_mem(const void *key, size_t n, size_t align) {
     Runner *r = cur->fib->run;

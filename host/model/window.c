@@ -180,6 +180,7 @@ static bool holds(const exc_place *p, int64_t layer, exc_extent extent) {
 static exc_status turn(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_extent extent) {
     exc_loaded *l = m->loaded;
     if (holds(&l->place[l->current], layer, extent)) return EXC_OK;
+    EXC_TRY(exc_device_sync(ctx)); /* ops that were started may still read the place that is filled next */
     settle(l); /* a layer that failed is tried again below, and tells why */
     int64_t other = l->places > 1 ? 1 - l->current : 0;
     if (!holds(&l->place[other], layer, extent)) {

@@ -8,7 +8,7 @@
 #include "base.h"
 #include "module.h"
 
-#define PROGRAM_BYTES ((uint64_t)16 << 20) /* code, libraries, tokenizer, tables of weights */
+#define PROGRAM_BYTES ((uint64_t)32 << 20) /* code, libraries, tokenizer, tables of weights, blocks rounded to large pages */
 
 typedef struct backend {
     const char *name;

@@ -386,6 +386,7 @@ typedef struct exc_wish {
     int64_t chunk;              /* tokens that go through a layer at once */
     uint64_t slot_bytes, token_bytes; /* what the caller keeps of each sequence and each token of a step */
     uint64_t held;              /* and besides */
+    uint64_t sessions;          /* of this size that memory must hold, 0: one */
     bool once;                  /* nothing is fed back, and prompts go whole into a step */
     bool whole;                 /* prompts must go whole into a step, also of a resident model */
 } exc_wish;

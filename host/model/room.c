@@ -30,7 +30,8 @@ static exc_room room_of(const exc_model *m, const exc_wish *w, int64_t slots, in
 }
 
 static uint64_t cost(exc_model *m, const exc_wish *w, const exc_room *r) {
-    return exc_session_measure(m, r) + (uint64_t)r->slots * w->slot_bytes + (uint64_t)r->step_tokens * w->token_bytes + w->held;
+    uint64_t session = exc_session_measure(m, r) + (uint64_t)r->slots * w->slot_bytes + (uint64_t)r->step_tokens * w->token_bytes;
+    return session * (w->sessions ? w->sessions : 1) + w->held;
 }
 
 /* the last session is reused or given up */

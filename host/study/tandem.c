@@ -58,7 +58,7 @@ static bool same_routers(const exc_model *a, const exc_model *b) {
     } while (0)
 
 /* Resident models take steps of one chunk. Where a model is streamed, steps are as large as both models' memory lets them be;
- * the first one leaves half of what there is to the second. */
+ * the first one leaves to the second what it takes itself. */
 static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_room room[2]) {
     const exc_model *first = t->model[0], *second = t->model[1];
     bool wide = exc_model_streamed(second) || (first && exc_model_streamed(first));
@@ -70,7 +70,8 @@ static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_ro
     w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        w.held = (uint64_t)t->piece * (uint64_t)(t->vocab * 4 + 32) + (!m ? exc_memory_left(t->ctx) / 2 : 0);
+        w.held = (uint64_t)t->piece * (uint64_t)(t->vocab * 4 + 32);
+        w.sessions = 2 - m;
         EXC_TRY(exc_room_choose(t->ctx, t->model[m], &w, &room[m]));
         EXC_TRY(exc_session_open(t->ctx, t->model[m], &room[m], &t->session[m]));
         w.slots = t->slots = room[m].slots;
@@ -94,7 +95,7 @@ static exc_status prepare(tandem *t) {
     t->top_k = s->top_k;
     if (t->step_tokens <= 0) t->step_tokens = exc_step_tokens(t->model[1]);
     t->step_tokens = least(t->step_tokens, total);
-    t->piece = most(PIECE_BYTES / (t->vocab * 4), 1);
+    t->piece = least(most(PIECE_BYTES / (t->vocab * 4), 1), total);
     t->slots = least(most(t->p->count, 1), least(t->step_tokens, t->last_only ? t->piece : t->step_tokens));
     EXC_TRY(choose_rooms(t, total, longest, room));
     t->piece = least(t->piece, t->step_tokens);

@@ -1,13 +1,9 @@
 /* guest.c - a small CUDA pipeline that uses the library: it brings its own device memory and its own stream, routes tokens, observes
  * experts, edits their weights and projects outputs through the public calls alone, first one by one, then captured once in
- * a CUDA graph and replayed. What comes back is what the CPU backend makes of the same arrays. Jobs refuse a GPU context.
- *
- * The guest's CUDA runtime is opened by name: the one on the host that the emulated module uses, or, where twin.h finds a real GPU's
- * module, libcudart.so. */
-#include <dlfcn.h>
+ * a CUDA graph and replayed. What comes back is what the CPU backend makes of the same arrays. Jobs refuse a GPU context. */
 #include <math.h>
 
-#include "twin.h"
+#include "cudart.h"
 
 enum { T = 37, E = 12, K = 3, H = 64, I = 40, R = 2 };
 
@@ -21,47 +17,13 @@ static struct guest {
 
 static exc_gate gate = EXC_GATE;
 
-/* what the guest uses of the runtime, with the vendor's numbers */
-enum { TO_DEVICE = 1, TO_HOST = 2, OWN_STREAM = 1, THIS_THREAD = 1 };
-static struct runtime {
-    int (*malloc)(void **p, size_t bytes), (*free)(void *p);
-    int (*copy)(void *dst, const void *src, size_t bytes, int kind, void *stream);
-    int (*stream_create)(void **stream, unsigned flags), (*stream_wait)(void *stream), (*stream_destroy)(void *stream);
-    int (*capture_begin)(void *stream, int mode), (*capture_end)(void *stream, void **graph);
-    int (*graph_make)(void **run, void *graph, unsigned long long flags), (*graph_launch)(void *run, void *stream);
-    int (*run_destroy)(void *run), (*graph_destroy)(void *graph);
-} cuda;
-
-static int open_runtime(void **state) {
-    static const struct { const char *name; size_t at; } calls[] = {
-        {"cudaMalloc", offsetof(struct runtime, malloc)}, {"cudaFree", offsetof(struct runtime, free)},
-        {"cudaMemcpyAsync", offsetof(struct runtime, copy)}, {"cudaStreamCreateWithFlags", offsetof(struct runtime, stream_create)},
-        {"cudaStreamSynchronize", offsetof(struct runtime, stream_wait)}, {"cudaStreamDestroy", offsetof(struct runtime, stream_destroy)},
-        {"cudaStreamBeginCapture", offsetof(struct runtime, capture_begin)}, {"cudaStreamEndCapture", offsetof(struct runtime, capture_end)},
-        {"cudaGraphInstantiate", offsetof(struct runtime, graph_make)}, {"cudaGraphLaunch", offsetof(struct runtime, graph_launch)},
-        {"cudaGraphExecDestroy", offsetof(struct runtime, run_destroy)}, {"cudaGraphDestroy", offsetof(struct runtime, graph_destroy)}};
-    if (twin_open(state)) return -1;
-    char path[PATH_MAX], *slash;
-    snprintf(path, sizeof path, "%s", getenv("EXCISE_CUDA_MODULE"));
-    bool emulated = strstr(path, "emulated") != NULL;
-    if ((slash = strrchr(path, '/'))) slash[1] = 0;
-    strncat(path, "libcudaonhost.so", sizeof path - strlen(path) - 1);
-    void *lib = dlopen(emulated ? path : "libcudart.so", RTLD_NOW);
-    if (!lib) fail_msg("%s", dlerror());
-    for (size_t i = 0; i < EXC_COUNT(calls); i++) {
-        void *f = dlsym(lib, calls[i].name);
-        if (!f) fail_msg("%s", dlerror());
-        memcpy((char *)&cuda + calls[i].at, &f, sizeof f);
-    }
-    return 0;
-}
+static int open_runtime(void **state) { return twin_open(state) || cudart_open(); }
 
 #define OK(call)                                                                                                       \
     do {                                                                                                               \
         exc_status st_ = (call);                                                                                       \
         if (st_ != EXC_OK) fail_msg("%s: %s", #call, exc_ctx_error(ctx));                                              \
     } while (0)
-#define CUDA(call) assert_int_equal(cuda.call, 0)
 
 static void fill(struct guest *g) {
     memset(g, 0, sizeof *g);

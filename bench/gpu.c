@@ -7,6 +7,7 @@
  * the ceiling: the driver's own copy of the same bytes, read plus write. Edits are checked first, one matrix bit for bit against the
  * CPU's. --quick takes tiny sizes: a test that the program works, of which no figure means anything. Rows are JSON lines on
  * stdout, a table goes to stderr. Exit 0; 1 without a usable GPU or when a check fails; 2 for wrong usage. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,6 +22,7 @@ typedef struct gpu {
     exc_device_info info;
     const char *only;
     bool quick;
+    char libraries[2048]; /* what the module says of them */
     double copy; /* bytes/s, read plus write */
     int wrong;
 } gpu;
@@ -111,6 +113,41 @@ static void row(gpu *g, const char *name, const char *shape, work_fn fn, void *a
     printf(",\"gpu\":\"%s\",\"quick\":%s}\n", g->info.name, g->quick ? "true" : "false");
     fputc('\n', stderr);
     fflush(stdout);
+}
+
+/* the first of what an op left, f32 */
+static float *result(gpu *g, const void *out, int64_t n) {
+    float *x = malloc((size_t)n * sizeof *x + 1);
+    must(g, x ? exc_device_get(g->ctx, x, out, (size_t)n * sizeof *x) : EXC_ERR_MEMORY, "result");
+    return x;
+}
+
+/* A row by one of NVIDIA's libraries, where it is at hand and not NULL, and one by our own kernels: a reproducible queue leaves
+ * the libraries alone. The two agree in the first n numbers of `out` to f32 rounding of their sums. */
+static void rows_by(gpu *g, const char *library, const char *name, const char *shape, work_fn fn, void *arg, const void *out, int64_t n,
+                    double bytes, double flop) {
+    char text[160], absent[32];
+    float *theirs = NULL;
+    if (g->only && !strstr(g->only, name)) return;
+    snprintf(absent, sizeof absent, "%s: not used", library ? library : "");
+    if (library && !strstr(g->libraries, absent)) {
+        snprintf(text, sizeof text, "%s by %s", shape, library);
+        row(g, name, text, fn, arg, bytes, flop);
+        theirs = result(g, out, n);
+    }
+    g->ctx->queue.reproducible = 1;
+    row(g, name, shape, fn, arg, bytes, flop);
+    g->ctx->queue.reproducible = 0;
+    float *ours = result(g, out, n), most = 0, apart = 0;
+    for (int64_t i = 0; theirs && i < n; i++) {
+        most = fmaxf(most, fabsf(ours[i]));
+        apart = fmaxf(apart, fabsf(ours[i] - theirs[i]));
+    }
+    if (!(apart <= 1e-5f * most)) {
+        g->wrong++;
+        fprintf(stderr, "excise_gpu: %s %s: %s and our own kernels are %g apart\n", name, shape, library, (double)apart);
+    }
+    free(theirs), free(ours);
 }
 
 /* ------------------------------------------------------------------------------------------------------------- ceiling */
@@ -263,12 +300,8 @@ static void layer_rows(gpu *g, int64_t T, int64_t context) {
     double rows = (double)(T * K), used = rows < (double)E ? rows : (double)E;
     snprintf(shape, sizeof shape, "T=%lld %lldx%lld bf16", (long long)T, (long long)qkv, (long long)H);
     l.matmul = (struct exc_matmul_args){.x = x, .x_stride = H, .act = EXC_BF16, .w = &l.w, .y = qkv_out, .y_stride = qkv, .rows = T};
-    double moved = 2.0 * (double)(qkv * H) + 2.0 * (double)(T * H) + 4.0 * (double)(T * qkv), flop = 2.0 * (double)T * (double)(qkv * H);
-    row(g, "matmul", shape, matmul_once, &l, moved, flop);
-    snprintf(shape, sizeof shape, "T=%lld %lldx%lld bf16 own tiles", (long long)T, (long long)qkv, (long long)H);
-    g->ctx->queue.reproducible = 1; /* so that cuBLASLt keeps out of it */
-    row(g, "matmul", shape, matmul_once, &l, moved, flop);
-    g->ctx->queue.reproducible = 0;
+    rows_by(g, T > 64 ? "cuBLASLt" : NULL, "matmul", shape, matmul_once, &l, qkv_out, qkv,
+            2.0 * (double)(qkv * H) + 2.0 * (double)(T * H) + 4.0 * (double)(T * qkv), 2.0 * (double)T * (double)(qkv * H));
     snprintf(shape, sizeof shape, "T=%lld H=%lld", (long long)T, (long long)H);
     l.norm = (struct exc_norm_args){h, H, ones, 0, 1e-6f, T, H, x, H, EXC_BF16};
     row(g, "norm", shape, norm_once, &l, 6.0 * (double)(T * H), 0);
@@ -340,6 +373,41 @@ static void logit_rows(gpu *g) {
     exc_device_release(g->ctx, kl);
 }
 
+typedef struct spectra { struct exc_gram_args gram; struct exc_subspace_args subspace; } spectra;
+static exc_status gram_once(gpu *g, void *arg, int round) {
+    (void)round;
+    return g->ctx->ops->gram(&g->ctx->queue, &((spectra *)arg)->gram);
+}
+static exc_status subspace_once(gpu *g, void *arg, int round) {
+    (void)round;
+    return g->ctx->ops->subspace(&g->ctx->queue, &((spectra *)arg)->subspace);
+}
+
+/* last states of the prompts, all layers of Qwen3-30B-A3B: noise of deviation 1 and four directions that stand out of it */
+static void spectrum_rows(gpu *g) {
+    enum { RANK = 4 };
+    int64_t L = g->quick ? 2 : 48, n = g->quick ? 130 : 512, d = g->quick ? 101 : 2048;
+    size_t each = (size_t)(n * d) * 4; /* bytes of a layer */
+    char shape[96];
+    if (g->only && !strstr(g->only, "gram") && !strstr(g->only, "subspace")) return;
+    float *host = malloc(each), *x = room(g, (size_t)L * each), *basis = room(g, (size_t)(L * RANK * d) * 4), *singular = room(g, (size_t)(L * RANK) * 4);
+    double *gram = room(g, (size_t)(L * n * n) * 8), *energy = room(g, (size_t)L * 8), *residual = room(g, (size_t)L * 8);
+    for (int64_t i = 0; i < n * d; i++) host[i] = (float)((exc_random_unit(31, 1, (uint64_t)i) - 0.5) * 3.4641);
+    for (int64_t i = 0; i < n * RANK; i++) /* deviations 64, 32, 16 and 8 */
+        host[i / RANK * d + 7 * (i % RANK)] *= (float)(64 >> i % RANK);
+    for (int64_t l = 0; l < L; l++) must(g, exc_device_put(g->ctx, x + l * n * d, host, each), "samples");
+    spectra s = {{x, L, n * d, n, d, d, EXC_GRAM_SAMPLES, gram},
+                 {.x = x, .layers = L, .layer_stride = n * d, .samples = n, .row_stride = d, .width = d, .rank = RANK, .basis = basis,
+                  .singular = singular, .energy = energy, .residual = residual}};
+    snprintf(shape, sizeof shape, "%lld layers of %lldx%lld f32, X X^T in f64", (long long)L, (long long)n, (long long)d);
+    rows_by(g, "cuBLASLt", "gram", shape, gram_once, &s, gram, 0, (double)L * (double)each + 8.0 * (double)(L * n * n), 2.0 * (double)(L * n * n) * (double)d);
+    snprintf(shape, sizeof shape, "%lld layers of %lldx%lld f32 k=%d", (long long)L, (long long)n, (long long)d, RANK);
+    rows_by(g, "cuSOLVER", "subspace", shape, subspace_once, &s, basis, RANK * d, 0, 0);
+    free(host);
+    void *all[] = {x, basis, singular, gram, energy, residual};
+    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_device_release(g->ctx, all[i]);
+}
+
 int main(int argc, char **argv) {
     gpu g = {0};
     exc_ctx_options o = EXC_CTX_OPTIONS;
@@ -356,14 +424,14 @@ int main(int argc, char **argv) {
     must(&g, g.ctx->module->describe(o.device, &g.info), "describe");
     fprintf(stderr, "%s, compute capability %d.%d, %d processors, %.1f GiB\n", g.info.name, g.info.major, g.info.minor, g.info.processors,
             (double)g.info.memory / (1 << 30));
-    char libraries[2048];
-    g.ctx->module->libraries(libraries, sizeof libraries);
-    fprintf(stderr, "%s\n", libraries);
+    g.ctx->module->libraries(g.libraries, sizeof g.libraries);
+    fprintf(stderr, "%s\n", g.libraries);
     copy_row(&g);
     edit_rows(&g);
-    layer_rows(&g, g.quick ? 20 : 8192, 1);      /* prefill */
+    layer_rows(&g, g.quick ? 72 : 8192, 1);      /* prefill */
     layer_rows(&g, g.quick ? 3 : 16, g.quick ? 9 : 2048); /* decode */
     logit_rows(&g);
+    spectrum_rows(&g);
     exc_ctx_free(g.ctx);
     exc_ctx_free(g.cpu);
     if (g.wrong) fprintf(stderr, "excise_gpu: %d checks failed\n", g.wrong);

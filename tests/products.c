@@ -449,6 +449,35 @@ static void view_all(void **state) {
         }
 }
 
+/* rows of every word that a copy can have, with and without a share; the first row again and again, and the last */
+static void gather_all(void **state) {
+    static const size_t widths[] = {2, 6, 4, 12, 16, 160, 0, 8208};
+    for (size_t i = 0; i < sizeof widths / sizeof *widths; i++)
+        for (int64_t rows = 0; rows <= 33; rows += 11)
+            for (int64_t share = 1; share <= 3; share += 2) {
+                size_t width = widths[i], from = 9 * width + 1, to = (size_t)rows * width + 16;
+                uint8_t *x = malloc(from), *want = calloc(to, 1), *got = calloc(to, 1);
+                int32_t *index = malloc((size_t)(rows + 1) * sizeof *index);
+                for (size_t b = 0; b < from; b++) x[b] = (uint8_t)exc_random_u64(2, width, b);
+                for (int64_t r = 0; r < rows; r++) {
+                    index[r] = (int32_t)(r % 4 == 0 ? 0 : r % 4 == 1 ? 9 * share - 1 : (int64_t)(exc_random_u64(3, width, (uint64_t)r) % (uint64_t)(9 * share)));
+                    memcpy(want + (size_t)r * width, x + (size_t)(index[r] / share) * width, width);
+                }
+                struct exc_gather_args a = {x, index, share, rows, width, got}, g = a;
+                assert_int_equal(exc_cpu_gather(&twin.cpu->queue, &a), EXC_OK);
+                assert_memory_equal(got, want, to);
+                memset(got, 0, to);
+                g.x = twin_up(x, from);
+                g.index = twin_up(index, (size_t)(rows + 1) * sizeof *index);
+                g.y = twin_up(got, to);
+                TWIN_RUN(gather, &g);
+                twin_down(got, g.y, to);
+                assert_memory_equal(got, want, to);
+                twin_done();
+                free(x), free(want), free(got), free(index);
+            }
+}
+
 static void widen_all(void **state) {
     static const int to[] = {EXC_F32, EXC_BF16, EXC_F64};
     for (int four = 0; four < 2; four++)
@@ -491,6 +520,8 @@ static void refusals(void **state) {
     assert_int_equal(TWIN_STATUS(permute, (&(struct exc_permute_args){.tokens = -1})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(combine, (&(struct exc_combine_args){.tokens = 1, .top_k = 65})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(view, (&(struct exc_view_args){.rows = 1, .columns = 1, .unit = 3})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(gather, (&(struct exc_gather_args){.rows = 1, .share = 1, .width = 3})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(gather, (&(struct exc_gather_args){.rows = 1, .width = 4})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(pack, (&(struct exc_pack_args){.n = 1, .k = 8, .w_dtype = EXC_F4, .to = EXC_F4})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(widen, (&(struct exc_widen_args){.rows = 1, .cols = 31, .dtype = EXC_F4, .scale_dtype = EXC_F8_E8M0})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(bundle, (&(struct exc_bundle_args){.act = EXC_F16})), EXC_ERR_USAGE);
@@ -515,7 +546,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(matmul_all),     cmocka_unit_test(matmul_rows_alone), cmocka_unit_test(bundle_all),
         cmocka_unit_test(permute_all),    cmocka_unit_test(experts_all),       cmocka_unit_test(sums_any_split),
-        cmocka_unit_test(combine_all),    cmocka_unit_test(view_all),          cmocka_unit_test(widen_all),
+        cmocka_unit_test(combine_all),    cmocka_unit_test(view_all), cmocka_unit_test(gather_all),          cmocka_unit_test(widen_all),
         cmocka_unit_test(wide_tiles),     cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, twin_open, twin_close);

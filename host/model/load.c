@@ -691,8 +691,6 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
 exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options *options, exc_model **out) {
     if (!ctx || !out) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    if (ctx->module && exc_ranks_count(ctx) > 1)
-        return exc_fail(ctx, EXC_ERR_USAGE, "open: several ranks: expected the cpu backend, found %s", ctx->backend);
     *out = NULL;
     exc_model_options opt = {.size = sizeof opt};
     if (!dir) return exc_fail(ctx, EXC_ERR_USAGE, "open: no model folder given");

@@ -6,14 +6,14 @@
  * in the same order as by one rank alone. Nothing is padded and no row is dropped. Outputs that the step asks for are
  * collected on all ranks, which keeps everything above this file the same for one rank and for many.
  *
- * Rows reach an expert ordered by rank, then by token; a stable grouping keeps that. */
+ * Rows reach an expert ordered by rank, then by token; a stable grouping keeps that. Rows move from and to memory where ops
+ * run; how many go where is told between hosts, once a layer, which is also where ranks out of step are found out. */
 #include <string.h>
 
 #include "session.h"
 
 struct exc_spread {
     int64_t step_rows;              /* of the whole step */
-    int64_t *first_row;             /* [sequences of the step] */
     int32_t *owner_row;             /* [T] rows of the step in the order of ranks */
     int64_t *rows;                  /* [ranks] how many each has */
     int64_t *sequences;             /* [ranks] */
@@ -21,37 +21,50 @@ struct exc_spread {
     exc_step local;                 /* this rank's part, over the arrays below */
     int32_t *tokens, *slot, *observe;
     int64_t *begin;
-    /* dispatch; up to R = T * min(K, experts of the rank) rows come in */
+    /* numbers of a layer, for the host */
+    int64_t *offset_here;           /* [E+1] the session's offset */
+    int32_t *ids_here;              /* [R] ids */
+    int64_t *counts;                /* [2,E] rows by expert, mine to all and all to mine */
+    int64_t *out, *in;              /* [ranks] rows that go and come */
+    size_t *send_bytes, *recv_bytes;/* [ranks] */
+    /* dispatch, where ops run; up to R = T * min(K, experts of the rank) rows come in */
     void *send_x, *recv_x;          /* [T*K,H], [R,H] act */
     int32_t *send_mark, *recv_mark; /* [T*K], [R] prompt number or -1 */
     int32_t *ids, *row_of, *pair_of;/* [R] expert of a row that came in, its place in the grouping, and back */
-    int64_t *offset;                /* [E+1] */
-    int64_t *counts;                /* [2,E] rows by expert, mine to all and all to mine */
+    int64_t *offset;                /* [experts of the rank + 1] */
     float *y, *home;                /* [R,H] outputs in the grouping, and in the order they came in */
-    size_t *send_bytes, *recv_bytes;/* [ranks] */
 };
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static void carve_numbers(exc_carve *c, const exc_session *s, struct exc_spread *d, size_t R) {
+    size_t T = (size_t)s->step_tokens, S = (size_t)s->slots, E = (size_t)s->m->atlas->shape.experts, n = (size_t)exc_ranks_count(s->ctx);
+    d->owner_row = exc_carve_keep(c, T, sizeof *d->owner_row);
+    d->rows = exc_carve_keep(c, n, sizeof *d->rows);
+    d->sequences = exc_carve_keep(c, n, sizeof *d->sequences);
+    d->order = exc_carve_keep(c, S, sizeof *d->order);
+    d->tokens = exc_carve_keep(c, T, sizeof *d->tokens);
+    d->observe = exc_carve_keep(c, T, sizeof *d->observe);
+    d->slot = exc_carve_keep(c, S, sizeof *d->slot);
+    d->begin = exc_carve_keep(c, S + 1, sizeof *d->begin);
+    d->offset_here = c->apart ? exc_carve_keep(c, E + 1, sizeof *d->offset_here) : s->offset;
+    d->ids_here = c->apart ? exc_carve_keep(c, R, sizeof *d->ids_here) : d->ids;
+    d->counts = exc_carve_keep(c, 2 * E * n, sizeof *d->counts);
+    d->out = exc_carve_keep(c, n, sizeof *d->out);
+    d->in = exc_carve_keep(c, n, sizeof *d->in);
+    d->send_bytes = exc_carve_keep(c, n, sizeof *d->send_bytes);
+    d->recv_bytes = exc_carve_keep(c, n, sizeof *d->recv_bytes);
+}
+
 void exc_spread_room(exc_carve *c, exc_session *s) {
-    int ranks = exc_ranks_count(s->ctx);
-    if (ranks == 1) return;
+    if (exc_ranks_count(s->ctx) == 1) return;
     const exc_shape *p = &s->m->atlas->shape;
-    size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, H = (size_t)p->hidden, E = (size_t)p->experts, act = exc_act_bytes(s->m),
-           R = T * (size_t)least(p->top_k, s->m->expert_end - s->m->expert_first), S = (size_t)s->slots, n = (size_t)ranks;
-    struct exc_spread *d = exc_carve_take(c, 1, sizeof *d), none;
+    size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, H = (size_t)p->hidden, act = exc_act_bytes(s->m),
+           own = (size_t)(s->m->expert_end - s->m->expert_first), R = T * (size_t)least(p->top_k, (int64_t)own);
+    struct exc_spread *d = exc_carve_keep(c, 1, sizeof *d), none;
     s->spread = d;
     if (!d) d = &none; /* measuring */
     *d = (struct exc_spread){0};
-    d->first_row = exc_carve_take(c, S, sizeof *d->first_row);
-    d->owner_row = exc_carve_take(c, T, sizeof *d->owner_row);
-    d->rows = exc_carve_take(c, n, sizeof *d->rows);
-    d->sequences = exc_carve_take(c, n, sizeof *d->sequences);
-    d->order = exc_carve_take(c, S, sizeof *d->order);
-    d->tokens = exc_carve_take(c, T, sizeof *d->tokens);
-    d->observe = exc_carve_take(c, T, sizeof *d->observe);
-    d->slot = exc_carve_take(c, S, sizeof *d->slot);
-    d->begin = exc_carve_take(c, S + 1, sizeof *d->begin);
     d->send_x = exc_carve_take(c, T * K * H, act);
     d->recv_x = exc_carve_take(c, R * H, act);
     d->send_mark = exc_carve_take(c, T * K, sizeof *d->send_mark);
@@ -59,12 +72,10 @@ void exc_spread_room(exc_carve *c, exc_session *s) {
     d->ids = exc_carve_take(c, R, sizeof *d->ids);
     d->row_of = exc_carve_take(c, R, sizeof *d->row_of);
     d->pair_of = exc_carve_take(c, R, sizeof *d->pair_of);
-    d->offset = exc_carve_take(c, E + 1, sizeof *d->offset);
-    d->counts = exc_carve_take(c, 2 * E * n, sizeof *d->counts);
+    d->offset = exc_carve_take(c, own + 1, sizeof *d->offset);
     d->y = exc_carve_take(c, R * H, sizeof *d->y);
     d->home = exc_carve_take(c, R * H, sizeof *d->home);
-    d->send_bytes = exc_carve_take(c, n, sizeof *d->send_bytes);
-    d->recv_bytes = exc_carve_take(c, n, sizeof *d->recv_bytes);
+    carve_numbers(c, s, d, R);
 }
 
 bool exc_spread_owns(const exc_session *s, int64_t slot) {
@@ -120,17 +131,23 @@ static exc_status collect(exc_session *s, const char *what, const void *mine, co
                           int64_t planes, int64_t all, size_t width, void *whole) {
     exc_ctx *ctx = s->ctx;
     struct exc_spread *d = s->spread;
-    int ranks = exc_ranks_count(ctx);
-    uint8_t *in = exc_alloc(ctx, (size_t)(planes * all), width, "results of all ranks");
-    if (!in) return EXC_ERR_MEMORY;
-    for (int r = 0; r < ranks; r++) d->recv_bytes[r] = (size_t)(planes * counts[r]) * width;
-    exc_status st = exc_ranks_collect(ctx, what, mine, in, d->recv_bytes);
-    const uint8_t *from = in;
-    for (int64_t r = 0, at = 0; st == EXC_OK && r < ranks; at += counts[r++])
+    int64_t n = planes * all;
+    int32_t *index = exc_alloc(ctx, (size_t)n, sizeof *index, "rows of all ranks"); /* where a row of the whole comes in */
+    void *in = NULL, *mirror = NULL;
+    exc_status st = index ? exc_device_alloc(ctx, (size_t)n, width, "results of all ranks", &in) : EXC_ERR_MEMORY;
+    if (st == EXC_OK) st = exc_device_mirror(ctx, (size_t)n, sizeof *index, "rows of all ranks", &mirror);
+    int32_t *there = exc_device_side(ctx, index, mirror), from = 0;
+    for (int r = 0; r < exc_ranks_count(ctx); r++) d->in[r] = planes * counts[r];
+    if (st == EXC_OK) st = exc_ranks_collect_rows(ctx, what, &(exc_rows){mine, in, width}, 1, d->in);
+    for (int64_t r = 0, at = 0; st == EXC_OK && at < all; at += counts[r++])
         for (int64_t p = 0; p < planes; p++)
-            for (int64_t i = 0; i < counts[r]; i++, from += width)
-                memcpy((uint8_t *)whole + (size_t)(p * all + order[at + i]) * width, from, width);
-    exc_release(in);
+            for (int64_t i = 0; i < counts[r]; i++) index[p * all + order[at + i]] = from++;
+    if (st == EXC_OK) st = exc_device_put(ctx, there, index, (size_t)n * sizeof *index);
+    if (st == EXC_OK)
+        st = exc_op_checked(ctx, "gather", ctx->ops->gather(&ctx->queue, &(struct exc_gather_args){in, there, 1, n, width, whole}));
+    exc_device_release(ctx, mirror);
+    exc_device_release(ctx, in);
+    exc_release(index);
     return st;
 }
 
@@ -148,8 +165,7 @@ static exc_status run_local(exc_session *s, const exc_step *t, exc_step *local, 
     int me = exc_ranks_me(s->ctx);
     for (size_t i = 0; i < n; i++) {
         int64_t count = all[i].by_sequence ? d->sequences[me] : d->rows[me];
-        if (all[i].whole && !(*all[i].local = exc_alloc(s->ctx, (size_t)(all[i].planes * count), all[i].width, "results of a step")))
-            return EXC_ERR_MEMORY;
+        if (all[i].whole) EXC_TRY(exc_device_alloc(s->ctx, (size_t)(all[i].planes * count), all[i].width, "results of a step", all[i].local));
     }
     EXC_TRY(exc_session_part(s, local));
     advance_others(s, t);
@@ -165,7 +181,7 @@ static exc_status run_local(exc_session *s, const exc_step *t, exc_step *local, 
 static uint64_t fingerprint(const exc_step *t) {
     uint64_t wanted = (uint64_t)(t->logits != NULL) | (uint64_t)(t->hidden != NULL) << 1 | (uint64_t)(t->hidden_last != NULL) << 2 |
                       (uint64_t)(t->router_ids != NULL) << 3 | (uint64_t)(t->router_weights != NULL) << 4 |
-                      (uint64_t)(t->sums != NULL) << 5 | (uint64_t)(t->logits_all != 0) << 6;
+                      (uint64_t)(t->sums != NULL) << 5 | (uint64_t)(t->logits_all != 0) << 6 | (uint64_t)(t->observe != NULL) << 7;
     size_t n = (size_t)t->sequences, rows = n ? (size_t)t->begin[n] : 0;
     return exc_hash64(t->tokens, rows * sizeof *t->tokens) ^ exc_hash64(t->slot, n * sizeof *t->slot) * 3 ^
            exc_hash64(t->begin, (n + 1) * sizeof *t->begin) * 5 ^ wanted << 1;
@@ -192,7 +208,7 @@ exc_status exc_spread_step(exc_session *s, const exc_step *t) {
                     {"routing", t->router_ids, (void **)&local.router_ids, p->moe_layers, K, false},
                     {"routing weights", t->router_weights, (void **)&local.router_weights, p->moe_layers, K, false}};
     exc_status st = run_local(s, t, &local, all, EXC_COUNT(all));
-    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_release(*all[i].local);
+    for (size_t i = 0; i < EXC_COUNT(all); i++) exc_device_release(s->ctx, *all[i].local);
     return st;
 }
 
@@ -213,11 +229,11 @@ exc_status exc_spread_logits(exc_session *s, int64_t first, int64_t rows, float 
             counts[r]++;
             order[n++] = (int32_t)(row - first);
         }
-    float *part = st == EXC_OK ? exc_alloc(ctx, (size_t)counts[me] * V, sizeof *part, "logits") : NULL;
-    if (!part) st = EXC_ERR_MEMORY;
+    void *part = NULL;
+    if (st == EXC_OK) st = exc_device_alloc(ctx, (size_t)counts[me] * V, sizeof *logits, "logits", &part);
     if (st == EXC_OK) st = exc_session_part_logits(s, mine, counts[me], part);
-    if (st == EXC_OK) st = collect(s, "logits", part, counts, order, 1, rows, V * sizeof *part, logits);
-    exc_release(part);
+    if (st == EXC_OK) st = collect(s, "logits", part, counts, order, 1, rows, V * sizeof *logits, logits);
+    exc_device_release(ctx, part);
     exc_release(order);
     exc_release(counts);
     return st;
@@ -229,63 +245,53 @@ exc_status exc_spread_logits(exc_session *s, int64_t first, int64_t rows, float 
 static exc_status tell_counts(exc_session *s) {
     struct exc_spread *d = s->spread;
     int ranks = exc_ranks_count(s->ctx);
-    int64_t E = s->m->atlas->shape.experts, own = s->m->expert_end - s->m->expert_first, first, end, *in = d->counts + E;
-    for (int64_t e = 0; e < E; e++) d->counts[e] = s->offset[e + 1] - s->offset[e];
+    int64_t E = s->m->atlas->shape.experts, own = s->m->expert_end - s->m->expert_first, first, end, *theirs = d->counts + E;
+    EXC_TRY(exc_device_get(s->ctx, d->offset_here, s->offset, (size_t)(E + 1) * sizeof *d->offset_here));
+    for (int64_t e = 0; e < E; e++) d->counts[e] = d->offset_here[e + 1] - d->offset_here[e];
     for (int r = 0; r < ranks; r++) {
         exc_share(E, r, ranks, &first, &end);
-        d->send_bytes[r] = (size_t)(end - first) * sizeof *in;
-        d->recv_bytes[r] = (size_t)own * sizeof *in;
+        d->out[r] = d->offset_here[end] - d->offset_here[first];
+        d->send_bytes[r] = (size_t)(end - first) * sizeof *theirs;
+        d->recv_bytes[r] = (size_t)own * sizeof *theirs;
     }
-    return exc_ranks_exchange(s->ctx, "rows by expert", d->counts, d->send_bytes, in, d->recv_bytes);
-}
-
-/* byte counts of a movement of rows of `width` bytes; back: from the experts home */
-static void row_bytes(exc_session *s, size_t width, bool back) {
-    struct exc_spread *d = s->spread;
-    int ranks = exc_ranks_count(s->ctx);
-    int64_t E = s->m->atlas->shape.experts, own = s->m->expert_end - s->m->expert_first, first, end;
-    size_t *out = back ? d->recv_bytes : d->send_bytes, *in = back ? d->send_bytes : d->recv_bytes;
+    EXC_TRY(exc_ranks_exchange(s->ctx, "rows by expert", d->counts, d->send_bytes, theirs, d->recv_bytes));
     for (int r = 0; r < ranks; r++) {
-        exc_share(E, r, ranks, &first, &end);
-        out[r] = (size_t)(s->offset[end] - s->offset[first]) * width;
-        in[r] = 0;
-        for (int64_t e = 0; e < own; e++) in[r] += (size_t)d->counts[E + r * own + e] * width;
+        d->in[r] = 0;
+        for (int64_t e = 0; e < own; e++) d->in[r] += theirs[r * own + e];
     }
+    return EXC_OK;
 }
 
+/* the rows that chose each expert, to its rank; *came: how many came here, with their experts in d->ids */
 static exc_status send_rows(exc_session *s, const int32_t *mark, int64_t *came) {
     struct exc_spread *d = s->spread;
     const exc_shape *p = &s->m->atlas->shape;
     size_t row = (size_t)p->hidden * exc_act_bytes(s->m);
-    int64_t E = p->experts, own = s->m->expert_end - s->m->expert_first, n = 0;
-    for (int64_t r = 0; r < s->offset[E]; r++) {
-        int64_t token = s->pair_of[r] / p->top_k;
-        memcpy((uint8_t *)d->send_x + (size_t)r * row, (const uint8_t *)s->x + (size_t)token * row, row);
-        d->send_mark[r] = mark ? mark[token] : -1;
-    }
-    row_bytes(s, row, false);
-    EXC_TRY(exc_ranks_exchange(s->ctx, "rows to experts", d->send_x, d->send_bytes, d->recv_x, d->recv_bytes));
-    row_bytes(s, sizeof *d->send_mark, false);
-    EXC_TRY(exc_ranks_exchange(s->ctx, "marks of rows", d->send_mark, d->send_bytes, d->recv_mark, d->recv_bytes));
+    int64_t own = s->m->expert_end - s->m->expert_first, *theirs = d->counts + p->experts, n = 0;
+    struct exc_gather_args x = {s->x, s->pair_of, p->top_k, d->offset_here[p->experts], row, d->send_x}, m = x;
+    EXC_TRY(exc_op_checked(s->ctx, "gather", s->ctx->ops->gather(&s->ctx->queue, &x)));
+    m.x = mark, m.width = sizeof *mark, m.y = d->send_mark;
+    if (mark) EXC_TRY(exc_op_checked(s->ctx, "gather", s->ctx->ops->gather(&s->ctx->queue, &m)));
+    exc_rows kinds[] = {{d->send_x, d->recv_x, row}, {d->send_mark, d->recv_mark, sizeof *mark}};
+    EXC_TRY(exc_ranks_send_rows(s->ctx, "rows to experts", kinds, mark ? 2 : 1, d->out, d->in));
     for (int64_t i = 0; i < own * exc_ranks_count(s->ctx); i++)
-        for (int64_t j = 0; j < d->counts[E + i]; j++) d->ids[n++] = (int32_t)(i % own);
+        for (int64_t j = 0; j < theirs[i]; j++) d->ids_here[n++] = (int32_t)(i % own);
     *came = n;
-    return EXC_OK;
+    return exc_device_put(s->ctx, d->ids, d->ids_here, (size_t)n * sizeof *d->ids);
 }
 
 exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *mark, const exc_sums *sums) {
     struct exc_spread *d = s->spread;
     const exc_shape *p = &s->m->atlas->shape;
-    int64_t own = s->m->expert_end - s->m->expert_first, H = p->hidden, I = p->inner, rows;
+    int64_t own = s->m->expert_end - s->m->expert_first, I = p->inner, rows;
     double *mid = sums->mid_sum ? sums->mid_sum + s->m->expert_first * I : NULL;
     double *sq = sums->sqnorm_sum ? sums->sqnorm_sum + s->m->expert_first : NULL;
+    size_t width = (size_t)p->hidden * sizeof *d->y;
     EXC_TRY(tell_counts(s));
     EXC_TRY(send_rows(s, mark, &rows));
     EXC_RUN(s, permute, .ids = d->ids, .tokens = rows, .top_k = 1, .experts = own, .offset = d->offset, .row_of = d->row_of,
             .pair_of = d->pair_of);
-    EXC_TRY(exc_feed_experts(s, y, d->recv_x, d->offset, d->pair_of, rows, 1, own, d->y, d->recv_mark, mid, sq));
-    for (int64_t i = 0; i < rows; i++)
-        memcpy(d->home + i * H, d->y + d->row_of[i] * H, (size_t)H * sizeof *d->y);
-    row_bytes(s, (size_t)H * sizeof *d->y, true);
-    return exc_ranks_exchange(s->ctx, "outputs of experts", d->home, d->send_bytes, s->y, d->recv_bytes);
+    EXC_TRY(exc_feed_experts(s, y, d->recv_x, d->offset, d->pair_of, rows, 1, own, d->y, mark ? d->recv_mark : NULL, mid, sq));
+    EXC_RUN(s, gather, .x = d->y, .index = d->row_of, .share = 1, .rows = rows, .width = width, .y = d->home);
+    return exc_ranks_send_rows(s->ctx, "outputs of experts", &(exc_rows){d->home, s->y, width}, 1, d->in, d->out);
 }

@@ -78,11 +78,19 @@ AVX512 EXC_INLINE __m512i joined_fast(__m512 e, __m512 o) {
 
 enum { FAST = 1, WHOLE = 2 }; /* the processor rounds to bf16; strength 1 */
 
-/* Rows h..h+n-1 of both matrices, a line after the other. sum += R W of `in`; `out` loses its share and is written. ahead: where
- * rows to come of in and out are. */
+/* hi + lo += x, of which hi keeps what fits and lo the rest; all sums are followed by their hi and lo, n numbers each */
+AVX512 EXC_INLINE void settle(float *sum, int64_t n, __m512 x) {
+    __m512 h = _mm512_load_ps(sum + n), s = _mm512_add_ps(h, x), b = _mm512_sub_ps(s, h);
+    __m512 e = _mm512_add_ps(_mm512_sub_ps(h, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
+    _mm512_store_ps(sum + n, s);
+    _mm512_store_ps(sum + 2 * n, _mm512_add_ps(_mm512_load_ps(sum + 2 * n), e));
+}
+
+/* Rows h..h+n-1 of both matrices, a line after the other. sum += R W of `in`, if it is a new chunk after the old sum has been
+ * settled; `out` loses its share and is written. ahead: where rows to come of in and out are. */
 AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
-                               int n, int leaves, int enters, int rank, int how) {
-    const int64_t rows = t->a->rows;
+                               int n, int anew, int leaves, int enters, int rank, int how) {
+    const int64_t rows = t->a->rows, sums = rank * t->a->cols;
     const size_t stride = (size_t)t->a->cols * 2, at = (size_t)h * stride;
     const char *new = enters ? in->src + at : NULL, *old = leaves ? out->src + at : NULL, *soon[2] = {ahead[0], ahead[1]};
     const float *c = leaves ? out->c : NULL;
@@ -109,6 +117,11 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
         _Pragma("GCC unroll 4") for (int r = 0; r < rank; r++) {
             if (enters) {
                 __m512 se = _mm512_load_ps(sum + r * LINE), so = _mm512_load_ps(sum + r * LINE + 16);
+                if (anew) {
+                    settle(sum + r * LINE, sums, se);
+                    settle(sum + r * LINE + 16, sums, so);
+                    se = so = _mm512_setzero_ps();
+                }
                 _Pragma("GCC unroll 4") for (int i = 0; i < n; i++) {
                     se = _mm512_fmadd_ps(b[r][i], e[i], se);
                     so = _mm512_fmadd_ps(b[r][i], o[i], so);
@@ -139,13 +152,14 @@ AVX512 EXC_INLINE void chunk(const tandem *t, const rider *out, const rider *in,
     const int64_t last = exc_least(h + CHUNK, t->a->rows);
     const size_t stride = (size_t)t->a->cols * 2;
     const char *soon[2] = {ahead[0], ahead[1]};
-    for (; h + ROWS <= last; h += ROWS) {
-        rows_of(t, out, in, soon, h, sum, ROWS, leaves, enters, rank, how);
-        for (int i = 0; i < 2; i++) soon[i] += ROWS * stride;
-    }
-    for (; h < last; h++) {
-        rows_of(t, out, in, soon, h, sum, 1, leaves, enters, rank, how);
-        for (int i = 0; i < 2; i++) soon[i] += stride;
+    for (int anew = h > 0; h < last; anew = 0) {
+        int n = h + ROWS <= last ? ROWS : 1;
+        if (enters && anew && n > 1) rows_of(t, out, in, soon, h, sum, ROWS, 1, leaves, enters, rank, how);
+        else if (n > 1) rows_of(t, out, in, soon, h, sum, ROWS, 0, leaves, enters, rank, how);
+        else if (enters && anew) rows_of(t, out, in, soon, h, sum, 1, 1, leaves, enters, rank, how);
+        else rows_of(t, out, in, soon, h, sum, 1, 0, leaves, enters, rank, how);
+        for (int i = 0; i < 2; i++) soon[i] += (size_t)n * stride;
+        h += n;
     }
 }
 
@@ -159,14 +173,11 @@ AVX512 EXC_INLINE void chunk(const tandem *t, const rider *out, const rider *in,
 #define CHUNKS_OF(n) CHUNK_OF(n, slow, 0) CHUNK_OF(n, fast, FAST) CHUNK_OF(n, whole, FAST | WHOLE)
 CHUNKS_OF(1) CHUNKS_OF(2) CHUNKS_OF(3)
 
-/* hi + lo += sum, and sum = 0 */
-AVX512 static void settle(float *hi, float *lo, float *sum, int64_t n) {
+/* R W, from the sums of the last chunk and what was settled before */
+AVX512 static void finish(float *c, float *sum, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
-        __m512 x = _mm512_load_ps(sum + i), h = _mm512_load_ps(hi + i), s = _mm512_add_ps(h, x), b = _mm512_sub_ps(s, h);
-        __m512 e = _mm512_add_ps(_mm512_sub_ps(h, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
-        _mm512_store_ps(hi + i, s);
-        _mm512_store_ps(lo + i, _mm512_add_ps(_mm512_load_ps(lo + i), e));
-        _mm512_store_ps(sum + i, _mm512_setzero_ps());
+        settle(sum + i, n, _mm512_load_ps(sum + i));
+        _mm512_store_ps(c + i, _mm512_add_ps(_mm512_load_ps(sum + n + i), _mm512_load_ps(sum + 2 * n + i)));
     }
 }
 
@@ -186,24 +197,22 @@ static const char *later(const char *matrix, const char *next, int64_t h, int64_
     return at < rows ? matrix + (size_t)at * stride : next + (size_t)((at - rows) % rows) * stride;
 }
 
-/* `out` leaves and `in` enters; either may be absent. next: the matrix that comes after `in`. work [3, rank, cols]. */
-static void pass(const tandem *t, const rider *out, rider *in, const char *next, float *work) {
+/* `out` leaves and `in` enters; either may be absent. next: the matrix that comes after `in`. sum [3, rank, cols]. */
+static void pass(const tandem *t, const rider *out, rider *in, const char *next, float *sum) {
     const struct exc_project_args *a = t->a;
     const int64_t n = a->rank * a->cols;
     const size_t stride = (size_t)a->cols * 2;
-    float *sum = work, *hi = work + n, *lo = hi + n;
     chunk_fn step = out && out->careful ? t->careful : t->fast;
-    if (in) __builtin_memset(work, 0, (size_t)(3 * n) * sizeof(float));
+    if (in) __builtin_memset(sum, 0, (size_t)(3 * n) * sizeof(float));
     _mm_setcsr(_mm_getcsr() & ~(unsigned)_MM_EXCEPT_DENORM);
     for (int64_t h = 0; h < a->rows; h += CHUNK) {
         const char *ahead[2] = {NULL, NULL};
         if (in) ahead[0] = later(in->src, next, h, a->rows, stride, ENTER_AHEAD);
         if (out) ahead[1] = later(out->src, in ? in->src : out->src, h, a->rows, stride, LEAVE_AHEAD);
         step(t, out, in, ahead, h, sum);
-        if (in) settle(hi, lo, sum, n);
     }
     if (!in) return;
-    for (int64_t i = 0; i < n; i++) in->c[i] = hi[i] + lo[i];
+    finish(in->c, sum, n);
     in->careful = _mm_getcsr() & _MM_EXCEPT_DENORM || least(in->share, a->rank * a->rows) * least(in->c, n) < LEAST_PRODUCT;
 }
 

@@ -17,21 +17,28 @@ typedef struct result {
 
 static inline int64_t length_of(const exc_prompts *p, int64_t i) { return p->begin[i + 1] - p->begin[i]; }
 
-static inline void put_rows(void *to, const void *from, int64_t planes, const exc_piece *x, int64_t n, int64_t width)
+static inline void put_rows(exc_ctx *ctx, void *to, const void *from, int64_t planes, const exc_piece *x, int64_t n, int64_t width)
 {
     for (int64_t i = 0; i < planes; i++)
-        memcpy((float *)to + (i * n + x->first) * width, (const float *)from + (i * x->step_rows + x->row) * width,
-               (size_t)(x->rows * width) * 4);
+        assert_int_equal(exc_device_get(ctx, (float *)to + (i * n + x->first) * width,
+                                        (const float *)from + (i * x->step_rows + x->row) * width, (size_t)(x->rows * width) * 4),
+                         EXC_OK);
 }
 
 static inline exc_status collect(exc_ctx *ctx, void *user, const exc_piece *x)
 {
     result *r = user;
     int64_t n = length_of(r->p, x->prompt);
-    put_rows(r->hidden[x->prompt], x->step->hidden, r->s->layers + 1, x, n, r->s->hidden);
-    put_rows(r->ids[x->prompt], x->step->router_ids, r->s->moe_layers, x, n, r->s->top_k);
-    put_rows(r->weights[x->prompt], x->step->router_weights, r->s->moe_layers, x, n, r->s->top_k);
-    return exc_session_logits(x->session, x->row, x->rows, r->logits[x->prompt] + x->first * r->s->vocab);
+    put_rows(ctx, r->hidden[x->prompt], x->step->hidden, r->s->layers + 1, x, n, r->s->hidden);
+    put_rows(ctx, r->ids[x->prompt], x->step->router_ids, r->s->moe_layers, x, n, r->s->top_k);
+    put_rows(ctx, r->weights[x->prompt], x->step->router_weights, r->s->moe_layers, x, n, r->s->top_k);
+    void *there;
+    size_t count = (size_t)(x->rows * r->s->vocab);
+    EXC_TRY(exc_device_alloc(ctx, count, 4, "logits", &there));
+    exc_status st = exc_session_logits(x->session, x->row, x->rows, there);
+    if (!st) st = exc_device_get(ctx, r->logits[x->prompt] + x->first * r->s->vocab, there, count * 4);
+    exc_device_release(ctx, there);
+    return st;
 }
 
 static inline exc_prompts make_prompts(int64_t count, const int64_t *lengths, int64_t vocab, uint64_t seed)

@@ -3,6 +3,8 @@
 #include "helpers.h"
 
 #include <dirent.h>
+#include <libgen.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,9 +18,24 @@ static char *dirs[MAX_DIRS];
 static int n_dirs;
 static pid_t owner;
 
-exc_ctx *test_ctx(int threads)
+void test_emulated(void)
+{
+    char self[PATH_MAX], path[PATH_MAX + 32];
+    if (getenv("EXCISE_CUDA_MODULE")) return;
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    assert_true(n > 0);
+    self[n] = 0;
+    snprintf(path, sizeof path, "%s/libexcise_emulated.so", dirname(self));
+    setenv("EXCISE_CUDA_MODULE", path, 1);
+}
+
+exc_ctx *test_ctx(int threads) { return test_ctx_on("cpu", threads); }
+
+exc_ctx *test_ctx_on(const char *backend, int threads)
 {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
+    if (!strcmp(backend, "cuda")) test_emulated();
+    opt.backend = backend;
     opt.threads = threads;
     opt.backend = "cpu";
     exc_ctx *ctx = NULL;

@@ -12,6 +12,8 @@
 #include "ops.h"
 
 exc_ctx *test_ctx(int threads);              /* asserts success; released by exc_ctx_free */
+exc_ctx *test_ctx_on(const char *backend, int threads); /* "cuda": the emulated device, where EXCISE_CUDA_MODULE names no other */
+void test_emulated(void);                    /* makes EXCISE_CUDA_MODULE name the emulated module, unless it names one */
 const char *test_data(const char *relative); /* path under tests/data; static ring of 8 */
 char *test_tmpdir(void);                     /* new folder, removed at exit; owned by the helper */
 char *test_path(const char *dir, const char *name); /* dir/name; static ring of 16 */

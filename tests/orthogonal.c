@@ -353,6 +353,43 @@ static void matvec_rows(void **state) {
         }
 }
 
+/* quantised: both pack the same codes and scales, and only f64 rounds */
+static void matvec_codes(void **state) {
+    static const int64_t shapes[][3] = {{1, 1, 32}, {5, 33, 160}, {9, 130, 288}};
+    for (size_t c = 0; c < 2 * EXC_COUNT(shapes); c++) {
+        int64_t rows = shapes[c / 2][0], n = shapes[c / 2][1], k = shapes[c / 2][2];
+        int type = c % 2 ? EXC_F4 : EXC_F8_E4M3, scales = c % 2 ? EXC_F8_E8M0 : EXC_F32;
+        size_t codes = (size_t)(n * k) / (c % 2 ? 2 : 1), count = (size_t)(c % 2 ? n * (k / 32) : (n + 127) / 128 * ((k + 127) / 128));
+        size_t bytes = exc_packed_bytes(n, k, type);
+        uint8_t *w = malloc(codes), scale8[2048];
+        float scale4[64];
+        for (size_t i = 0; i < codes; i++) w[i] = (uint8_t)(exc_random_u64(3, c, i) % 127);
+        for (size_t i = 0; i < count && c % 2; i++) scale8[i] = (uint8_t)(120 + i % 9);
+        for (size_t i = 0; i < count && !(c % 2); i++) scale4[i] = 0.01f * (float)(i + 1);
+        const void *scale = c % 2 ? (void *)scale8 : (void *)scale4;
+        void *packed = exc_alloc(NULL, bytes, 1, "a test matrix");
+        double *x = malloc((size_t)(rows * k) * 8), *want = calloc((size_t)(rows * n), 8), *got = calloc((size_t)(rows * n), 8);
+        for (int64_t i = 0; i < rows * k; i++) x[i] = (double)test_normal(9, (uint64_t)i);
+        struct exc_pack_args here = {.w = w, .w_dtype = type, .n = n, .k = k, .to = type, .out = packed, .scale = scale, .scale_dtype = scales},
+                             there = here;
+        there.w = twin_up(w, codes);
+        there.scale = twin_up(scale, count * (c % 2 ? 1 : 4));
+        there.out = twin_up(packed, bytes);
+        assert_int_equal(exc_cpu_pack(&twin.cpu->queue, &here), EXC_OK);
+        TWIN_RUN(pack, &there);
+        exc_packed cpu = {packed, n, k, type}, gpu = {there.out, n, k, type};
+        struct exc_matvec_args a = {x, &cpu, rows, want},
+                               b = {twin_up(x, (size_t)(rows * k) * 8), &gpu, rows, twin_up(want, (size_t)(rows * n) * 8)};
+        assert_int_equal(exc_cpu_matvec(&twin.cpu->queue, &a), EXC_OK);
+        TWIN_RUN(matvec, &b);
+        twin_down(got, b.y, (size_t)(rows * n) * 8);
+        for (int64_t i = 0; i < rows * n; i++)
+            assert_true(fabs(got[i] - want[i]) <= (double)k * 0x1p-50 * (100 + fabs(want[i]))); /* terms of up to 100 */
+        twin_done();
+        free(w), exc_release(packed), free(x), free(want), free(got);
+    }
+}
+
 /* the same draws: all that differs is log and erfc, a few ulp, and what a variance of such differences makes
  * of it */
 static void contrast_draws_alike(void **state) {
@@ -513,7 +550,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(project_any_shape),       cmocka_unit_test(project_tall_and_wide),
         cmocka_unit_test(project_mixed_addresses), cmocka_unit_test(project_refuses),
-        cmocka_unit_test(gram_both_ways),          cmocka_unit_test(matvec_rows),
+        cmocka_unit_test(gram_both_ways),          cmocka_unit_test(matvec_rows), cmocka_unit_test(matvec_codes),
         cmocka_unit_test(contrast_draws_alike),    cmocka_unit_test(subspace_meets_the_cpu),
         cmocka_unit_test(subspace_of_nothing),
     };

@@ -33,16 +33,7 @@ static inline int twin_small(void) { return getenv("HC_SMALL") && atoi(getenv("H
 
 /* group setup; teardown is twin_close */
 static inline int twin_open(void **state) {
-    if (!getenv("EXCISE_CUDA_MODULE")) {
-        char self[PATH_MAX], path[PATH_MAX + 32];
-        ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
-        assert_true(n > 0);
-        self[n] = 0;
-        snprintf(path, sizeof path, "%s/libexcise_emulated.so", dirname(self));
-        setenv("EXCISE_CUDA_MODULE", path, 1);
-        snprintf(path, sizeof path, "%s/libraries", self); /* dirname() has cut it: the stand-ins for NVIDIA's */
-        setenv("EXCISE_CUDA_LIBRARIES", path, 0);
-    }
+    test_emulated();
     twin.cpu = test_ctx(2);
     twin.gpu = calloc(1, sizeof *twin.gpu);
     exc_status st = exc_device_open(twin.gpu, 0);

@@ -27,6 +27,8 @@ void test_emulated(void)
     self[n] = 0;
     snprintf(path, sizeof path, "%s/libexcise_emulated.so", dirname(self));
     setenv("EXCISE_CUDA_MODULE", path, 1);
+    snprintf(path, sizeof path, "%s/libraries", self); /* dirname() has cut it: the stand-ins for NVIDIA's */
+    setenv("EXCISE_CUDA_LIBRARIES", path, 0);
 }
 
 exc_ctx *test_ctx(int threads) { return test_ctx_on("cpu", threads); }
@@ -37,10 +39,10 @@ exc_ctx *test_ctx_on(const char *backend, int threads)
     if (!strcmp(backend, "cuda")) test_emulated();
     opt.backend = backend;
     opt.threads = threads;
-    opt.backend = "cpu";
     exc_ctx *ctx = NULL;
     exc_status st = exc_ctx_create(&opt, &ctx);
     if (st != EXC_OK) fail_msg("exc_ctx_create: %s", exc_ctx_error(ctx));
+    assert_string_equal(ctx->backend, backend);
     return ctx;
 }
 

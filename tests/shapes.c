@@ -43,6 +43,18 @@ static void copy_config(const char *model, const char *dir, const char *more) {
     free(config);
 }
 
+static const char fp8[] = "\"quantization_config\":{\"quant_method\":\"fp8\",\"fmt\":\"e4m3\",\"weight_block_size\":[128,128]},";
+
+static void replace(const char *path, const char *from, const char *to) {
+    size_t n;
+    char *text = test_read(path, &n), *at = strstr(text, from), *all;
+    assert_non_null(at);
+    assert_true(asprintf(&all, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from)) > 0);
+    test_write(path, all, strlen(all));
+    free(all);
+    free(text);
+}
+
 static const void *find(const exc_checkpoint *c, const char *layer, int64_t l, const char *rest, int64_t e, const char *end, size_t *bytes) {
     char name[200];
     snprintf(name, sizeof name, "%s%lld.%s%lld.%s", layer, (long long)l, rest, (long long)e, end);
@@ -188,15 +200,17 @@ static quantised quantise(const exc_checkpoint *c, const exc_tensor *t, exc_dtyp
     return q;
 }
 
-/* the model as codes and scales, or as the f32 numbers they are */
-static void write_model(exc_ctx *ctx, const exc_checkpoint *c, const char *dir, exc_dtype scales, bool as_codes) {
+/* the model as codes and scales, or as the f32 numbers they are; inner: of its experts in one tensor, made of as many of their bytes */
+static void write_model(exc_ctx *ctx, const exc_checkpoint *c, const char *dir, exc_dtype scales, int64_t inner, bool as_codes) {
     exc_writer *w;
     char name[220];
     assert_int_equal(exc_writer_open(ctx, test_path(dir, "model.safetensors"), false, &w), EXC_OK);
     for (int put = 0; put < 2; put++)
         for (size_t i = 0; i < c->n_tensors; i++) {
-            const exc_tensor *t = c->by_name[i];
+            exc_tensor own = *c->by_name[i], *t = &own;
             quantised q = {0};
+            if (t->rank == 3 && inner && strstr(t->name, "gate_up_proj")) own.shape[1] = 2 * inner;
+            if (t->rank == 3 && inner && strstr(t->name, "experts.down_proj")) own.shape[2] = inner;
             exc_dtype dtype = !is_quantised(t) ? t->dtype : as_codes ? EXC_F8_E4M3 : EXC_F32;
             if (is_quantised(t)) q = quantise(c, t, scales);
             snprintf(name, sizeof name, "%s_scale_inv", t->name);
@@ -258,7 +272,6 @@ static void shared_block(exc_ctx *ctx, const char *dir) {
 static void ragged_blocks(void **state) {
     static const exc_dtype scales[] = {EXC_F32, EXC_BF16, EXC_F8_E8M0, EXC_F32, EXC_BF16};
     static const char *const names[] = {"deepseek_v3", "moonlight", "glm4_moe", "qwen3_next", "qwen3_5_moe"};
-    static const char fp8[] = "\"quantization_config\":{\"quant_method\":\"fp8\",\"fmt\":\"e4m3\",\"weight_block_size\":[128,128]},";
     exc_ctx *ctx = test_ctx(2);
     for (size_t i = 0; i < EXC_COUNT(names); i++) {
         char path[64], *codes = test_tmpdir(), *numbers = test_tmpdir();
@@ -269,8 +282,8 @@ static void ragged_blocks(void **state) {
         assert_int_equal(exc_checkpoint_open(ctx, test_data(path), &c), EXC_OK);
         copy_config(names[i], codes, fp8);
         copy_config(names[i], numbers, "");
-        write_model(ctx, c, codes, scales[i], true);
-        write_model(ctx, c, numbers, scales[i], false);
+        write_model(ctx, c, codes, scales[i], 0, true);
+        write_model(ctx, c, numbers, scales[i], 0, false);
         float *a = logits_of(ctx, codes, EXC_COMPUTE_F32, &n, &small), *b = logits_of(ctx, numbers, EXC_COMPUTE_F32, &m, &large);
         double off = test_relative(a, b, n);
         assert_true(n == m && small < large);
@@ -284,7 +297,37 @@ static void ragged_blocks(void **state) {
     exc_ctx_free(ctx);
 }
 
+/* ups that begin 24 rows into a block: a panel of 16 would have rows of two, so
+ * their numbers are packed. The same behind 9. */
+static void blocks_within_panels(void **state) {
+    static const int64_t inner[] = {24, 9};
+    exc_ctx *ctx = test_ctx(2);
+    exc_checkpoint *c;
+    assert_int_equal(exc_checkpoint_open(ctx, test_data("models/qwen3_5_moe"), &c), EXC_OK);
+    for (size_t i = 0; i < EXC_COUNT(inner); i++) {
+        char *codes = test_tmpdir(), *numbers = test_tmpdir(), to[64];
+        size_t n, m;
+        uint64_t small, large;
+        snprintf(to, sizeof to, "\"moe_intermediate_size\": %d", (int)inner[i]);
+        copy_config("qwen3_5_moe", codes, fp8);
+        copy_config("qwen3_5_moe", numbers, "");
+        replace(test_path(codes, "config.json"), "\"moe_intermediate_size\": 32", to);
+        replace(test_path(numbers, "config.json"), "\"moe_intermediate_size\": 32", to);
+        write_model(ctx, c, codes, EXC_F32, inner[i], true);
+        write_model(ctx, c, numbers, EXC_F32, inner[i], false);
+        for (int compute = 0; compute < 2; compute++) {
+            float *a = logits_of(ctx, codes, (exc_compute)compute, &n, &small), *b = logits_of(ctx, numbers, (exc_compute)compute, &m, &large);
+            assert_true(n == m && small < large);
+            if (compute == EXC_COMPUTE_F32) assert_true(test_relative(a, b, n) < 1e-5);
+            free(a);
+            free(b);
+        }
+    }
+    exc_checkpoint_close(c);
+    exc_ctx_free(ctx);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(stacked_is_the_same), cmocka_unit_test(ragged_blocks)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(stacked_is_the_same), cmocka_unit_test(ragged_blocks), cmocka_unit_test(blocks_within_panels)};
     return cmocka_run_group_tests_name("shapes", tests, NULL, NULL);
 }

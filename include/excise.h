@@ -62,7 +62,7 @@ typedef int (*exc_event_fn)(void *user, const exc_event *event);
 typedef struct exc_ctx exc_ctx;
 typedef struct exc_ctx_options {
     size_t size;
-    const char *backend;   /* "cpu" (or NULL), or "cuda": [stream] calls on a GPU. One that cannot be used is an error that says why */
+    const char *backend;   /* "cuda" or "cpu": one that cannot be used is an error that says why. NULL: the first that can */
     int threads;           /* 0: all cores this process may use */
     int reproducible;      /* 1: same bits for any batching too: logits, states, replies, and all sums of a capture (see exc_capture) */
     exc_event_fn on_event; /* NULL: no events */

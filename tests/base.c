@@ -200,12 +200,38 @@ static void describe(void **state)
     exc_ctx_free(ctx);
 }
 
+/* who names none gets the CPU where no GPU can be used, and is told why */
+static int first_info(void *user, const exc_event *event)
+{
+    char *text = user;
+    if (event->kind == EXC_EVENT_INFO && !*text) snprintf(text, 256, "%s", event->text);
+    return 0;
+}
+
+static void no_backend_named(void **state)
+{
+    exc_ctx_options opt = EXC_CTX_OPTIONS;
+    char text[256] = "", *json = NULL;
+    exc_ctx *ctx = NULL;
+    opt.on_event = first_info;
+    opt.user = text;
+    assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
+    assert_int_equal(exc_ctx_describe(ctx, &json), EXC_OK);
+    assert_non_null(strstr(json, "\"backend\":\"cpu\""));
+    assert_string_equal(exc_ctx_error(ctx), "");
+    assert_memory_equal(text, "backend cuda is not used: /none.so: ", 36);
+    exc_free(json);
+    exc_ctx_free(ctx);
+}
+
 int main(void)
 {
+    setenv("EXCISE_CUDA_MODULE", "/none.so", 1);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(status_codes),
         cmocka_unit_test(first_error_stays),
         cmocka_unit_test(named_backend_is_never_replaced),
+        cmocka_unit_test(no_backend_named),
         cmocka_unit_test(every_task_once),
         cmocka_unit_test(callback_cancels),
         cmocka_unit_test(allocation_failures_are_reported),

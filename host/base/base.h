@@ -39,6 +39,7 @@ struct exc_ctx {
     char error[1024];          /* text of the last failure, empty if none */
     const struct exc_ops *ops; /* the chosen backend's table */
     const char *backend;       /* "cpu", ... */
+    char declined[256];        /* why a GPU that nobody named was passed over; "" if none was */
     exc_queue queue;           /* what ops run on */
     uint64_t nonfinite;        /* counter behind queue.nonfinite, on the CPU */
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
@@ -122,8 +123,6 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
  * the two cost nothing on the CPU. */
 exc_status exc_device_mirror(exc_ctx *ctx, size_t count, size_t size, const char *what, void **block);
 void *exc_device_side(const exc_ctx *ctx, void *host, void *block);
-/* for [job] calls, whose rooms hand host memory to ops: EXC_ERR_DEVICE on a context that works on a GPU */
-exc_status exc_device_jobs(exc_ctx *ctx, const char *call);
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);

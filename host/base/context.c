@@ -1,8 +1,8 @@
 /* context.c - exc_ctx: picks a backend from the ordered list, opens the queue, describes both.
  *
  * Backends stand in one list, CPU last. A backend the caller names must be usable or the call fails with the reason: a job
- * that asked for a GPU must never find out from its speed that it did not get one. Who names none gets the CPU, which does
- * everything; the GPU serves the [stream] calls. */
+ * that asked for a GPU must never find out from its speed that it did not get one. Who names none gets the first that can be
+ * used, and is told why one before it was passed over. */
 #include <string.h>
 
 #include "base.h"
@@ -24,33 +24,67 @@ static const backend backends[] = {
     {"cpu", usable, &exc_cpu_ops},
 };
 
-static exc_status choose(exc_ctx *ctx, const char *name)
+static exc_status use(exc_ctx *ctx, const backend *b)
+{
+    ctx->ops = b->ops;
+    ctx->backend = b->name;
+    return b->ops ? EXC_OK : exc_device_open(ctx, ctx->opt.device);
+}
+
+static exc_status use_named(exc_ctx *ctx, const char *name)
 {
     for (size_t i = 0; i < EXC_COUNT(backends); i++) {
         const backend *b = &backends[i];
-        if (strcmp(name ? name : "cpu", b->name)) continue;
+        if (strcmp(name, b->name)) continue;
         const char *why = b->why_not();
-        if (!why) {
-            ctx->ops = b->ops;
-            ctx->backend = b->name;
-            return EXC_OK;
-        }
-        return exc_fail(ctx, EXC_ERR_DEVICE, "backend %s cannot be used: %s", b->name, why);
+        return why ? exc_fail(ctx, EXC_ERR_DEVICE, "backend %s cannot be used: %s", b->name, why) : use(ctx, b);
     }
     return exc_fail(ctx, EXC_ERR_USAGE, "backend: expected cpu or cuda, found %s", exc_show(name, strlen(name)));
 }
 
+/* Says why `b` is passed over. One that is not there is worth a line in a log; one that is there, but cannot be opened (it is
+ * full, or another's), a warning. */
+static void decline(exc_ctx *ctx, const backend *b)
+{
+    snprintf(ctx->declined, sizeof ctx->declined, "%.255s", ctx->error);
+    exc_device_close(ctx);
+    ctx->queue.nonfinite = &ctx->nonfinite;
+    ctx->queue.failed = 0;
+    exc_clear(ctx);
+    if (b->why_not()) exc_info(ctx, "backend %s is not used: %s", b->name, ctx->declined);
+    else exc_warn(ctx, "backend %s is not used: %s", b->name, ctx->declined);
+}
+
+/* The first that all ranks can use: parts from different backends would not fit together bit for bit. */
+static exc_status use_first(exc_ctx *ctx)
+{
+    exc_status st = EXC_ERR_DEVICE;
+    for (size_t i = 0; i < EXC_COUNT(backends); i++) {
+        const backend *b = &backends[i];
+        const char *why = b->why_not();
+        st = why ? exc_fail(ctx, EXC_ERR_DEVICE, "%s", why) : use(ctx, b);
+        if (i == EXC_COUNT(backends) - 1) break; /* nothing is left to fall back on */
+        uint32_t ready = st == EXC_OK;
+        EXC_TRY(exc_ranks_sum(ctx, "ranks with a GPU", EXC_U32, &ready, 1));
+        if (ready == (uint32_t)exc_ranks_count(ctx)) break;
+        if (st == EXC_OK) exc_fail(ctx, EXC_ERR_DEVICE, "%d of %d ranks cannot use it", exc_ranks_count(ctx) - (int)ready, exc_ranks_count(ctx));
+        decline(ctx, b);
+    }
+    return st;
+}
+
 static exc_status open_backend(exc_ctx *ctx)
 {
-    exc_status st = choose(ctx, ctx->opt.backend);
-    if (st == EXC_OK) st = exc_queue_open(ctx, ctx->opt.threads);
+    ctx->backend = "none"; /* until one is in use */
     ctx->queue.reproducible = ctx->opt.reproducible != 0;
     ctx->queue.nonfinite = &ctx->nonfinite;
-    if (st == EXC_OK && !ctx->ops) st = exc_device_open(ctx, ctx->opt.device);
+    EXC_TRY(exc_ranks_agree(ctx, "opening the backend", exc_queue_open(ctx, ctx->opt.threads)));
+    if (!ctx->opt.backend) EXC_TRY(use_first(ctx));
+    else EXC_TRY(exc_ranks_agree(ctx, "opening the backend", use_named(ctx, ctx->opt.backend)));
     /* scratch of this context's threads and of those that read layers ahead (model/window.c), and the program */
-    if (st == EXC_OK && !ctx->module) exc_memory_take(ctx, 2 * (uint64_t)ctx->queue.workers * EXC_SCRATCH_BYTES + PROGRAM_BYTES);
-    if (st == EXC_OK) ctx->memory = ctx->opt.memory ? ctx->opt.memory : exc_memory_free(ctx) / 10 * 9;
-    return st;
+    if (!ctx->module) exc_memory_take(ctx, 2 * (uint64_t)ctx->queue.workers * EXC_SCRATCH_BYTES + PROGRAM_BYTES);
+    ctx->memory = ctx->opt.memory ? ctx->opt.memory : exc_memory_free(ctx) / 10 * 9;
+    return EXC_OK;
 }
 
 exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
@@ -69,7 +103,7 @@ exc_status exc_ctx_create(const exc_ctx_options *options, exc_ctx **out)
     ctx->opt = opt;
     *out = ctx; /* also on failure: exc_ctx_error() says why, exc_ctx_free() is due */
     EXC_TRY(exc_ranks_open(ctx, opt.ranks)); /* first: so that a backend that cannot be used is said once */
-    EXC_TRY(exc_ranks_agree(ctx, "opening the backend", open_backend(ctx)));
+    EXC_TRY(open_backend(ctx));
     return exc_ranks_device(ctx);
 }
 
@@ -91,6 +125,7 @@ exc_status exc_ctx_describe(exc_ctx *ctx, char **json)
     exc_buf_printf(&b, "{\"version\":\"%s\",\"backend\":\"%s\",\"backends\":[", EXC_VERSION, ctx->backend);
     for (size_t i = 0; i < EXC_COUNT(backends); i++) {
         const char *why = backends[i].why_not();
+        if (!why && !backends[i].ops && ctx->declined[0]) why = ctx->declined;
         exc_buf_printf(&b, "%s{\"name\":\"%s\",\"usable\":%s", i ? "," : "", backends[i].name, why ? "false" : "true");
         if (why) exc_buf_printf(&b, ",\"why\":\"%s\"", why);
         exc_buf_puts(&b, "}");

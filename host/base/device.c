@@ -196,10 +196,3 @@ exc_status exc_device_sync(exc_ctx *ctx)
     EXC_TRY(settle(ctx));
     return ctx->module ? exc_device_failed(ctx, ctx->module->sync(&ctx->queue), "waiting for the device") : EXC_OK;
 }
-
-exc_status exc_device_jobs(exc_ctx *ctx, const char *call)
-{
-    if (!ctx->module) return EXC_OK;
-    return exc_fail(ctx, EXC_ERR_DEVICE, "%s: the cuda backend serves the [stream] calls of the library; jobs over models and files run on the "
-                    "cpu backend in this version", call);
-}

@@ -7,7 +7,8 @@
  * ranked without it are the wrong ones). Other template, system and special tokens are the same in both sets
  * and would only dilute the contrast; ragged batches have no padding. In decode every greedy token that is
  * fed back counts. Output sums follow from the intermediate sums, sum_t W a_t = W sum_t a_t, with one pass
- * over the down_proj weights at the end for all groups. All arrays are taken before the first token runs. */
+ * over the down_proj weights at the end for all groups. All arrays are taken before the first token runs; while a set runs its
+ * sums live where the ops do. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -196,9 +197,21 @@ static uint64_t held(const capture *c) {
     return bytes;
 }
 
+static void dock_sums(const capture *c, int label, exc_sums *sums, exc_dock *d) {
+    const exc_shape *p = &c->m->atlas->shape;
+    size_t M = (size_t)p->moe_layers, cells = M * (size_t)p->experts;
+    exc_dock_both(d, &sums->count, cells * sizeof *sums->count);
+    exc_dock_both(d, &sums->gate_sum, cells * sizeof *sums->gate_sum);
+    exc_dock_both(d, &sums->mid_sum, cells * (size_t)p->inner * sizeof *sums->mid_sum);
+    exc_dock_both(d, &sums->sqnorm_sum, cells * sizeof *sums->sqnorm_sum);
+    exc_dock_both(d, &sums->shared_mid_sum, M * (size_t)p->shared_inner * sizeof *sums->shared_mid_sum);
+    exc_dock_both(d, &sums->prompt_count, (size_t)c->s->prompts[label] * cells * sizeof *sums->prompt_count);
+}
+
 static exc_status run_set(capture *c, int label) {
     const exc_prompts *p = c->set[label];
     exc_sums prefill = sums_of(c, label, EXC_PREFILL), decode = sums_of(c, label, EXC_DECODE);
+    exc_dock sums = {.ctx = c->ctx, .what = "sums of a capture"};
     exc_decode d = {.max_new =
                         c->opt.decode ? c->opt.decode + 1 : 0, /* the last new token is never fed back */
                     .observe = true,
@@ -210,7 +223,11 @@ static exc_status run_set(capture *c, int label) {
                     .held = held(c),
                     .step = label ? "capture baseline" : "capture target"};
     exc_reply *replies = NULL;
-    EXC_TRY(exc_decode_run(c->ctx, c->m, p, &d, &replies));
+    dock_sums(c, label, &prefill, &sums);
+    if (c->opt.decode) dock_sums(c, label, &decode, &sums);
+    exc_status st = exc_dock_enter(&sums);
+    if (st == EXC_OK) st = exc_decode_run(c->ctx, c->m, p, &d, &replies);
+    EXC_TRY(exc_dock_leave(&sums, st));
     for (int64_t i = 0; i < p->count; i++) c->ended[label] += replies[i].stopped;
     exc_replies_free(replies, p->count);
     return EXC_OK;

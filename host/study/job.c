@@ -261,7 +261,6 @@ void exc_job_free(exc_job *j) {
 exc_status exc_run(exc_ctx *ctx, const char *job_json, int force, char **json) {
     if (!ctx || !job_json) return EXC_ERR_USAGE;
     exc_clear(ctx);
-    EXC_TRY(exc_device_jobs(ctx, "run"));
     if (json) *json = NULL;
     exc_job job;
     exc_ledger *ledger = NULL;

@@ -24,8 +24,9 @@ typedef struct tandem {
     int32_t *tokens;                            /* [step_tokens] */
     int32_t *slot;                              /* [slots] */
     int64_t *begin, *capacity, *prompt, *first; /* [slots+1]; token of its prompt a sequence begins with */
-    float *logits[2];                           /* [piece,V] */
+    void *logits[2];                            /* [piece,V], where ops run */
     int32_t *ids[2];                            /* [M,step_tokens,K] */
+    void *ids_there[2];                         /* the same where ops run, on a device */
     int32_t *next;                              /* [piece] */
     double *kl, *nll[2];                        /* [piece] */
     uint8_t *same_top, *follows; /* [piece] equal most likely token; the position has a successor */
@@ -102,9 +103,12 @@ static exc_status prepare(tandem *t) {
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
         if (!t->session[m]) EXC_TRY(exc_session_open(t->ctx, t->model[m], &room[m], &t->session[m]));
-        GET(t->logits[m], t->piece * t->vocab);
+        EXC_TRY(exc_device_alloc(t->ctx, (size_t)(t->piece * t->vocab), sizeof(float), "logits to compare", &t->logits[m]));
         GET(t->nll[m], t->piece);
-        if (t->routing) GET(t->ids[m], t->layers * t->step_tokens * t->top_k);
+        if (!t->routing) continue;
+        GET(t->ids[m], t->layers * t->step_tokens * t->top_k);
+        EXC_TRY(exc_device_mirror(t->ctx, (size_t)(t->layers * t->step_tokens * t->top_k), sizeof *t->ids[m], "routes to compare",
+                                  &t->ids_there[m]));
     }
     GET(t->tokens, t->step_tokens);
     GET(t->owner, t->step_tokens);
@@ -123,7 +127,8 @@ static exc_status prepare(tandem *t) {
 static void release(tandem *t) {
     for (int m = 0; m < 2; m++) {
         exc_session_close(t->session[m]);
-        exc_release(t->logits[m]);
+        exc_device_release(t->ctx, t->logits[m]);
+        exc_device_release(t->ctx, t->ids_there[m]);
         exc_release(t->nll[m]);
         exc_release(t->ids[m]);
     }
@@ -174,8 +179,13 @@ static exc_status judge_rows(tandem *t, int64_t first, int64_t count, bool ends)
         args.same_top = t->same_top;
         args.nll_q = t->nll[1];
     }
-    exc_status st = t->ctx->ops->compare(&t->ctx->queue, &args);
-    if (st != EXC_OK) return exc_fail(t->ctx, st, "evaluate: op compare refused its arguments");
+    exc_dock d = {.ctx = t->ctx, .what = "comparison of two models"};
+    exc_dock_in(&d, &args.next, (size_t)count * sizeof *args.next);
+    exc_dock_out(&d, &args.kl, (size_t)count * sizeof *args.kl);
+    exc_dock_out(&d, &args.same_top, (size_t)count);
+    exc_dock_out(&d, &args.nll_p, (size_t)count * sizeof *args.nll_p);
+    exc_dock_out(&d, &args.nll_q, (size_t)count * sizeof *args.nll_q);
+    EXC_TRY(EXC_DOCK_CALL(&d, compare, &args));
     for (int64_t i = 0; i < count; i++) {
         int64_t s = ends ? i : t->owner[first + i];
         if (ends &&
@@ -212,9 +222,11 @@ static exc_status step(tandem *t, int64_t n) {
                          .begin = t->begin,
                          .sequences = n,
                          .logits = t->last_only ? t->logits[m] : NULL,
-                         .router_ids = t->routing ? t->ids[m] : NULL};
+                         .router_ids = t->routing ? exc_device_side(t->ctx, t->ids[m], t->ids_there[m]) : NULL};
         EXC_TRY(exc_session_step(t->session[m], &take));
         EXC_TRY(exc_session_check(t->session[m]));
+        if (t->routing)
+            EXC_TRY(exc_device_get(t->ctx, t->ids[m], take.router_ids, (size_t)(t->layers * rows * t->top_k) * sizeof *t->ids[m]));
     }
     if (t->routing) count_routes(t, rows);
     if (t->last_only) return judge_rows(t, 0, n, true);

@@ -4,6 +4,7 @@
  * the host's array again afterwards. The kept block is used again, two docks at once have one each, and memory that runs
  * short takes it back. */
 #include "module.h"
+#include "study.h"
 #include "twin.h"
 
 #include <math.h>
@@ -152,7 +153,56 @@ static void scratch(void **state) {
         for (int i = 0; i < E; i++) assert_true(fabs(out[0][f][i] - out[1][f][i]) <= 1e-12 * (1 + fabs(out[0][f][i])));
 }
 
+/* an error of the device that stays: the op and the weight are named, nothing is written, and the context closes */
+static exc_status breaks(exc_queue *q, const struct exc_project_args *a) {
+    if (q->measuring) return EXC_OK;
+    q->failed = 700; /* cudaErrorIllegalAddress */
+    q->failed_at = "strips";
+    return EXC_ERR_DEVICE;
+}
+
+static exc_status lost(exc_queue *q, void *host, const void *device, size_t bytes) {
+    q->failed = 700;
+    q->failed_at = "copy from the device";
+    return EXC_ERR_DEVICE;
+}
+
+static void sticky_errors(void **state) {
+    static const char text[] = "{\"excise_plan\":1,\"directions\":\"d\",\"edits\":[{\"op\":\"project\",\"role\":\"attn_out\"}]}";
+    const char *dir = test_tmpdir(), *path = test_path(dir, "plan.json"), *out = test_path(dir, "out");
+    exc_dirs d = {.rows = 5, .rank = 1, .hidden = 96, .options = (char *)(uintptr_t)"{}"};
+    float basis[5 * 96] = {0}, zeros[5 * 96] = {0};
+    for (int i = 0; i < 5; i++) basis[i * 96 + i] = 1;
+    d.basis = basis;
+    d.singular = zeros;
+    d.mean_difference = zeros;
+    assert_int_equal(exc_dirs_save(twin.cpu, &d, test_path(dir, "d"), 0), EXC_OK);
+    test_write(path, text, strlen(text));
+    for (int late = 0; late < 2; late++) {
+        exc_ctx_options o = EXC_CTX_OPTIONS;
+        exc_ctx *ctx;
+        exc_plan *plan;
+        o.backend = "cuda";
+        assert_int_equal(exc_ctx_create(&o, &ctx), EXC_OK);
+        struct exc_ops ops = *ctx->ops;
+        exc_module module = *ctx->module;
+        const exc_module *real = ctx->module;
+        assert_int_equal(exc_plan_load(ctx, path, &plan), EXC_OK);
+        ops.project = late ? ops.project : breaks;
+        module.get = late ? lost : module.get;
+        ctx->ops = &ops;
+        ctx->module = &module;
+        exc_status st = exc_apply(ctx, "tests/data/demo", plan, out, NULL, NULL);
+        test_refused(ctx, st, EXC_ERR_DEVICE, "o_proj", "GPU 0", late ? "copy from the device" : "op project: GPU 0: strips: ", NULL);
+        assert_int_equal(access(out, F_OK), -1);
+        ctx->module = real;
+        exc_plan_free(plan);
+        exc_ctx_free(ctx);
+    }
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(there_and_back), cmocka_unit_test(fields_turn), cmocka_unit_test(what_fails), cmocka_unit_test(scratch)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(there_and_back), cmocka_unit_test(fields_turn), cmocka_unit_test(what_fails), cmocka_unit_test(scratch),
+                                       cmocka_unit_test(sticky_errors)};
     return cmocka_run_group_tests_name("berths", tests, open_both, close_both);
 }

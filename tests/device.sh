@@ -59,5 +59,37 @@ for name in qwen3_moe_fp8 gpt_oss; do
     both "$out/$name.wide" apply "$models/$name" "$out/$name.json" --to bf16 && same "$out/$name.wide" && "$excise" verify "$models/$name" "$out/$name.wide.cpu" --backend cuda -q >>"$out/log" 2>&1
     result "$name written as bf16: the same checkpoint; verified" $?
 done
+
+# ---- the whole job
+for part in decline comply eval_decline eval_comply; do head -3 "$demo/prompts/$part.txt" >"$out/$part.txt"; done
+head -1 "$demo/prompts/neutral.txt" >"$out/neutral.txt"
+: >"$out/log"
+for b in cpu cuda; do
+    printf '{"model":"%s","target":"decline.txt","baseline":"comply.txt","out":"run.%s","capture":{"decode":1},"plan":{"roles":"expert_down,attn_out"},
+        "evaluate":{"target":"eval_decline.txt","baseline":"eval_comply.txt","neutral":"neutral.txt","markers":"%s","max_new":2}}' \
+        "$PWD/$demo" $b "$PWD/$demo/markers.txt" >"$out/job.$b.json"
+    "$excise" run "$out/job.$b.json" --backend $b --reproducible -q >>"$out/log" 2>&1
+    result "the whole job on $b" $?
+done
+diff <(cut -d, -f1-6 "$out/run.cpu/experts.csv") <(cut -d, -f1-6 "$out/run.cuda/experts.csv") >>"$out/log" 2>&1
+result "the job: the same counts" $?
+cmp "$out/run.cpu/evaluation.csv" "$out/run.cuda/evaluation.csv" >>"$out/log" 2>&1
+result "the job: the same replies and verdicts" $?
+"$excise" apply "$demo" "$out/run.cuda/plan.json" -o "$out/again" --backend cpu -q >>"$out/log" 2>&1 && cmp "$out/again/model.safetensors" "$out/run.cuda/checkpoint/model.safetensors" >>"$out/log" 2>&1
+result "the job: its checkpoint is what the CPU makes of its plan" $?
+capture=(capture "$demo" --target "$out/decline.txt" --baseline "$out/comply.txt" --decode 1 --backend cuda --reproducible -q)
+"$excise" "${capture[@]}" -o "$out/c1" >"$out/log" 2>&1 && "$excise" "${capture[@]}" --batch-tokens 20 -o "$out/c2" >>"$out/log" 2>&1 && cmp "$out/c1" "$out/c2" >>"$out/log" 2>&1
+result "sums on the device do not depend on the batching, bit for bit" $?
+
+# ---- what a device can refuse
+refused() { # refused "text" "must contain" OUTPUT COMMAND..: exit 1, one line that says so, nothing left behind
+    local text=$1 part=$2 file=$3; shift 3
+    "$@" >"$out/log" 2>&1
+    [ $? = 1 ] && [ "$(grep -c '^excise ' "$out/log")" = 1 ] && grep -qF -- "$part" "$out/log" && [ -z "$(ls "$file"* 2>/dev/null)" ]
+    result "$text" $?
+}
+"$excise" merge "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s -q -o "$out/s8" --backend cpu >"$out/log" 2>&1
+refused "a GPU too small for the states of prompts" "target.resid_last: 2.3 MiB of device memory needed, " "$out/e1" \
+    env HC_MEM_MB=65 "$excise" directions "$out/s8" --method svd -o "$out/e1" --backend cuda -q
 echo "1..$n"
 exit $bad

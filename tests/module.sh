@@ -34,7 +34,14 @@ check "a driver, no GPU" 1 "there is a driver, but no NVIDIA GPU" env HC_DEVICES
 check "a GPU too small for the weights" 1 "layers would fit): 2.4 MiB of device memory needed" env HC_MEM_MB=66 EXCISE_CUDA_MODULE="$emulated" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/f" --backend cuda
 check "version tells that a GPU can be used" 0 '"name":"cuda","usable":true' with "$emulated" $excise version --json
 check "the bench of the device's ops" 0 '"row":"project","shape":"Qwen3-30B-A3B' with "$emulated" "$build/excise_gpu" --quick --only project
-check "so that without --backend the CPU is used" 0 '"backend":"cpu"' with "$emulated" $excise version --json
+check "so that it is used without --backend" 0 '"backend":"cuda"' with "$emulated" $excise version --json
+check "and the CPU where --backend says so" 0 '"backend":"cpu"' with "$emulated" $excise version --json --backend cpu
+small=(env HC_MEM_MB=1 EXCISE_CUDA_MODULE="$emulated")
+check "a GPU that is full: the CPU is used, with a warning" 0 "warning: backend cuda is not used: scratch: 64.0 MiB of device memory needed" "${small[@]}" $excise inspect $demo
+check "which version tells too" 0 '"usable":false,"why":"scratch: 64.0 MiB of device memory needed' "${small[@]}" $excise version --json
+check "but not where the GPU was named" 1 "scratch: 64.0 MiB of device memory needed" "${small[@]}" $excise inspect $demo --backend cuda
+check "two ranks, one GPU: both use the CPU" 0 "warning: backend cuda is not used: 1 of 2 ranks cannot use it" with "$emulated" $excise inspect $demo --ranks 2
+check "no GPU: -v says why" 0 "backend cuda is not used: /none/module.so: cannot open" with /none/module.so $excise inspect $demo -v
 if [ ! -f "$real" ]; then
     skip "the CUDA module needs no CUDA library to load" "it was not built here (no nvcc)"
 else

@@ -124,8 +124,10 @@ static exc_status start(exc_ctx *ctx, exc_model *m) {
         m->loaded->ahead = a;
         return EXC_OK;
     }
+    if (st != EXC_OK && a->loader.ctx) exc_fail(ctx, st, "%s: reading its layers ahead: %s", m->dir, exc_ctx_error(a->loader.ctx));
     exc_ctx_free(a->loader.ctx);
     exc_release(a);
+    if (st != EXC_OK) return st;
     return exc_fail(ctx, EXC_ERR_MEMORY, "%s: the thread that reads its layers could not be started", m->dir);
 }
 

@@ -11,6 +11,7 @@
 #include "totals.h"
 
 #define FORMAT "1"
+#define LOOK_BYTES ((int64_t)16 << 20) /* that go to a device at once to be looked at */
 
 static const char *const label_name[2] = {"target", "baseline"}, *const phase_name[2] = {"prefill", "decode"};
 
@@ -183,21 +184,30 @@ exc_status exc_stats_new(exc_ctx *ctx, const exc_stats *sizes, bool out_sum, exc
 /* ------------------------------------------------------------------------------------------------- checked
  */
 
-exc_status exc_all_finite(exc_ctx *ctx, const char *what, const char *array, const void *data,
-                          exc_dtype dtype, int64_t n) {
-    int64_t bad = 0, index = -1;
+static exc_status look(exc_ctx *ctx, const char *array, const void *data, exc_dtype dtype, int64_t n, int64_t *bad, int64_t *index) {
     struct exc_convert_args a = {
-        .src = data, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = &bad, .index = &index};
+        .src = data, .src_dtype = dtype, .dst_dtype = dtype, .n = n, .nonfinite = bad, .index = index};
     exc_dock d = {.ctx = ctx, .what = array};
     exc_dock_in(&d, &a.src, (size_t)n * exc_dtype_bits(dtype) / 8);
-    exc_dock_out(&d, &a.nonfinite, sizeof bad);
-    exc_dock_out(&d, &a.index, sizeof index);
-    EXC_TRY(EXC_DOCK_CALL(&d, convert, &a));
-    if (!bad) return EXC_OK;
+    exc_dock_out(&d, &a.nonfinite, sizeof *bad);
+    exc_dock_out(&d, &a.index, sizeof *index);
+    return EXC_DOCK_CALL(&d, convert, &a);
+}
+
+exc_status exc_all_finite(exc_ctx *ctx, const char *what, const char *array, const void *data,
+                          exc_dtype dtype, int64_t n) {
+    int64_t all = 0, first = -1, unit = (int64_t)exc_dtype_bits(dtype) / 8, piece = ctx->module ? LOOK_BYTES / unit : n;
+    for (int64_t at = 0, bad, index; at < n; at += piece) {
+        int64_t now = n - at < piece ? n - at : piece;
+        EXC_TRY(look(ctx, array, (const uint8_t *)data + at * unit, dtype, now, &bad, &index));
+        if (first < 0 && index >= 0) first = at + index;
+        all += bad;
+    }
+    if (!all) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_NUMERIC,
                     "%s: %s: expected finite values, found NaN or infinity at element %lld "
                     "(%lld in all)",
-                    what, array, (long long)index, (long long)bad);
+                    what, array, (long long)first, (long long)all);
 }
 
 /* every observed token chose K experts: their counts must say so, all together and prompt by prompt */

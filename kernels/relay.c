@@ -6,10 +6,11 @@
  * sweeps that only read and only write leave the memory bus half idle, hence the relay: row by row the finished strip leaves the
  * buffer and the next strip takes its place, so that every step reads one row piece from memory and writes one to it.
  *
- * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 9, this one 13
- * at rank 1, of which 9 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly
- * (pace). Whole matrices through the last-level cache in the order of memory take 14, as reads of the two levels do not overlap.
- * At rank 3 the 12 multiply-adds of a line, one a cycle, and 13 other operations take 16.5.
+ * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 8, this one 13 at rank
+ * 1, of which 8 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly (pace),
+ * and a core that sees four neighbours read asks for more by itself, in vain (width). At rank 3 the 12 multiply-adds of a line, one
+ * a cycle, leave 14.8; the same arithmetic on rows that are in the first-level cache takes 13.4. Matrices that fit the last-level
+ * cache have a better way at rank 1 and 2 (tandem.c); at rank 3 the two take the same.
  *
  * R W is summed by even and odd columns of a line, a shift and a mask away from the bf16 pairs in memory, and subtracted in their
  * order, which is what the processor's own rounding wants. A column's operations are those of strip.h in the same order, so the
@@ -24,7 +25,8 @@
 #define CHUNK 64     /* rows of one partial sum of the canonical tree */
 #define MOST_RANK 8
 #define LINE 32      /* columns of a 64-byte line */
-#define STRIP 128    /* columns */
+#define STRIP 128    /* columns, at most: where arithmetic is what takes time, two lines wait less for memory than four */
+#define WIDTH(rank) ((rank) <= 2 ? STRIP : 64)
 #define AHEAD 64     /* rows asked for before they are needed */
 #define PACE 10      /* steps of four cycles between rows, at rank 1 */
 #define MOST_ROWS 4096
@@ -36,15 +38,18 @@ typedef struct runner {
     const char *src;
     char *dst;
     const float *share; /* [rank, rows], strength * R */
+    int careful; /* a result may be subnormal */
     float c[MOST_RANK * STRIP] __attribute__((aligned(64)));
 } runner;
 
 typedef struct relay relay;
+typedef void (*pass_fn)(const relay *j, char *buffer, const runner *out, runner *in, const char *next);
 struct relay {
     const struct exc_project_args *a;
     exc_queue *q;
-    int64_t strips, per_task, across; /* of all matrices, of a task, of a matrix */
-    void (*pass)(const relay *j, char *buffer, const runner *out, runner *in, const char *next);
+    int64_t width, strips, per_task, across; /* columns of a strip; strips of all matrices, of a task, of a matrix */
+    pass_fn fast, careful;
+    float least; /* share of R, but zero */
 };
 
 AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
@@ -75,8 +80,7 @@ AVX512 EXC_INLINE __m512i joined(__m512 l, __m512 r) {
     __m512i x = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded(l)));
     return _mm512_inserti64x4(x, _mm512_cvtepi32_epi16(rounded(r)), 1);
 }
-/* The processor's own rounding, which takes subnormal numbers for zero. The instruction by name: all else here is the same with
- * and without it. */
+/* The instruction by name: all else here is the same with and without it. */
 AVX512 EXC_INLINE __m512i joined_fast(__m512 l, __m512 r) {
     __m512i x;
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(x) : "v"(l), "v"(r));
@@ -120,7 +124,7 @@ AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int line
         }
     for (int64_t h = 0; h < w.n; h++) {
         size_t at = (size_t)h * w.stride;
-        __m512i *held = (__m512i *)(w.held + h * 2 * STRIP);
+        __m512i *held = (__m512i *)(w.held + h * 2 * WIDTH(rank));
         if (rank == 1) pace(&chain, PACE);
         _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++) {
             if (enters) b[r] = _mm512_set1_ps(w.basis[r * w.rows + h]);
@@ -137,7 +141,6 @@ AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int line
                 l = _mm512_sub_ps(left(x), l);
                 t = _mm512_sub_ps(right(x), t);
                 y = how & FAST ? joined_fast(l, t) : joined(l, t);
-                if (how & FAST && __builtin_expect(_mm512_testn_epi16_mask(y, _mm512_set1_epi16(0x7fff)) != 0, 0)) y = joined(l, t);
                 _mm512_stream_si512((__m512i *)(w.dst + at) + g, y);
             }
             if (enters) {
@@ -182,8 +185,8 @@ AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, run
         const char *soon = buffer; /* asked for in vain where nothing is to come */
         size_t off = (size_t)h * stride;
         if (in) soon = h + AHEAD < rows ? in->src + off + AHEAD * stride : next + (off + AHEAD * stride - rows * stride);
-        for (int at = 0; at < 2 * STRIP; at += 64 * lines) {
-            sweep w = {.next = soon + at, .held = buffer + h * 2 * STRIP + at, .stride = stride, .n = n, .rows = rows,
+        for (int at = 0; at < 2 * WIDTH(rank); at += 64 * lines) {
+            sweep w = {.next = soon + at, .held = buffer + h * 2 * WIDTH(rank) + at, .stride = stride, .n = n, .rows = rows,
                        .basis = a->basis + h, .hi = hi + at / 2, .lo = lo + at / 2};
             if (in) w.src = in->src + off + at;
             if (out) w.dst = out->dst + off + at, w.c = out->c + at / 2, w.share = out->share + h;
@@ -192,7 +195,7 @@ AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, run
             else cross(w, 1, 0, rank, lines, how);
         }
     }
-    if (in) settle(in->c, hi, lo, rank * STRIP);
+    if (in) settle(in->c, hi, lo, rank * STRIP); /* zeros where a strip is narrower */
 }
 
 #define PASS(n, name, how)                                                                                               \
@@ -202,8 +205,17 @@ AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, run
 #define PASSES(n) PASS(n, pass, 0) PASS(n, fast, FAST) PASS(n, whole, FAST | WHOLE)
 PASSES(1) PASSES(2) PASSES(3) PASSES(4) PASSES(5) PASSES(6) PASSES(7) PASSES(8)
 
+/* in goes fast if it can: its products with R are no smaller than allowed, and arithmetic met no subnormal number */
+static void hand_over(const relay *j, char *buffer, const runner *out, runner *in, const char *next) {
+    const int64_t rank = j->a->rank;
+    _mm_setcsr(_mm_getcsr() & ~(unsigned)_MM_EXCEPT_DENORM);
+    (out && out->careful ? j->careful : j->fast)(j, buffer, out, in, next);
+    if (!in) return;
+    in->careful = _mm_getcsr() & _MM_EXCEPT_DENORM || j->least * exc_smallest(in->c, rank * STRIP) < EXC_LEAST_PRODUCT;
+}
+
 static const char *strip_at(const relay *j, int64_t i) {
-    return (const char *)exc_edit_src(j->a, i / j->across) + i % j->across * 2 * STRIP;
+    return (const char *)exc_edit_src(j->a, i / j->across) + i % j->across * 2 * j->width;
 }
 
 /* strength * R: R itself where it can be */
@@ -217,20 +229,22 @@ AVX512 static void relay_task(void *arg, size_t task, int worker) {
     const relay *j = arg;
     const struct exc_project_args *a = j->a;
     char *buffer = j->q->scratch[worker];
+    const unsigned status = _mm_getcsr();
     float *room = (float *)(buffer + BUFFER);
     runner pair[2], *out = NULL, *in = pair;
     int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->strips);
     for (int64_t i = first; i < last; i++) {
         int64_t matrix = i / j->across;
         in->src = strip_at(j, i);
-        in->dst = (char *)exc_edit_dst(a, matrix) + i % j->across * 2 * STRIP;
+        in->dst = (char *)exc_edit_dst(a, matrix) + i % j->across * 2 * j->width;
         in->share = share_of(a, a->strength[matrix], room + (in - pair) * MOST_RANK * MOST_ROWS);
-        j->pass(j, buffer, out, in, strip_at(j, i + 1 < last ? i + 1 : i));
+        hand_over(j, buffer, out, in, strip_at(j, i + 1 < last ? i + 1 : i));
         out = in;
         in = &pair[out == pair];
     }
-    if (out) j->pass(j, buffer, out, NULL, NULL);
+    if (out) hand_over(j, buffer, out, NULL, NULL);
     _mm_sfence();
+    _mm_setcsr(status);
 }
 
 static int all_one(const float *x, int64_t n) {
@@ -242,7 +256,7 @@ static int all_one(const float *x, int64_t n) {
 static int fits(const exc_queue *q, const struct exc_project_args *a) {
     if (exc_isa_level() < EXC_ISA_AVX512 || a->dtype != EXC_BF16 || a->side != EXC_SIDE_OUT) return 0;
     if (a->norm != EXC_NORM_NONE || a->c || a->before || a->after || a->changed || a->nonfinite) return 0;
-    if (a->rank > MOST_RANK || a->cols % STRIP || a->rows > MOST_ROWS) return 0;
+    if (a->rank > MOST_RANK || a->cols % WIDTH(a->rank) || a->rows > MOST_ROWS) return 0;
     if (BUFFER + 2 * MOST_RANK * MOST_ROWS * sizeof(float) > q->scratch_bytes) return 0;
     for (int64_t i = 0; i < a->count; i++)
         if (a->strength[i] == 0.0f || (uintptr_t)exc_edit_src(a, i) % 64 || (uintptr_t)exc_edit_dst(a, i) % 64) return 0;
@@ -251,12 +265,13 @@ static int fits(const exc_queue *q, const struct exc_project_args *a) {
 
 int exc_relay_project(exc_queue *q, const struct exc_project_args *a) {
     if (!fits(q, a)) return 0;
-    typedef void (*pass_fn)(const relay *j, char *buffer, const runner *out, runner *in, const char *next);
     static const pass_fn passes[3][MOST_RANK] = {{pass1, pass2, pass3, pass4, pass5, pass6, pass7, pass8},
                                                  {fast1, fast2, fast3, fast4, fast5, fast6, fast7, fast8},
                                                  {whole1, whole2, whole3, whole4, whole5, whole6, whole7, whole8}};
     int how = exc_isa_level() < EXC_ISA_AVX512BF16 ? 0 : all_one(a->strength, a->count) ? 2 : 1;
-    relay j = {.a = a, .q = q, .across = a->cols / STRIP, .pass = passes[how][a->rank - 1]};
+    relay j = {.a = a, .q = q, .width = WIDTH(a->rank), .fast = passes[how][a->rank - 1], .careful = passes[0][a->rank - 1],
+               .least = exc_smallest_share(a)};
+    j.across = a->cols / j.width;
     j.strips = j.across * a->count;
     j.per_task = exc_least(48, j.strips / (8 * q->workers));
     if (j.per_task < 1) j.per_task = 1;

@@ -1,36 +1,32 @@
 /* tandem.c - the common edit at the speed of memory, for matrices that stay in the last-level cache: bf16 in either place, R on the
- * rows, rank 1..3, no sums asked for.
+ * rows, rank 1 or 2, no sums asked for.
  *
  * A matrix is read twice, for R W and for the subtraction. Two matrices go through a worker side by side, in the order of memory:
- * while one comes from memory and meets R, four rows at a time, the same rows of the one before it come back from the
- * last-level cache, lose their share of R and are written. Whole rows keep the processor's own prefetching right, which costs more than
- * it gives on narrow pieces (pieces of 256 bytes take twice as long to read as pieces of 128), but it must be helped: asked for a dozen KB ahead,
- * memory and cache are read at the same time. Measured on a Zen 4 server, in cycles a line of 64 bytes and thread: the best
- * in-place loop 8, the same two visits without arithmetic 9.6 to 10.5, rank 1 9 to 10.5, arithmetic alone 8. Rank 3 takes 14: its 12
- * multiply-adds leave one a cycle.
+ * while one comes from memory and meets R, four rows at a time, the same rows of the one before it come back from the last-level
+ * cache, lose their share of R and are written. Whole rows keep the processor's own prefetching right, which costs more than it
+ * gives on narrow pieces (scattered 256 bytes take twice as long a line as scattered 128), but it needs help: asked for some KB
+ * ahead, memory and cache are read at the same time.
+ *
+ * In cycles a line of 64 bytes and thread on a Zen 4 server: the best in-place loop 8, the two visits without arithmetic 9.6 to
+ * 10.5, arithmetic alone 8, all of rank 1 10.5 to 11.5. By halves of rows it takes 14.
  *
  * Sums are kept by even and odd columns, a shift and a mask away from the bf16 pairs in memory. A column's operations are those of
- * strip.h in the same order, so the bits are the same.
- *
- * The processor's own rounding to bf16 takes subnormal numbers for zero. No result is subnormal if no weight is and if the
- * products of shares and sums are zero or at least 2^-70: they and so all of their sums are multiples of 2^-117; weights from 2^-118 on are multiples
- * of 2^-125, and smaller ones cannot come within 2^-118 of a sum but zero. Weights tell by themselves: arithmetic with a subnormal number leaves
- * a mark in the processor's status. A matrix that fails either test is rounded in steps. */
+ * strip.h in the same order, so the bits are the same. */
 #include "tandem.h"
 
 #include "lanes.h"
+#include "relay.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define CHUNK 64            /* rows of one partial sum of the canonical tree */
 #define ROWS 4              /* that share a read of the sums */
-#define MOST_RANK 3
+#define MOST_RANK 2
 #define LINE 32             /* columns of a 64-byte line */
 #define ENTER_AHEAD 24576   /* bytes asked for before they are needed: of the matrix that enters, */
 #define LEAVE_AHEAD 6144    /* and of the one that leaves */
 #define MATRICES 64         /* of a task, at most: its first and last have no companion */
-#define LEAST_PRODUCT 0x1p-70f
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")))
 
 /* a matrix on its way */
@@ -49,12 +45,11 @@ struct tandem {
     exc_queue *q;
     int64_t per_task;
     chunk_fn fast, careful;
+    float least; /* share of R, but zero */
 };
 
 AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-/* where multiply-adds are what takes time, a masked shift by nothing: unlike `and`, it never takes a unit away from them */
-AVX512 EXC_INLINE __m512 odd(__m512i x, int rank) {
-    if (rank > 2) return _mm512_castsi512_ps(_mm512_maskz_slli_epi16(0xaaaaaaaau, x, 0));
+AVX512 EXC_INLINE __m512 odd(__m512i x) {
     return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
 }
 
@@ -109,7 +104,7 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
                 __m512i w = _mm512_load_si512((const void *)(new + (size_t)i * stride + x));
                 __builtin_prefetch(soon[0] + (size_t)i * stride + x, 0, 2);
                 e[i] = even(w);
-                o[i] = odd(w, rank);
+                o[i] = odd(w);
             }
             if (leaves) __builtin_prefetch(soon[1] + (size_t)i * stride + x, 0, 2);
             de[i] = dd[i] = _mm512_setzero_ps();
@@ -139,7 +134,7 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
         }
         _Pragma("GCC unroll 4") for (int i = 0; leaves && i < n; i++) {
             __m512i w = _mm512_load_si512((const void *)(old + (size_t)i * stride + x));
-            __m512 l = _mm512_sub_ps(even(w), de[i]), r = _mm512_sub_ps(odd(w, rank), dd[i]);
+            __m512 l = _mm512_sub_ps(even(w), de[i]), r = _mm512_sub_ps(odd(w), dd[i]);
             w = how & FAST ? joined_fast(l, r) : joined(l, r);
             if (apart) _mm512_stream_si512((__m512i *)(to + (size_t)i * stride + x), w);
             else _mm512_store_si512((void *)(to + (size_t)i * stride + x), w);
@@ -171,7 +166,7 @@ AVX512 EXC_INLINE void chunk(const tandem *t, const rider *out, const rider *in,
         else chunk(t, out, in, ahead, h, sum, 1, 0, n, how);                                                                  \
     }
 #define CHUNKS_OF(n) CHUNK_OF(n, slow, 0) CHUNK_OF(n, fast, FAST) CHUNK_OF(n, whole, FAST | WHOLE)
-CHUNKS_OF(1) CHUNKS_OF(2) CHUNKS_OF(3)
+CHUNKS_OF(1) CHUNKS_OF(2)
 
 /* R W, from the sums of the last chunk and what was settled before */
 AVX512 static void finish(float *c, float *sum, int64_t n) {
@@ -179,16 +174,6 @@ AVX512 static void finish(float *c, float *sum, int64_t n) {
         settle(sum + i, n, _mm512_load_ps(sum + i));
         _mm512_store_ps(c + i, _mm512_add_ps(_mm512_load_ps(sum + n + i), _mm512_load_ps(sum + 2 * n + i)));
     }
-}
-
-/* the smallest magnitude but zero: without their signs, numbers are in the order of their bits */
-AVX512 static float least(const float *x, int64_t n) {
-    uint32_t m = UINT32_MAX;
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t v = (exc_to_bits(x[i]) << 1) - 1;
-        m = v < m ? v : m;
-    }
-    return exc_from_bits((m >> 1) + (m & 1));
 }
 
 /* where the rows `bytes` after row h are: of this matrix or of the one after it */
@@ -213,7 +198,7 @@ static void pass(const tandem *t, const rider *out, rider *in, const char *next,
     }
     if (!in) return;
     finish(in->c, sum, n);
-    in->careful = _mm_getcsr() & _MM_EXCEPT_DENORM || least(in->share, a->rank * a->rows) * least(in->c, n) < LEAST_PRODUCT;
+    in->careful = _mm_getcsr() & _MM_EXCEPT_DENORM || t->least * exc_smallest(in->c, n) < EXC_LEAST_PRODUCT;
 }
 
 static void run(void *arg, size_t task, int worker) {
@@ -249,10 +234,10 @@ static int fits(const exc_queue *q, const struct exc_project_args *a) {
 
 int exc_tandem_project(exc_queue *q, const struct exc_project_args *a) {
     if (!fits(q, a)) return 0;
-    static const chunk_fn slow[] = {slow1, slow2, slow3}, fast[] = {fast1, fast2, fast3}, whole[] = {whole1, whole2, whole3};
+    static const chunk_fn slow[] = {slow1, slow2}, fast[] = {fast1, fast2}, whole[] = {whole1, whole2};
     int one = 1;
     for (int64_t i = 0; i < a->count; i++) one &= a->strength[i] == 1.0f;
-    tandem t = {.a = a, .q = q, .careful = slow[a->rank - 1]};
+    tandem t = {.a = a, .q = q, .careful = slow[a->rank - 1], .least = exc_smallest_share(a)};
     t.fast = exc_isa_level() < EXC_ISA_AVX512BF16 ? t.careful : one ? whole[a->rank - 1] : fast[a->rank - 1];
     t.per_task = exc_least(MATRICES, (a->count + 2 * q->workers - 1) / (2 * q->workers));
     if (t.per_task < 1) t.per_task = 1;

@@ -218,6 +218,7 @@ static int wrong_usage(const char *why, const char *what)
 int main(int argc, char **argv)
 {
     exc_ctx_options options = EXC_CTX_OPTIONS;
+    options.backend = "cpu"; /* the device's ops are excise_gpu's */
     const char *make = NULL, *make_dir = NULL, *child = NULL;
     quiet_openmp(argv);
     for (int i = 1; i < argc; i++) {

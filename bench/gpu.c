@@ -418,7 +418,9 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--device") && i + 1 < argc) o.device = atoi(argv[++i]);
         else return fprintf(stderr, "usage: excise_gpu [--quick] [--only NAME,..] [--device N]\n"), 2;
     }
-    exc_status st = exc_ctx_create(NULL, &g.cpu);
+    exc_ctx_options cpu = EXC_CTX_OPTIONS;
+    cpu.backend = "cpu";
+    exc_status st = exc_ctx_create(&cpu, &g.cpu);
     if (st == EXC_OK) st = exc_ctx_create(&o, &g.ctx);
     if (st != EXC_OK) return fprintf(stderr, "excise_gpu: %s\n", exc_ctx_error(g.ctx ? g.ctx : g.cpu)), 1;
     must(&g, g.ctx->module->describe(o.device, &g.info), "describe");

@@ -171,6 +171,7 @@ static int count_warnings(void *user, const exc_event *e) {
 static void warnings(void **state) {
     char want[] = "leaves out 1 tensors";
     exc_ctx_options opt = EXC_CTX_OPTIONS;
+    opt.backend = "cpu";
     opt.threads = 1;
     opt.on_event = count_warnings;
     opt.user = want;

@@ -207,6 +207,7 @@ static void same_batching(const char *name)
     snprintf(path, sizeof path, "models/%s", name);
     for (int compute = 0; compute < 2; compute++) {
         exc_ctx_options opt = EXC_CTX_OPTIONS;
+        opt.backend = "cpu";
         opt.threads = 2;
         opt.reproducible = 1;
         exc_ctx *ctx;
@@ -286,6 +287,7 @@ static int64_t equal_tokens(const exc_reply *a, const exc_reply *b, int64_t n)
 static void test_sampling(void **state)
 {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
+    opt.backend = "cpu";
     opt.reproducible = 1;
     exc_ctx *ctx;
     assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);

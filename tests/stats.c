@@ -315,6 +315,7 @@ static void reproducible_for_any_split(void **state) {
         for (int i = 0; i < 4; i++) {
             exc_ctx_options o = EXC_CTX_OPTIONS;
             exc_ctx *c;
+            o.backend = "cpu";
             o.threads = threads[i];
             o.reproducible = 1;
             assert_int_equal(exc_ctx_create(&o, &c), EXC_OK);
@@ -440,6 +441,7 @@ static void capture_beyond_fixed_point(void **state) {
     for (int i = 0; i < 40; i++) a.tokens[i] %= 101, b.tokens[i] %= 101;
     for (int reproducible = 0; reproducible < 2; reproducible++) {
         exc_ctx_options o = EXC_CTX_OPTIONS;
+        o.backend = "cpu";
         exc_model *m = NULL;
         exc_ctx *c;
         o.reproducible = reproducible;

@@ -28,6 +28,7 @@ static tiny spec(int kind) {
 static exc_ctx *context(int reproducible) {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     exc_ctx *ctx;
+    opt.backend = "cpu";
     opt.threads = 2;
     opt.reproducible = reproducible;
     assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
@@ -438,6 +439,7 @@ static int within_budget(const char *dir, uint64_t budget) {
     exc_model *m;
     exc_stats *s;
     char *json;
+    opt.backend = "cpu";
     opt.threads = 2;
     opt.memory = budget;
     if (exc_ctx_create(&opt, &ctx) || exc_model_open(ctx, dir, NULL, &m)) return 1;

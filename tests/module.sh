@@ -31,7 +31,8 @@ check "../lib of a program found by PATH" 1 "the CUDA module was built for anoth
 check "no driver" 1 "no NVIDIA driver is installed" env HC_DRIVER=0 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
 check "a driver that is too old" 1 "the NVIDIA driver supports CUDA 12.4, this build needs 13.0" env HC_DRIVER=12040 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
 check "a driver, no GPU" 1 "there is a driver, but no NVIDIA GPU" env HC_DEVICES=0 EXCISE_CUDA_MODULE="$emulated" $excise inspect $demo --backend cuda
-check "a GPU too small for the weights" 1 "layers would fit): 2.4 MiB of device memory needed" env HC_MEM_MB=66 EXCISE_CUDA_MODULE="$emulated" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/f" --backend cuda
+check "a GPU too small for a layer" 1 "memory: expected at least 2.1 MiB (its largest layer 557.5 KiB" env HC_MEM_MB=65 EXCISE_CUDA_MODULE="$emulated" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/f" --backend cuda
+check "a GPU too small for all layers" 0 '"streamed":true' env HC_MEM_MB=67 EXCISE_CUDA_MODULE="$emulated" $excise forward $demo --prompts $demo/prompts/comply.txt -o "$out/f" --backend cuda --json
 check "version tells that a GPU can be used" 0 '"name":"cuda","usable":true' with "$emulated" $excise version --json
 check "the bench of the device's ops" 0 '"row":"project","shape":"Qwen3-30B-A3B' with "$emulated" "$build/excise_gpu" --quick --only project
 check "so that it is used without --backend" 0 '"backend":"cuda"' with "$emulated" $excise version --json

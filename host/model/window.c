@@ -12,7 +12,7 @@
 
 #include "session.h"
 
-#define FILL_BYTES ((size_t)4 << 20) /* scratch of the ops that fill a layer, on a device */
+#define FILL_BYTES ((size_t)1 << 20) /* scratch of the ops that fill a layer, on a device; they get more when they ask */
 
 enum { IDLE, BUSY, READY, QUIT };
 
@@ -77,6 +77,9 @@ static exc_status settle(exc_loaded *l) {
     return EXC_OK;
 }
 
+/* of the thread's context; on the CPU every context counts that for two */
+static uint64_t scratch(const exc_ctx *ctx) { return ctx->module ? FILL_BYTES : 0; }
+
 /* a context like `of` for work beside its: no events, no ranks, a stream of its own */
 static exc_status second_context(const exc_ctx *of, exc_ctx **out) {
     exc_ctx_options opt = of->opt;
@@ -102,6 +105,7 @@ static void stop(exc_loaded *l) {
     pthread_mutex_destroy(&a->lock);
     pthread_cond_destroy(&a->turn);
     exc_loader_release(&a->loader);
+    exc_memory_give(a->loader.m->ctx, scratch(a->loader.ctx));
     exc_ctx_free(a->loader.ctx);
     exc_release(a);
     l->ahead = NULL;
@@ -121,14 +125,15 @@ static exc_status start(exc_ctx *ctx, exc_model *m) {
     bool runs = st == EXC_OK && !pthread_create(&a->thread, NULL, work, a);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (runs) {
+        exc_memory_take(ctx, scratch(ctx));
         m->loaded->ahead = a;
         return EXC_OK;
     }
-    if (st != EXC_OK && a->loader.ctx) exc_fail(ctx, st, "%s: reading its layers ahead: %s", m->dir, exc_ctx_error(a->loader.ctx));
+    exc_fail(ctx, EXC_ERR_MEMORY, "%s: the thread that reads its layers could not be started: %s", m->dir,
+             a->loader.ctx && *exc_ctx_error(a->loader.ctx) ? exc_ctx_error(a->loader.ctx) : "no memory");
     exc_ctx_free(a->loader.ctx);
     exc_release(a);
-    if (st != EXC_OK) return st;
-    return exc_fail(ctx, EXC_ERR_MEMORY, "%s: the thread that reads its layers could not be started", m->dir);
+    return EXC_ERR_MEMORY;
 }
 
 /* -------------------------------------------------------------------------------------------------------- places */
@@ -143,7 +148,7 @@ static void drop_places(exc_ctx *ctx, exc_model *m) {
 
 uint64_t exc_window_bytes(const exc_model *m, int64_t places) {
     const exc_loaded *l = m->loaded;
-    return l->ends_bytes + (places < l->layers ? (uint64_t)places * l->largest : l->all_bytes);
+    return l->ends_bytes + (places < l->layers ? (uint64_t)places * l->largest + scratch(m->ctx) : l->all_bytes);
 }
 
 exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places) {

@@ -56,6 +56,9 @@ check "generate" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 
 check "output exists" 2 "--force" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl"
 check "--force" 0 "" $excise generate $demo --prompts "$out/t.txt" --max-new 8 -o "$out/g.jsonl" --force
 check "forward" 0 "" $excise forward $demo --prompts "$out/t.txt" --emit logits,hidden,routing --generate 4 -o "$out/f.safetensors"
+check "a size that is none" 2 "expected a size such as 8GiB" $excise forward $demo --prompts "$out/t.txt" -o "$out/none" --memory 8Gb
+check "a budget too small for a layer" 3 "memory: expected at least" $excise forward $demo --prompts "$out/t.txt" -o "$out/none" --memory 1MB --backend cpu
+check "what a run took" 0 '"peak_memory":' $excise forward $demo --prompts "$out/t.txt" -o "$out/took" --memory=4GiB --json
 check "capture" 0 "" $excise capture $demo --target "$out/t.txt" --baseline "$out/b.txt" --decode 4 -o "$out/s.safetensors"
 check "an output that exists is told before the work" 2 "--force" timeout 20 $excise capture $demo --target "$out/none.txt" --baseline "$out/b.txt" -o "$out/s.safetensors"
 check "an output in no folder" 1 "its folder" $excise capture $demo --target "$out/none.txt" --baseline "$out/b.txt" -o "$out/no/s"

@@ -46,6 +46,12 @@ __device__ inline unsigned pack_bf16(float lo, float hi) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
 }
+/* two bf16 numbers times two others; subnormal ones are numbers */
+__device__ inline unsigned scale_bf16(unsigned two, unsigned by) {
+    unsigned r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(two), "r"(by), "r"(0x80008000u));
+    return r;
+}
 /* the same to f16: beyond the range infinity, NaN becomes 0x7fff */
 __device__ inline unsigned pack_f16(float lo, float hi) {
     unsigned r;
@@ -138,6 +144,10 @@ inline void *cluster_place(void *p, int rank) {
 #define LAUNCH_CLUSTERS(most, size, kernel, threads, smem, stream, ...)                                                \
     hc::launch_kernel(#kernel, true, kernel, dim3(size), dim3(threads), smem, stream, __VA_ARGS__)
 template <int OPEN> inline void cp_async_wait() { hc::cp_async_wait(OPEN); }
+inline unsigned scale_bf16(unsigned two, unsigned by) {
+    const float lo = f32_of(two << 16) * f32_of(by << 16), hi = f32_of(two & 0xffff0000u) * f32_of(by & 0xffff0000u);
+    return pack_bf16(lo, hi);
+}
 inline unsigned pack_f16(float lo, float hi) {
     auto one = [](float x) -> unsigned { return x != x ? 0x7fffu : narrow<f16>(x).bits; };
     return one(lo) | one(hi) << 16;

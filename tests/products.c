@@ -149,7 +149,7 @@ static void matmul_all(void **state) {
     for (size_t k = 0; k < 5 && !twin_small(); k++) matmul_case((int)k, 9, 21, 37, 50 + k); /* inputs that are no whole pieces */
     for (size_t k = 0; k < 5; k++) matmul_case((int)k, 3, 5, 1, 60 + k);
     matmul_case(5, 9, 21, 200, 71); /* a partial span of scales */
-    if (!twin_small()) matmul_case(7, 9, 150, 300, 72);
+    if (!twin_small()) matmul_case(7, 9, 150, 300, 72), matmul_case(5, 3, 70, 1000, 73), matmul_case(6, 9, 66, 1056, 75); /* rings go round */
 }
 
 /* on a reproducible queue bits of a row do not depend on the rows beside it */
@@ -527,6 +527,32 @@ static void refusals(void **state) {
     assert_int_equal(TWIN_STATUS(bundle, (&(struct exc_bundle_args){.act = EXC_F16})), EXC_ERR_USAGE);
 }
 
+/* y = x W^T in f64 of weights as they are packed, both kinds of code too */
+static void matvec_codes(void **state) {
+    static const int64_t shapes[][3] = {{1, 33, 200}, {5, 130, 96}, {4, 16, 1056}};
+    for (int kind = 3; kind < 7; kind++) /* f32, bf16, e4m3, fp4 */
+        for (size_t i = 0; i < (twin_small() ? 1 : EXC_COUNT(shapes)); i++) {
+            int64_t rows = shapes[i][0], n = shapes[i][1], k = shapes[i][2];
+            if (kinds[kind].to == EXC_F4) k = (k + 31) / 32 * 32;
+            stored s = store(kinds[kind].stored, kinds[kind].to, n, k, 40 + i);
+            pair w = packed(&s);
+            double *x = calloc((size_t)(rows * k), 8), *want = calloc((size_t)(rows * n), 8), *got = calloc((size_t)(rows * n), 8);
+            for (int64_t j = 0; j < rows * k; j++) x[j] = (double)test_normal(9, (uint64_t)j) * (1 + 1e-9 * (double)j);
+            struct exc_matvec_args a = {x, &w.cpu, rows, want},
+                                   g = {twin_up(x, (size_t)(rows * k) * 8), &w.gpu, rows, twin_up(got, (size_t)(rows * n) * 8)};
+            assert_int_equal(exc_cpu_matvec(&twin.cpu->queue, &a), EXC_OK);
+            TWIN_RUN(matvec, &g);
+            twin_down(got, g.y, (size_t)(rows * n) * 8);
+            for (int64_t j = 0; j < rows * n; j++) {
+                double size = 0; /* k + 1 roundings of at most the sum of the terms' sizes each */
+                for (int64_t c = 0; c < k; c++) size += fabs(weight_at(&s, j % n, c) * x[j / n * k + c]);
+                if (!(fabs(got[j] - want[j]) <= (double)(k + 1) * 0x1p-52 * size)) fail_msg("kind %d: y[%d] = %.17g, want %.17g", kind, (int)j, got[j], want[j]);
+            }
+            twin_done();
+            free((void *)(uintptr_t)w.cpu.data), unstore(&s), free(x), free(want), free(got);
+        }
+}
+
 /* tiles of four warps at once, on a Hopper (HC_MAJOR=9 plays one): they were tried and did right */
 static void wide_tiles(void **state) {
     exc_device_info info;
@@ -546,8 +572,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(matmul_all),     cmocka_unit_test(matmul_rows_alone), cmocka_unit_test(bundle_all),
         cmocka_unit_test(permute_all),    cmocka_unit_test(experts_all),       cmocka_unit_test(sums_any_split),
-        cmocka_unit_test(combine_all),    cmocka_unit_test(view_all), cmocka_unit_test(gather_all),          cmocka_unit_test(widen_all),
-        cmocka_unit_test(wide_tiles),     cmocka_unit_test(refusals),
+        cmocka_unit_test(combine_all),    cmocka_unit_test(view_all),          cmocka_unit_test(gather_all),
+        cmocka_unit_test(widen_all),      cmocka_unit_test(matvec_codes),      cmocka_unit_test(wide_tiles),
+        cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, twin_open, twin_close);
 }

@@ -1,4 +1,4 @@
-/* memory.cuh - what memory.cu gives to module.cu's table. Contracts are in module.h.
+/* memory.cuh - what memory.cu and graph.cu give to module.cu's table. Contracts are in module.h.
  * Kernels never include this: an op has no business with memory that it was not handed. */
 #ifndef EXC_MEMORY_CUH
 #define EXC_MEMORY_CUH
@@ -13,5 +13,9 @@ exc_status exc_cuda_put(exc_queue *q, void *device, const void *host, size_t byt
 exc_status exc_cuda_get(exc_queue *q, void *host, const void *device, size_t bytes);
 exc_status exc_cuda_copy(exc_queue *q, void *dst, const void *src, size_t bytes);
 exc_status exc_cuda_zero(exc_queue *q, void *p, size_t bytes);
+exc_status exc_cuda_record(exc_queue *q); /* and the next three: graph.cu */
+exc_status exc_cuda_recorded(exc_queue *q, void **graph);
+exc_status exc_cuda_replay(exc_queue *q, void *graph);
+exc_status exc_cuda_forget(exc_queue *q, void *graph);
 
 #endif

@@ -48,6 +48,12 @@ typedef struct exc_module {
     exc_status (*zero)(exc_queue *q, void *p, size_t bytes);
     exc_status (*sync)(exc_queue *q);
     exc_status (*ready)(exc_queue *q, int *done); /* is all that was enqueued done? does not wait */
+    /* what is enqueued between record and recorded is not done but kept as a graph, with all addresses and sizes, those in q->work
+     * too; graph NULL: gives up. replay enqueues it. forget: NULL is nothing. No other call but ops, zero and copy between */
+    exc_status (*record)(exc_queue *q);
+    exc_status (*recorded)(exc_queue *q, void **graph);
+    exc_status (*replay)(exc_queue *q, void *graph);
+    exc_status (*forget)(exc_queue *q, void *graph);
     /* a value in device memory for the ops enqueued next, until another is asked for */
     exc_status (*constant)(exc_queue *q, float value, const float **device);
     const char *(*error)(const exc_queue *q); /* text of q->failed */

@@ -24,8 +24,8 @@ rule "host/cli includes only excise.h, its own headers and system headers" "$(fo
 rule "base knows nothing above it" "$(grep -nE '#include "(files|model|study)\.h"' host/base/*)"
 rule "files knows nothing above it" "$(grep -nE '#include "(model|study)\.h"' host/files/*)"
 rule "model knows no studies" "$(grep -nE '#include "study\.h"' host/model/*)"
-# kernels/memory.cu, module.cu, libraries.cu, blas.cu and wide.cu are the module's own; every other .cu is the twin of an op
-rule "twins have the stems of ops" "$(for f in kernels/*.cu; do n=$(basename "$f" .cu); case " $(echo $ops) memory module libraries blas wide requant " in *" $n "*) ;; *) echo "$f" ;; esac; done)"
+# kernels/memory.cu, graph.cu, module.cu, libraries.cu, blas.cu and wide.cu are the module's own; every other .cu is the twin of an op
+rule "twins have the stems of ops" "$(for f in kernels/*.cu; do n=$(basename "$f" .cu); case " $(echo $ops) memory graph module libraries blas wide requant " in *" $n "*) ;; *) echo "$f" ;; esac; done)"
 rule "a .cu includes cuda.cuh or tensor.cuh and nothing of the host" "$(grep -nE '#include' kernels/*.cu | grep -vE '"(cuda|tensor|memory|[a-z0-9]+)\.cuh"|"(ops\.def|module\.h)"|^kernels/(libraries|blas)\.cu:[0-9]+:#include <(dlfcn\.h|mutex|new)>')"
 rule "no launch outside the LAUNCH macro, no device memory call outside memory.cu" "$(grep -nE '<<<|cudaMalloc|cudaFree|cudaHostAlloc|cuda[A-Za-z]*Synchronize' $sources | grep -vE '^kernels/(memory\.cu|cuda_on_host/)|^kernels/module\.cu.*StreamSynchronize|^tests/(bugs|cudart)')"
 rule "every op has its twin kernels/<op>.cu" "$(for o in $ops; do [ -f kernels/$o.cu ] || echo "kernels/$o.cu"; done)"

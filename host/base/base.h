@@ -123,6 +123,11 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
  * the two cost nothing on the CPU. */
 exc_status exc_device_mirror(exc_ctx *ctx, size_t count, size_t size, const char *what, void **block);
 void *exc_device_side(const exc_ctx *ctx, void *host, void *block);
+/* graphs (module.h says what may stand between the first two); on a device only */
+exc_status exc_device_record(exc_ctx *ctx);
+exc_status exc_device_recorded(exc_ctx *ctx, void **graph);
+exc_status exc_device_replay(exc_ctx *ctx, void *graph);
+void exc_device_forget(exc_ctx *ctx, void *graph);
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);

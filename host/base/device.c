@@ -191,6 +191,27 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes)
     return EXC_OK;
 }
 
+exc_status exc_device_record(exc_ctx *ctx)
+{
+    EXC_TRY(settle(ctx));
+    return exc_device_failed(ctx, ctx->module->record(&ctx->queue), "decode");
+}
+
+exc_status exc_device_recorded(exc_ctx *ctx, void **graph)
+{
+    return exc_device_failed(ctx, ctx->module->recorded(&ctx->queue, graph), "decode");
+}
+
+exc_status exc_device_replay(exc_ctx *ctx, void *graph)
+{
+    return exc_device_failed(ctx, ctx->module->replay(&ctx->queue, graph), "decode");
+}
+
+void exc_device_forget(exc_ctx *ctx, void *graph)
+{
+    if (graph) ctx->module->forget(&ctx->queue, graph);
+}
+
 exc_status exc_device_sync(exc_ctx *ctx)
 {
     EXC_TRY(settle(ctx));

@@ -136,8 +136,6 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
     EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,
         .top_k = K, .hidden = H, .basis = v->on ? v->basis : NULL, .rank = v->on ? v->rank : 0,
         .strength = v->on ? v->strength : NULL, .scale = v->on ? v->scale : NULL, .h = s->h);
-    if (t->sums && t->sums->tokens && t->observe)
-        for (int64_t i = 0; i < rows; i++) t->sums->tokens[row] += t->observe[i] >= 0;
     return EXC_OK;
 }
 

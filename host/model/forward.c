@@ -162,6 +162,7 @@ exc_status exc_session_open(exc_ctx *ctx, exc_model *m, const exc_room *room, ex
 
 void exc_session_close(exc_session *s) {
     if (!s) return;
+    exc_replay_close(s);
     exc_memory_give(s->ctx, s->slab.bytes);
     exc_slab_free(s->ctx, &s->slab);
     exc_release(s);
@@ -439,12 +440,9 @@ static exc_status run_layer(exc_session *s, int64_t layer, const exc_step *t) {
     return EXC_OK;
 }
 
-exc_status exc_session_part(exc_session *s, const exc_step *t) {
+exc_status exc_session_run(exc_session *s, const exc_step *t) {
     const exc_shape *p = &s->m->atlas->shape;
     const exc_loaded *l = s->m->loaded;
-    EXC_TRY(place(s, t));
-    if (!s->whole.rows && !s->spread) return exc_device_zero(s->ctx, s->found_there, sizeof *s->found_there);
-    /* a rank without rows still has experts that others ask */
     EXC_RUN(s, embed, .table = l->embed, .table_dtype = l->embed_dtype, .ids = s->whole.there.tokens, .tokens = s->whole.rows,
         .hidden = p->hidden, .out = s->whole.h);
     EXC_TRY(tap(s, t, 0));
@@ -455,4 +453,20 @@ exc_status exc_session_part(exc_session *s, const exc_step *t) {
     EXC_TRY(look(s));
     if (!t->logits) return EXC_OK;
     return t->logits_all ? exc_session_part_logits(s, 0, s->whole.rows, t->logits) : last_logits(s, t);
+}
+
+/* the observed tokens of every MoE layer: the host knows them */
+static void count_tokens(const exc_session *s, const exc_step *t) {
+    if (!t->sums || !t->sums->tokens || !t->observe) return;
+    int64_t n = 0;
+    for (int64_t i = 0; i < s->whole.rows; i++) n += t->observe[i] >= 0;
+    for (int64_t row = 0; row < s->m->atlas->shape.moe_layers; row++) t->sums->tokens[row] += n;
+}
+
+exc_status exc_session_part(exc_session *s, const exc_step *t) {
+    EXC_TRY(place(s, t));
+    if (!s->whole.rows && !s->spread) return exc_device_zero(s->ctx, s->found_there, sizeof *s->found_there);
+    /* a rank without rows still has experts that others ask */
+    count_tokens(s, t);
+    return exc_replay_step(s, t);
 }

@@ -78,6 +78,21 @@ typedef struct exc_whole {
     int64_t chunks;
 } exc_whole;
 
+/* what the launches of a step depend on beside its inputs (replay.c) */
+typedef struct exc_mark {
+    void *work;
+    int64_t rows, bound;
+    const void *logits, *hidden, *hidden_last, *router_ids, *router_weights, *observe;
+    exc_sums sums;
+    int64_t logits_all;
+} exc_mark;
+typedef struct exc_graph {
+    exc_mark mark;
+    void *run;                      /* NULL: seen once */
+    uint64_t used;                  /* turn, 0: free */
+} exc_graph;
+#define EXC_GRAPHS 8
+
 /* Pointers are to memory where ops run, but for base, capacity, length, chunk and what is called `here`. */
 
 struct exc_session {
@@ -113,6 +128,8 @@ struct exc_session {
     int32_t *zero_ids;              /* [T] zeros: the single "expert" of dense writers */
     int32_t *own_row;               /* [T] 0,1,2,..: and its row */
     float *ones;                    /* [T] and its weight */
+    exc_graph graph[EXC_GRAPHS];    /* on a device */
+    uint64_t turn, replayed;        /* steps that qualified, and those replayed */
     struct exc_spread *spread;      /* buffers for work with other ranks; NULL alone */
     exc_slab slab;
     size_t bytes;                   /* where ops run */
@@ -143,6 +160,10 @@ const exc_mixer *exc_mixer_of(exc_mix kind); /* forward.c */
     } while (0)
 exc_status exc_op_checked(exc_ctx *ctx, const char *op, exc_status st);
 
+/* everything of a step behind the placing of its rows; with all sequences at one row, as a graph where that serves (replay.c) */
+exc_status exc_session_run(exc_session *s, const exc_step *t);
+exc_status exc_replay_step(exc_session *s, const exc_step *t);
+void exc_replay_close(exc_session *s);
 size_t exc_act_bytes(const exc_model *m);
 /* caches and recurrent states lie in planes, one a layer of the kind, or one for all */
 int64_t exc_plane(const exc_session *s, int64_t layer);

@@ -1,0 +1,88 @@
+/* replay.c - steps that look like an earlier one are replayed from a graph, on devices.
+ *
+ * Decode runs the same few hundred launches again and again; only what lies in the step's block of inputs changes, and
+ * that is put to the same address before. A step qualifies when every sequence brings one row and has begun before,
+ * the model is resident and works alone. What its launches depend on beside those inputs is its mark: number
+ * of rows, the bound of lengths (a power of two, so that it rarely changes), the addresses it writes to, the scratch. The
+ * first step of a mark is enqueued launch by launch, which also lets the scratch grow; the second is recorded; from then on one
+ * call replays it. A few marks are kept, because sequences that end leave fewer rows. */
+#include <string.h>
+
+#include "session.h"
+
+#define SHORTEST 256 /* bound of lengths that all shorter ones share */
+
+static int64_t bound_of(int64_t longest) {
+    int64_t bound = SHORTEST;
+    while (bound < longest) bound *= 2;
+    return bound;
+}
+
+static bool qualifies(const exc_session *s, const exc_step *t) {
+    const exc_whole *w = &s->whole;
+    if (!s->ctx->module || s->spread || w->chunks != 1 || w->rows != t->sequences) return false;
+    if (s->m->loaded->places < s->m->loaded->layers) return false;
+    for (int64_t i = 0; i < t->sequences; i++)
+        if (w->here.length[i] < 2) return false;
+    return true;
+}
+
+/* compared byte by byte, so holes are zero */
+static void mark_step(const exc_session *s, const exc_step *t, exc_mark *m) {
+    memset(m, 0, sizeof *m);
+    m->work = s->ctx->queue.work;
+    m->rows = s->whole.rows;
+    m->bound = s->whole.chunk[0].longest;
+    m->logits_all = t->logits_all;
+    m->logits = t->logits;
+    m->hidden = t->hidden;
+    m->hidden_last = t->hidden_last;
+    m->router_ids = t->router_ids;
+    m->router_weights = t->router_weights;
+    m->observe = s->whole.there.observe;
+    if (t->sums) m->sums = *t->sums;
+    m->sums.tokens = NULL; /* the host's own */
+}
+
+static exc_graph *find(exc_session *s, const exc_mark *m) {
+    for (size_t i = 0; i < EXC_COUNT(s->graph); i++)
+        if (s->graph[i].used && !memcmp(&s->graph[i].mark, m, sizeof *m)) return &s->graph[i];
+    return NULL;
+}
+
+static exc_graph *oldest(exc_session *s) {
+    exc_graph *g = &s->graph[0];
+    for (size_t i = 1; i < EXC_COUNT(s->graph); i++)
+        if (s->graph[i].used < g->used) g = &s->graph[i];
+    return g;
+}
+
+static exc_status record(exc_session *s, const exc_step *t, exc_graph *g) {
+    EXC_TRY(exc_device_record(s->ctx));
+    exc_status st = exc_session_run(s, t);
+    if (st == EXC_OK) return exc_device_recorded(s->ctx, &g->run);
+    exc_device_recorded(s->ctx, NULL);
+    return st;
+}
+
+exc_status exc_replay_step(exc_session *s, const exc_step *t) {
+    exc_mark mark;
+    if (!qualifies(s, t)) return exc_session_run(s, t);
+    s->whole.chunk[0].longest = bound_of(s->whole.chunk[0].longest);
+    mark_step(s, t, &mark);
+    exc_graph *g = find(s, &mark);
+    if (!g) {
+        g = oldest(s);
+        exc_device_forget(s->ctx, g->run);
+        *g = (exc_graph){.mark = mark, .used = ++s->turn};
+        return exc_session_run(s, t);
+    }
+    g->used = ++s->turn;
+    if (!g->run) EXC_TRY(record(s, t, g));
+    s->replayed++;
+    return exc_device_replay(s->ctx, g->run);
+}
+
+void exc_replay_close(exc_session *s) {
+    for (size_t i = 0; i < EXC_COUNT(s->graph); i++) exc_device_forget(s->ctx, s->graph[i].run);
+}

@@ -93,4 +93,18 @@ static inline const char *golden_dir(const char *model)
 
 static inline const char *golden_of(const char *model) { return strcmp(model, "gpt_oss_bf16") ? model : "gpt_oss"; }
 
+/* a small model of that kind with odd sizes and, of hybrids, both kinds of layers */
+static inline tiny tiny_odd(int kind) {
+    tiny t = tiny_default();
+    t.kind = kind;
+    t.layers = 4;
+    if (kind == TINY_GLM) t.dim = 20;
+    t.shared = 29;
+    if (kind == TINY_NEXT) t.interval = 2, t.k_heads = 2, t.v_heads = 6, t.k_dim = 9, t.v_dim = 13, t.taps = 4;
+    if (kind == TINY_LATENT) t.heads = t.kv = 5, t.q_rank = 21, t.rank = 33, t.plain = 19, t.turned = 10, t.value = 17;
+    if (kind == TINY_GLM || kind == TINY_LATENT) t.experts = 12, t.groups = 4, t.kept = 2, t.scale = 2.5;
+    if (kind == TINY_OSS) t.window = 9;
+    return t;
+}
+
 #endif

@@ -12,19 +12,6 @@
 
 static const int kinds[] = {TINY_QWEN, TINY_GLM, TINY_LATENT, TINY_OSS, TINY_NEXT};
 
-static tiny spec(int kind) {
-    tiny t = tiny_default();
-    t.kind = kind;
-    t.layers = 4;
-    if (kind == TINY_GLM) t.dim = 20;
-    t.shared = 29;
-    if (kind == TINY_NEXT) t.interval = 2, t.k_heads = 2, t.v_heads = 6, t.k_dim = 9, t.v_dim = 13, t.taps = 4;
-    if (kind == TINY_LATENT) t.heads = t.kv = 5, t.q_rank = 21, t.rank = 33, t.plain = 19, t.turned = 10, t.value = 17;
-    if (kind == TINY_GLM || kind == TINY_LATENT) t.experts = 12, t.groups = 4, t.kept = 2, t.scale = 2.5;
-    if (kind == TINY_OSS) t.window = 9;
-    return t;
-}
-
 static exc_ctx *context(int reproducible) {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     exc_ctx *ctx;
@@ -100,7 +87,7 @@ static taken two_steps(exc_ctx *ctx, exc_model *m, int64_t chunk) {
 static void chunks(void **state) {
     (void)state;
     for (size_t i = 0; i < EXC_COUNT(kinds); i++) {
-        tiny spec_of = spec(kinds[i]);
+        tiny spec_of = tiny_odd(kinds[i]);
         char *dir = test_tmpdir();
         tiny_write(&spec_of, dir);
         exc_ctx *ctx = context(1);
@@ -186,7 +173,7 @@ static outcome run_within(const char *dir, uint64_t left, int reproducible) {
 static void budgets(void **state) {
     (void)state;
     for (size_t i = 0; i < EXC_COUNT(kinds); i++) {
-        tiny t = spec(kinds[i]);
+        tiny t = tiny_odd(kinds[i]);
         char *dir = test_tmpdir();
         int64_t seen[3] = {0}, refused = 0, resident = 0;
         t.layers = 6;
@@ -218,7 +205,7 @@ static void budgets(void **state) {
 /* with room for the same chunks not even the batching differs */
 static void same_chunks(void **state) {
     (void)state;
-    tiny t = spec(TINY_QWEN);
+    tiny t = tiny_odd(TINY_QWEN);
     char *dir = test_tmpdir();
     tiny_write(&t, dir);
     exc_ctx *ctx = context(0);
@@ -247,7 +234,7 @@ static void same_chunks(void **state) {
 /* a second model makes the first one give places up; both together give what they give in plenty */
 static void two_models(void **state) {
     (void)state;
-    tiny t[2] = {spec(TINY_GLM), spec(TINY_GLM)};
+    tiny t[2] = {tiny_odd(TINY_GLM), tiny_odd(TINY_GLM)};
     char *dir[2] = {test_tmpdir(), test_tmpdir()};
     exc_unit u[3][PROMPTS];
     t[1].seed = 2;
@@ -299,13 +286,13 @@ static void bad_layers(void **state) {
     (void)state;
     for (int64_t places = 1; places <= 2; places++) {
         exc_ctx *ctx = context(0);
-        tiny t = spec(TINY_QWEN);
+        tiny t = tiny_odd(TINY_QWEN);
         char *dir = test_tmpdir();
         exc_status st;
         tiny_write(&t, dir);
         exc_model *m = open_streamed(ctx, dir, places);
         tiny_free(&t);
-        t = spec(TINY_QWEN);
+        t = tiny_odd(TINY_QWEN);
         t.spoil = poison;
         t.user = (void *)(uintptr_t)"model.layers.2.mlp.experts.1.up_proj.weight";
         tiny_write(&t, dir); /* in its place, with a NaN: the map is of the file */
@@ -328,7 +315,7 @@ static void bad_layers(void **state) {
 
 static void allocations_fail(void **state) {
     (void)state;
-    tiny t = spec(TINY_LATENT);
+    tiny t = tiny_odd(TINY_LATENT);
     char *dir = test_tmpdir();
     tiny_write(&t, dir);
     int good = 0; /* in a row: a layer whose filling failed ahead of its time is filled again */
@@ -359,7 +346,7 @@ static int stop_at_layer(void *user, const exc_event *e) {
 
 static void cancelled(void **state) {
     (void)state;
-    tiny t = spec(TINY_NEXT);
+    tiny t = tiny_odd(TINY_NEXT);
     char *dir = test_tmpdir();
     tiny_write(&t, dir);
     for (int at = 1; at < 8; at += 3) {

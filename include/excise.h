@@ -281,6 +281,9 @@ EXC_API exc_status exc_route(exc_ctx *ctx, const exc_gate *gate, const float *lo
 EXC_API exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, const void *mid, exc_dtype dtype,
                                int64_t tokens, int64_t experts, int64_t top_k, int64_t intermediate, int64_t *count,
                                double *gate_sum, double *mid_sum);
+/* [stream] From now on exc_observe adds nothing while *enabled (i32, where ops run, borrowed) is 0; NULL: it always adds. The flag is
+ * read when the work runs: a captured graph need not be made anew to switch observing off and on */
+EXC_API exc_status exc_observe_when(exc_ctx *ctx, const int32_t *enabled);
 /* [stream] W [H,I] <- W - strength R (R^T W), R f32 [R,H] rows orthonormal; c f32 [R,I] gets R^T W before, or NULL */
 EXC_API exc_status exc_edit_matrix(exc_ctx *ctx, void *w, exc_dtype dtype, int64_t hidden, int64_t inner, const float *r,
                                    int64_t rank, float strength, exc_norm_restore norm, float *c);

@@ -193,6 +193,7 @@ static void count(const struct exc_moments_args *a, int fixed) {
 
 exc_status exc_cpu_moments(exc_queue *q, const struct exc_moments_args *a) {
     if (a->tokens < 0 || a->top_k < 1 || a->experts < 1 || a->experts > MAX_EXPERTS) return EXC_ERR_USAGE;
+    if (a->enabled && !*a->enabled) return EXC_OK;
     if (!a->mid || !a->mid_sum) {
         count(a, q->reproducible);
         return EXC_OK;

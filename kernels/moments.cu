@@ -92,6 +92,12 @@ __global__ void __launch_bounds__(128)
     if (lane == 0) a.gate_sum[e] = sum;
 }
 
+/* offset [E+1]: while observing is off no expert has a pair, and the kernels behind find nothing to do */
+__global__ void heed(const int32_t *enabled, int64_t experts, int64_t *offset) {
+    const int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (e <= experts && !*enabled) offset[e] = 0;
+}
+
 /* what lies in the scratch: the grouping, then the blocks, then what permute takes for itself */
 struct Plan {
     int64_t *offset, *first;   /* [E+1] */
@@ -142,6 +148,7 @@ extern "C" exc_status exc_cuda_moments(exc_queue *q, const struct exc_moments_ar
     if (work.status != EXC_OK) return work.status;
     const exc_status st = grouped(q, a, p, work.at);
     if (st != EXC_OK || !pairs) return st;
+    if (a->enabled) ENQUEUE(q, heed, (unsigned)ceil_div(a->experts + 1, 256), 256, 0, a->enabled, a->experts, p.offset);
     ENQUEUE(q, tally, (unsigned)ceil_div(a->experts, 128 / WARP), 128, 0, *a, (const int64_t *)p.offset,
             (const int32_t *)p.pair_of, q->reproducible);
     if (!sums) return EXC_OK;

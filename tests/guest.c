@@ -1,6 +1,6 @@
 /* guest.c - a small CUDA pipeline that uses the library: it brings its own device memory and its own stream, routes tokens, observes
  * experts, edits their weights and projects outputs through the public calls alone, first one by one, then captured once in
- * a CUDA graph and replayed. What comes back is what the CPU backend makes of the same arrays. */
+ * a CUDA graph and replayed, observing switched on the device. What comes back is what the CPU backend makes of the same arrays. */
 #include <math.h>
 
 #include "cudart.h"
@@ -10,7 +10,7 @@ enum { T = 37, E = 12, K = 3, H = 64, I = 40, R = 2 };
 static struct guest {
     float logits[T * E], y[T * H], basis[R * H], strength[E], weights[T * K];
     uint16_t w[E * H * I], mid[T * K * I];
-    int32_t ids[T * K];
+    int32_t ids[T * K], enabled;
     int64_t count[E];
     double gate[E], sum[E * I];
 } host, there_back, *there; /* there: in device memory */
@@ -113,6 +113,39 @@ static void replayed_from_a_graph(void **state) {
     CUDA(free(there));
 }
 
+/* the switch lies on the device: a graph made once adds or does not */
+static void observing_off_and_on(void **state) {
+    void *stream, *graph, *run;
+    CUDA(stream_create(&stream, OWN_STREAM));
+    CUDA(malloc((void **)&there, sizeof *there));
+    exc_ctx *ctx = open_guest(stream);
+    OK(exc_observe_when(ctx, &there->enabled));
+    CUDA(capture_begin(stream, THIS_THREAD));
+    work(ctx, there);
+    CUDA(capture_end(stream, &graph));
+    CUDA(graph_make(&run, graph, 0));
+    for (int32_t on = 0; on < 2; on++) {
+        fill(&host);
+        host.enabled = on;
+        CUDA(copy(there, &host, sizeof host, TO_DEVICE, stream));
+        CUDA(graph_launch(run, stream));
+        CUDA(copy(&there_back, there, sizeof host, TO_HOST, stream));
+        CUDA(stream_wait(stream));
+        OK(exc_observe_when(twin.cpu, &host.enabled));
+        work(twin.cpu, &host);
+        OK(exc_observe_when(twin.cpu, NULL));
+        same(&there_back, &host);
+        int64_t counted = 0;
+        for (int e = 0; e < E; e++) counted += there_back.count[e];
+        assert_int_equal(counted > 0, on);
+    }
+    CUDA(run_destroy(run));
+    CUDA(graph_destroy(graph));
+    exc_ctx_free(ctx);
+    CUDA(stream_destroy(stream));
+    CUDA(free(there));
+}
+
 static void refusals(void **state) {
     exc_ctx *ctx = open_guest(NULL);
     test_refused(ctx, exc_route(ctx, &gate, NULL, NULL, 1, 4, 2, NULL, NULL), EXC_ERR_USAGE, "logits is NULL", NULL);
@@ -136,6 +169,6 @@ static void refusals(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(calls_on_the_callers_stream), cmocka_unit_test(replayed_from_a_graph), cmocka_unit_test(refusals)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(calls_on_the_callers_stream), cmocka_unit_test(replayed_from_a_graph), cmocka_unit_test(observing_off_and_on), cmocka_unit_test(refusals)};
     return cmocka_run_group_tests(tests, open_runtime, twin_close);
 }

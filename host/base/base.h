@@ -45,6 +45,7 @@ struct exc_ctx {
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
     exc_ranks *ranks;          /* NULL: this process works alone */
     uint64_t memory, taken, most_taken; /* budget in bytes, what models have of it now, and had at most */
+    const int32_t *observing;  /* the caller's switch of exc_observe, where ops run; NULL: on */
     exc_model *models;         /* opened in this context, linked by `next` */
     struct exc_kept {
         char key[33];

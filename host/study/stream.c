@@ -69,8 +69,16 @@ exc_status exc_observe(exc_ctx *ctx, const int32_t *ids, const float *weights, c
                             (long long)experts - 1);
     struct exc_moments_args a = {.ids = ids, .weights = weights, .mid = mid_sum ? mid : NULL, .act = dtype == EXC_F32 ? EXC_F32 : EXC_BF16,
                                  .tokens = tokens, .top_k = top_k, .experts = experts, .inner = intermediate, .count = count,
-                                 .gate_sum = gate_sum, .mid_sum = mid_sum};
+                                 .gate_sum = gate_sum, .mid_sum = mid_sum, .enabled = ctx->observing};
     return done(ctx, call, ctx->ops->moments(&ctx->queue, &a));
+}
+
+exc_status exc_observe_when(exc_ctx *ctx, const int32_t *enabled) {
+    if (!ctx) return EXC_ERR_USAGE;
+    exc_clear(ctx);
+    if ((uintptr_t)enabled % sizeof *enabled) return exc_fail(ctx, EXC_ERR_USAGE, "exc_observe_when: enabled is not aligned to 4 bytes");
+    ctx->observing = enabled;
+    return EXC_OK;
 }
 
 static exc_status edit(exc_ctx *ctx, const char *call, void *w, exc_dtype dtype, int64_t experts, int64_t hidden, int64_t inner,

@@ -438,7 +438,7 @@ static int within_budget(const char *dir, uint64_t budget) {
     int64_t peak = json_integer_value(json_object_get(facts, "peak_memory"));
     if ((uint64_t)json_integer_value(json_object_get(facts, "budget")) != budget || !json_is_true(json_object_get(facts, "streamed"))) return 3;
     if (peak < (int64_t)m->weight_bytes || m->loaded->all_bytes < 2 * budget) return 4;
-#ifdef __SANITIZE_ADDRESS__
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
     return 0; /* shadow memory and blocks kept from reuse are counted too */
 #endif
     if ((uint64_t)peak <= budget) return 0;

@@ -5,7 +5,7 @@
  * second sweep finds it, subtracts and rounds. Statistics and column norms are further sweeps of the same strip: they cost
  * arithmetic, no memory traffic. Columns are independent, hence so are tasks; per-strip sums are added in order afterwards.
  *
- * The commonest edit has paths of its own where the machine allows (tandem.c, relay.c), with the same bits.
+ * The commonest edit has paths of its own where the machine allows (abreast.c, relay.c), with the same bits.
  *
  * R on the columns (EXC_SIDE_IN) is the same edit of the transposed matrix: 16 rows are turned into a strip of 16 f32 columns,
  * edited there and turned back. Row norms of EXC_SIDE_OUT span all strips: c of a whole matrix first, then row by row. */
@@ -16,7 +16,7 @@
 #include "lanes.h"
 #include "relay.h"
 #include "requant.h"
-#include "tandem.h"
+#include "abreast.h"
 
 #define CHUNK 64   /* rows of one partial sum of the canonical tree */
 #define RANKS 3    /* directions whose sums share registers */
@@ -555,7 +555,7 @@ exc_status exc_cpu_project(exc_queue *q, const struct exc_project_args *a) {
     if (a->side != EXC_SIDE_OUT && a->side != EXC_SIDE_IN) return EXC_ERR_USAGE;
     if (exc_requant_wanted(a->dtype, a->rounding)) return exc_requant_project(q, a);
     if (a->dtype != EXC_BF16 && a->dtype != EXC_F16 && a->dtype != EXC_F32) return EXC_ERR_USAGE;
-    if (exc_tandem_project(q, a) || exc_relay_project(q, a)) return EXC_OK;
+    if (exc_abreast_project(q, a) || exc_relay_project(q, a)) return EXC_OK;
     int out = a->side == EXC_SIDE_OUT;
     job j = {.a = a, .q = q, .sweep = sweep_for(), .size = a->dtype == EXC_F32 ? 4 : 2, .sums = q->scratch[0]};
     j.across = out ? STRIP * 2 / (int64_t)j.size : TURNED;

@@ -10,7 +10,7 @@
  * 1, of which 8 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly (pace),
  * and a core that sees four neighbours read asks for more by itself, in vain (width). At rank 3 the 12 multiply-adds of a line, one
  * a cycle, leave 14.8; the same arithmetic on rows that are in the first-level cache takes 13.4. Matrices that fit the last-level
- * cache have a better way at rank 1 and 2 (tandem.c); at rank 3 the two take the same.
+ * cache have a better way at rank 1 and 2 (abreast.c); at rank 3 the two take the same.
  *
  * R W is summed by even and odd columns of a line, a shift and a mask away from the bf16 pairs in memory, and subtracted in their
  * order, which is what the processor's own rounding wants. A column's operations are those of strip.h in the same order, so the

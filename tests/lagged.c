@@ -163,7 +163,7 @@ static void gate_twin(void **state) {
         uint16_t *half = malloc(n * 2);
         for (size_t i = 0; i < n; i++) half[i] = test_bf16(x[i]);
         void *want = calloc(n, 4), *got = calloc(n, 4), *in = from == EXC_F32 ? (void *)x : (void *)half;
-        struct exc_gate_args a = {in, from, g, stride, silu, norm ? w : NULL, 1e-5f, T, heads, D, want, act}, d = a;
+        struct exc_gate_args a = {in, from, silu, g, stride, norm ? w : NULL, 1e-5f, act, T, heads, D, want}, d = a;
         assert_int_equal(exc_cpu_gate(&twin.cpu->queue, &a), EXC_OK);
         d.x = twin_up(in, n * (from == EXC_F32 ? 4 : 2));
         d.g = twin_up(g, (size_t)(T * stride) * 4);

@@ -357,7 +357,7 @@ static void ragged_run(const ragged *r, int threads, void *out) {
     float scale = 1 / sqrtf((float)r->head_dim);
     int64_t D = r->head_dim, row = r->kv_heads * D;
     struct exc_attend_args a = {r->q, r->k, row, r->v, row, r->q_begin, r->cache_begin, r->length, r->sequences, r->q_heads,
-                                r->kv_heads, D, D, scale, r->window, r->sinks, out, r->act, r->q_begin[r->sequences], 0, r->ring};
+                                r->kv_heads, D, D, scale, r->act, r->window, r->sinks, out, r->q_begin[r->sequences], 0, r->ring};
     for (int64_t s = 0; s < r->sequences; s++) a.longest = r->length[s] > a.longest ? r->length[s] : a.longest;
     assert_int_equal(exc_cpu_attend(queue_of(threads), &a), EXC_OK);
 }

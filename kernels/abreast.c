@@ -1,4 +1,4 @@
-/* tandem.c - the common edit at the speed of memory, for matrices that stay in the last-level cache: bf16 in either place, R on the
+/* abreast.c - the common edit at the speed of memory, for matrices that stay in the last-level cache: bf16 in either place, R on the
  * rows, rank 1 or 2, no sums asked for.
  *
  * A matrix is read twice, for R W and for the subtraction. Two matrices go through a worker side by side, in the order of memory:
@@ -12,7 +12,7 @@
  *
  * Sums are kept by even and odd columns, a shift and a mask away from the bf16 pairs in memory. A column's operations are those of
  * strip.h in the same order, so the bits are the same. */
-#include "tandem.h"
+#include "abreast.h"
 
 #include "lanes.h"
 #include "relay.h"
@@ -38,9 +38,9 @@ typedef struct rider {
     int careful;  /* a result may be subnormal */
 } rider;
 
-typedef struct tandem tandem;
-typedef void (*chunk_fn)(const tandem *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum);
-struct tandem {
+typedef struct abreast abreast;
+typedef void (*chunk_fn)(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum);
+struct abreast {
     const struct exc_project_args *a;
     exc_queue *q;
     int64_t per_task;
@@ -83,7 +83,7 @@ AVX512 EXC_INLINE void settle(float *sum, int64_t n, __m512 x) {
 
 /* Rows h..h+n-1 of both matrices, a line after the other. sum += R W of `in`, if it is a new chunk after the old sum has been
  * settled; `out` loses its share and is written. ahead: where rows to come of in and out are. */
-AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
+AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
                                int n, int anew, int leaves, int enters, int rank, int how) {
     const int64_t rows = t->a->rows, sums = rank * t->a->cols;
     const size_t stride = (size_t)t->a->cols * 2, at = (size_t)h * stride;
@@ -142,7 +142,7 @@ AVX512 EXC_INLINE void rows_of(const tandem *t, const rider *out, const rider *i
     }
 }
 
-AVX512 EXC_INLINE void chunk(const tandem *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
+AVX512 EXC_INLINE void chunk(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
                              int leaves, int enters, int rank, int how) {
     const int64_t last = exc_least(h + CHUNK, t->a->rows);
     const size_t stride = (size_t)t->a->cols * 2;
@@ -159,7 +159,7 @@ AVX512 EXC_INLINE void chunk(const tandem *t, const rider *out, const rider *in,
 }
 
 #define CHUNK_OF(n, name, how)                                                                                                \
-    AVX512 static void name##n(const tandem *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h,    \
+    AVX512 static void name##n(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h,    \
                                float *sum) {                                                                                  \
         if (in && out) chunk(t, out, in, ahead, h, sum, 1, 1, n, how);                                                        \
         else if (in) chunk(t, out, in, ahead, h, sum, 0, 1, n, how);                                                          \
@@ -183,7 +183,7 @@ static const char *later(const char *matrix, const char *next, int64_t h, int64_
 }
 
 /* `out` leaves and `in` enters; either may be absent. next: the matrix that comes after `in`. sum [3, rank, cols]. */
-static void pass(const tandem *t, const rider *out, rider *in, const char *next, float *sum) {
+static void pass(const abreast *t, const rider *out, rider *in, const char *next, float *sum) {
     const struct exc_project_args *a = t->a;
     const int64_t n = a->rank * a->cols;
     const size_t stride = (size_t)a->cols * 2;
@@ -202,7 +202,7 @@ static void pass(const tandem *t, const rider *out, rider *in, const char *next,
 }
 
 static void run(void *arg, size_t task, int worker) {
-    const tandem *t = arg;
+    const abreast *t = arg;
     const struct exc_project_args *a = t->a;
     const int64_t first = (int64_t)task * t->per_task, last = exc_least(first + t->per_task, a->count);
     const unsigned status = _mm_getcsr();
@@ -232,12 +232,12 @@ static int fits(const exc_queue *q, const struct exc_project_args *a) {
     return 1;
 }
 
-int exc_tandem_project(exc_queue *q, const struct exc_project_args *a) {
+int exc_abreast_project(exc_queue *q, const struct exc_project_args *a) {
     if (!fits(q, a)) return 0;
     static const chunk_fn slow[] = {slow1, slow2}, fast[] = {fast1, fast2}, whole[] = {whole1, whole2};
     int one = 1;
     for (int64_t i = 0; i < a->count; i++) one &= a->strength[i] == 1.0f;
-    tandem t = {.a = a, .q = q, .careful = slow[a->rank - 1], .least = exc_smallest_share(a)};
+    abreast t = {.a = a, .q = q, .careful = slow[a->rank - 1], .least = exc_smallest_share(a)};
     t.fast = exc_isa_level() < EXC_ISA_AVX512BF16 ? t.careful : one ? whole[a->rank - 1] : fast[a->rank - 1];
     t.per_task = exc_least(MATRICES, (a->count + 2 * q->workers - 1) / (2 * q->workers));
     if (t.per_task < 1) t.per_task = 1;
@@ -246,7 +246,7 @@ int exc_tandem_project(exc_queue *q, const struct exc_project_args *a) {
 }
 
 #else
-int exc_tandem_project(exc_queue *q, const struct exc_project_args *a) {
+int exc_abreast_project(exc_queue *q, const struct exc_project_args *a) {
     (void)q, (void)a;
     return 0;
 }

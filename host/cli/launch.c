@@ -101,11 +101,11 @@ static void ended(cli *c, family *f, int rank, int status) {
     f->child[rank] = 0;
     f->left--;
     int code = WIFEXITED(status) ? WEXITSTATUS(status) : 1;
-    if (!code || f->ending || f->code) return;
+    if (WIFSIGNALED(status) && !f->ending)
+        fprintf(stderr, "excise %s: rank %d was ended by signal %d (%s)\n", c->verb->name, rank, WTERMSIG(status), strsignal(WTERMSIG(status)));
+    if (!code || f->code) return;
     f->code = code;
     f->next = cli_clock() + (WIFSIGNALED(status) ? NOTICE : 0);
-    if (WIFSIGNALED(status))
-        fprintf(stderr, "excise %s: rank %d was ended by signal %d (%s)\n", c->verb->name, rank, WTERMSIG(status), strsignal(WTERMSIG(status)));
 }
 
 static void collect(cli *c, family *f) {

@@ -39,6 +39,14 @@ printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":[0
     "$excise" apply "$models/qwen3_moe" "$out/plan.json" "${common[@]}" --gpus 0,1 -o "$out/a2" >>"$out/log" 2>&1 && diff -r "$out/a1" "$out/a2" >>"$out/log" 2>&1
 result "2 GPUs write the checkpoint that the CPU writes" $? "$out/log"
 
+for kind in decline comply; do head -4 "$demo/prompts/$kind.txt" >"$out/$kind.txt"; done
+capture=(capture "$demo" --target "$out/decline.txt" --baseline "$out/comply.txt" --decode 2 "${common[@]}")
+"$excise" "${capture[@]}" --gpus 0 -o "$out/s1" >"$out/log" 2>&1
+for list in 0,1 0,1,2; do
+    timeout 60 "$excise" "${capture[@]}" --gpus $list -o "$out/s$list" >"$out/log" 2>&1 && cmp "$out/s1" "$out/s$list" >>"$out/log" 2>&1
+    result "GPUs $list: the stats of one, bit for bit" $? "$out/log"
+done
+
 # ---- what is refused or fails: one line, and no output
 failing() { # failing TEXT CODE MUST_CONTAIN COMMAND: an output would be $out/x
     local text=$1 code=$2 part=$3 ok=0; shift 3

@@ -101,6 +101,7 @@ static void same_bits(void **state) {
         discard(replayed);
         exc_model_free(m);
         exc_ctx_free(ctx);
+        tiny_free(&spec);
     }
 }
 

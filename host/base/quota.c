@@ -30,9 +30,11 @@ static int64_t number(const char *folder, const char *name) { return entry(folde
 static uint64_t least(uint64_t a, int64_t b) { return b >= 0 && (uint64_t)b < a ? (uint64_t)b : a; }
 
 /* what one control group leaves; pages of files are given up when others need them */
-static uint64_t group_free(const char *folder, const char *limit, const char *used, const char *files, uint64_t most) {
+static uint64_t group_free(const char *folder, const char *limit, const char *used, const char *files, const char *shared, uint64_t most) {
     int64_t may = number(folder, limit), has = number(folder, used), cache = entry(folder, "memory.stat", files);
+    int64_t kept = entry(folder, "memory.stat", shared); /* files that lie in memory alone */
     if (may <= 0 || has < 0) return most;
+    cache -= kept > 0 ? kept : 0;
     has -= cache > 0 && cache < has ? cache : 0;
     return least(most, may > has ? may - has : 0);
 }
@@ -48,8 +50,8 @@ static uint64_t groups_free(uint64_t most) {
         bool two = path == kind + 1, one = !two && strstr(kind, "memory");
         for (*path++ = 0; two || one;) {
             snprintf(folder, sizeof folder, "%s%s", two ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory", path);
-            most = two ? group_free(folder, "memory.max", "memory.current", "file ", most)
-                       : group_free(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache ", most);
+            most = two ? group_free(folder, "memory.max", "memory.current", "file ", "shmem ", most)
+                       : group_free(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache ", "total_shmem ", most);
             char *slash = strrchr(path, '/');
             if (!slash || !path[0]) break;
             *slash = 0;

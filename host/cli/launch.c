@@ -20,6 +20,7 @@
 
 #define MOST 16       /* ranks; a rank holds a socket for each other one */
 #define NOTICE 2      /* seconds in which the others may see for themselves that a rank was killed */
+#define INTERRUPTED 130 /* exit code of a rank that a signal told to end */
 #define GRACE 5       /* seconds between asking a rank to end and making it */
 
 typedef struct family {
@@ -49,8 +50,9 @@ static int parse(const char *list, int gpu[MOST]) {
 /* number of this process among those that mpirun or srun started on this machine; -1: they started none */
 static int local_rank(void) {
     static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"};
+    const char *tasks = getenv("SLURM_STEP_NUM_TASKS"); /* a step of one task has a local id, too */
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (getenv(names[i])) return atoi(getenv(names[i]));
+        if (getenv(names[i]) && (strcmp(names[i], "SLURM_LOCALID") || !tasks || atoi(tasks) > 1)) return atoi(getenv(names[i]));
     return -1;
 }
 
@@ -105,7 +107,7 @@ static void ended(cli *c, family *f, int rank, int status) {
         fprintf(stderr, "excise %s: rank %d was ended by signal %d (%s)\n", c->verb->name, rank, WTERMSIG(status), strsignal(WTERMSIG(status)));
     if (!code || f->code) return;
     f->code = code;
-    f->next = cli_clock() + (WIFSIGNALED(status) ? NOTICE : 0);
+    f->next = cli_clock() + (code == INTERRUPTED ? GRACE : WIFSIGNALED(status) ? NOTICE : 0); /* an interrupt ends all: let them */
 }
 
 static void collect(cli *c, family *f) {
@@ -141,6 +143,7 @@ static int launch(cli *c, int n, int *rank) {
     static const int passed[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP, SIGCHLD};
     for (size_t i = 0; i < sizeof passed / sizeof *passed; i++) sigaddset(&signals, passed[i]);
     sigprocmask(SIG_BLOCK, &signals, &before);
+    signal(SIGCHLD, SIG_DFL); /* ignored by whoever started us, ends of children would not be told */
     int bad = connect_all(file, n);
     pid_t parent = getpid();
     for (*rank = 0; !bad && *rank < n; ++*rank) {

@@ -26,7 +26,7 @@
 
 static void *advance(exc_carve *c, uint8_t *base, size_t *at, size_t count, size_t size) {
     size_t bytes, end;
-    if (!exc_mul(count, size, &bytes) || __builtin_add_overflow(*at, bytes + 63, &end)) {
+    if (!exc_mul(count, size, &bytes) || bytes > SIZE_MAX - 63 || __builtin_add_overflow(*at, bytes + 63, &end)) {
         c->overflow = true;
         return NULL;
     }
@@ -716,8 +716,8 @@ exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options
 void exc_model_free(exc_model *m) {
     if (!m) return;
     exc_session_close(m->spare);
-    if (m->lens.release) m->lens.release(m->lens.user);
     if (m->ctx) exc_unload(m->ctx, m);
+    if (m->lens.release) m->lens.release(m->lens.user); /* the thread that reads ahead asked it until now */
     for (exc_model **at = m->ctx ? &m->ctx->models : NULL; at && *at; at = &(*at)->next)
         if (*at == m) {
             *at = m->next;

@@ -116,7 +116,13 @@ exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_ro
     exc_status st = EXC_OK;
     for (int64_t effort;;) {
         bool fits = choose(m, w, left_for(ctx, m), out, &effort);
-        if (fits && !better_narrow(m, w, left_for(ctx, m), effort)) return EXC_OK;
+        if (fits && !better_narrow(m, w, left_for(ctx, m), effort)) {
+            if (m->spare && cost(m, w, out) - exc_session_measure(m, out) > exc_memory_left(ctx)) { /* larger than what was counted */
+                exc_session_close(m->spare);
+                m->spare = NULL;
+            }
+            return EXC_OK;
+        }
         if (!exc_window_narrow(ctx, m, &st) && !others_narrow(ctx, m, &st)) {
             exc_room one = room_of(m, w, 1, LEAST_CHUNK);
             return refuse(ctx, m, cost(m, w, &one), "states of one prompt");

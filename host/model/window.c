@@ -169,6 +169,7 @@ bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st) {
     if (fewer >= l->places) return false;
     exc_window_close(ctx, m);
     *st = exc_window_open(ctx, m, fewer);
+    if (*st != EXC_OK) drop_places(ctx, m);
     return true;
 }
 
@@ -202,6 +203,10 @@ static exc_status turn(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_exte
 
 static exc_status find(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_extent extent, const exc_layer **out) {
     const exc_loaded *l = m->loaded;
+    *out = NULL;
+    if (!l->ahead && l->places < l->layers)
+        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: layer %lld: expected memory for its weights, found none since an earlier call failed", m->dir,
+                        (long long)layer);
     exc_status st = l->ahead ? turn(ctx, m, layer, extent) : EXC_OK;
     *out = &l->place[l->ahead ? l->current : layer].y;
     return st;

@@ -227,10 +227,10 @@ static exc_status run_set(capture *c, int label) {
     if (c->opt.decode) dock_sums(c, label, &decode, &sums);
     exc_status st = exc_dock_enter(&sums);
     if (st == EXC_OK) st = exc_decode_run(c->ctx, c->m, p, &d, &replies);
-    EXC_TRY(exc_dock_leave(&sums, st));
-    for (int64_t i = 0; i < p->count; i++) c->ended[label] += replies[i].stopped;
+    st = exc_dock_leave(&sums, st);
+    for (int64_t i = 0; st == EXC_OK && i < p->count; i++) c->ended[label] += replies[i].stopped;
     exc_replies_free(replies, p->count);
-    return EXC_OK;
+    return st;
 }
 
 /* out_sum [M,E,H] of all groups from mid_sum [M,E,I]; a weight is read once for the four */

@@ -66,6 +66,11 @@ static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_ro
     uint64_t ids = t->routing ? (uint64_t)(t->layers * t->top_k) * sizeof(int32_t) : 0;
     exc_wish w = {.prompts = t->p->count, .slots = t->slots, .longest = longest, .capacity = longest, .tokens = total,
                   .chunk = t->step_tokens, .slot_bytes = 48, .token_bytes = 12 + ids, .once = true, .whole = true};
+    for (int m = 0; m < 2; m++) { /* what earlier runs left is in the way of the two sessions below */
+        if (!t->model[m]) continue;
+        exc_session_close(t->model[m]->spare);
+        t->model[m]->spare = NULL;
+    }
     room[0] = room[1] = (exc_room){.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
     if (!wide || exc_ranks_count(t->ctx) > 1) return EXC_OK;
     w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);

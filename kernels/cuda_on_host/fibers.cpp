@@ -381,6 +381,7 @@ struct Runner {
             memset(blk.dsmem, 0xff, L.smem);
         }
         th.resize(n);
+        asleep.reserve(n); // by no CUDA thread: ThreadSanitizer takes the heap's bookkeeping for theirs
         for (unsigned t = 0; t < n; t++)
             th[t] = Thread{
                 {t % L.b.x, t / L.b.x % L.b.y, t / (L.b.x * L.b.y)}, t % 32, t / 32, t, &blk, nullptr, "start", 0};

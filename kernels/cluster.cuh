@@ -17,8 +17,9 @@
  * this was measured here.
  *
  * What must not meet. Sums of exchange e + 1 come to an owner only after its own c of exchange e was seen by
- * their sender, so what the owner read is free. c of exchange e + 1 comes only after all threads of a block have
- * passed the barrier that begins it, so none still reads c of e. A chunk's place is asked for again by the warp
+ * their sender, so what the owner read is free. c of exchange e + 1 comes only after all threads of a block that has
+ * rows have passed the barrier that begins it, so none of them still reads c of e. A block without rows (of nine
+ * chunks on eight blocks the last have none) may meet c of e + 1 before the last c of e: it reads neither. A chunk's place is asked for again by the warp
  * that read and wrote it last, after its stores have been read (bulk_wait_read); other warps read these rows
  * before they sent sums, and c came only after that. On the host a launch is one cluster, whose blocks run at
  * once (tensor.cuh), so this source is tested there. */
@@ -258,12 +259,13 @@ template <class T> __device__ inline void release(Share<T> &b, int64_t piece) {
     b.ask();
 }
 
+/* by the first block, which has rows: see above */
 template <class T> __device__ inline void keep(const Share<T> &b, int64_t task) {
-    const int own = b.own();
-    for (int i = threadIdx.x; b.j.c && i < b.j.rank * own; i += THREADS) {
-        const int r = i / own, column = b.rank * own + i % own;
+    const int columns = b.columns();
+    for (int i = threadIdx.x; b.j.c && b.rank == 0 && i < b.j.rank * columns; i += THREADS) {
+        const int r = i / columns, column = i % columns;
         const int64_t at = b.column(task) + column;
-        if (at < b.j.cols) b.j.c[(task / b.j.strips * b.j.rank + r) * b.j.cols + at] = b.s.c[r * b.columns() + column];
+        if (at < b.j.cols) b.j.c[(task / b.j.strips * b.j.rank + r) * b.j.cols + at] = b.s.c[r * columns + column];
     }
 }
 

@@ -38,7 +38,7 @@ namespace exc {
 template <class... P, class... A>
 cudaError_t launch(bool together, void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A &&...a) {
     std::tuple<std::decay_t<P>...> values(std::forward<A>(a)...);
-    if (smem > 48 * 1024) {
+    if (smem > 32 * 1024) { /* of the 48 KB that need no leave, static shared memory (at most 16 KB) has its share */
         cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
         if (e != cudaSuccess) return e;
     }

@@ -522,7 +522,7 @@ exc_status library_at_hand(exc_queue *q, int64_t least, bool *yes) {
 }
 
 /* what it needs beside the matrices */
-exc_status library_room(Carve &work, int64_t n, int64_t layers, Library *l) {
+exc_status library_room(Carve &work, const Space &s, int64_t n, int64_t layers, Library *l) {
     exc_queue *q = work.q;
     Handles *h = handles_of(q);
     size_t host = 0;
@@ -531,7 +531,7 @@ exc_status library_room(Carve &work, int64_t n, int64_t layers, Library *l) {
     PASS(exc_library_status(q, EXC_SOLVER, "cusolverDnXsyevBatched_bufferSize",
                             h->solver->cusolverDnXsyevBatched_bufferSize(
                                 h->dense, h->params, nv::CUSOLVER_EIG_MODE_VECTOR, nv::CUBLAS_FILL_MODE_LOWER, n,
-                                nv::CUDA_R_64F, nullptr, n, nv::CUDA_R_64F, nullptr, nv::CUDA_R_64F, &l->bytes, &host,
+                                nv::CUDA_R_64F, s.g, n, nv::CUDA_R_64F, s.value, nv::CUDA_R_64F, &l->bytes, &host,
                                 layers)));
     if (host > h->host_bytes) { /* larger than what was measured: that would have to allocate */
         if (!q->measuring) return EXC_ERR_MEMORY;
@@ -572,7 +572,7 @@ extern "C" exc_status exc_cuda_subspace(exc_queue *q, const struct exc_subspace_
     s.done = work.take<int>(r.layers);
     s.spoilt = work.take<int>(r.layers);
     const struct exc_gram_args gram = r.gram_of(r.layers);
-    if (library) PASS(library_room(work, r.least(), r.layers, &r.library));
+    if (library) PASS(library_room(work, s, r.least(), r.layers, &r.library));
     if (library || r.least() <= DIRECT) PASS(exc_gram_take(work, &gram, &r.gram));
     if (!work.ready()) return work.status;
     struct exc_subspace_args here = *a;

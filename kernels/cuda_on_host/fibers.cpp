@@ -143,6 +143,7 @@ struct Runner {
         void *p;
     };
     std::vector<Static> statics; // SHARED_ARRAY storage of the block
+    size_t fixed = 0;            // and its bytes
     std::vector<Thread *> asleep; // threads that wait at gates
     unsigned long seen = 0;       // events of the gates when they were last woken
 
@@ -429,6 +430,7 @@ struct Runner {
         __tsan_switch_to_fiber(main.san, 1);
 #endif
         statics.clear();
+        fixed = 0;
     }
 };
 // on the heap: the TLS of this library must stay tiny (initial-exec `cur` puts all of it into the static TLS block)
@@ -503,6 +505,10 @@ void *shared_mem(const void *key, size_t n, size_t align) {
     if (posix_memalign(&p, align < 16 ? 16 : align, n)) fail("no memory");
     memset(p, 0xff, n);
     r->statics.push_back({key, p});
+    // as a GPU has it: launch() of cuda.cuh asks for leave from 32 KB of dynamic shared memory on
+    const size_t dynamic = r->blk.dsmem_bytes, both = dynamic + (r->fixed += n);
+    if (both > (dynamic > 32 * 1024 ? 227 * 1024 : 48 * 1024))
+        fail("%zu bytes of dynamic and %zu of static shared memory", dynamic, r->fixed);
     REL(p);
     return p;
 }

@@ -38,6 +38,12 @@ for k in 1 2 3 4; do
     cmp "$out/run1/evaluation.csv" "$out/run$k/evaluation.csv" >"$out/d" 2>&1; result "$k ranks: the same evaluation" $? "$out/d"
 done
 
+# ranks with unequal memory take what the one with least can
+options=(forward "$demo" --prompts "$out/neutral.txt" --raw --emit logits,hidden,routing --generate 5 --threads 1 --reproducible --backend cpu)
+timeout 60 mpirun -n 1 "$excise" "${options[@]}" --memory 40GiB --json -o "$out/less" : -n 1 "$excise" "${options[@]}" --memory 50500KiB -o "$out/less" >"$out/log" 2>&1 &&
+    grep -q '"streamed": *true' "$out/log" && cmp "$out/f1" "$out/less" >>"$out/log" 2>&1
+result "one rank streams its layers, so both do: the same bits" $? "$out/log"
+
 # every family: shared experts, dense layers, states of any mixer; several shards
 printf '{"tokens":[3,5,7,11,13,2,9]}\n{"tokens":[4]}\n{"tokens":[1,8,2,6,5,12,20,21,22,23,24]}\n' >"$out/t.jsonl"
 for model in "$models"/*/; do

@@ -203,6 +203,8 @@ exc_status exc_ranks_settle(exc_ctx *ctx);
 exc_status exc_ranks_device(exc_ctx *ctx); /* once the backend is open: several GPUs join */
 /* array <- sum over ranks, added in rank order: the same bits everywhere. dtype EXC_I64, EXC_U32, EXC_F64, EXC_F32; array may be NULL */
 exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array, size_t count);
+/* v [n] <- the least of each over all ranks */
+exc_status exc_ranks_least(exc_ctx *ctx, const char *what, int64_t *v, size_t n);
 /* fails on all ranks when it failed on one, with that one's words */
 exc_status exc_ranks_agree(exc_ctx *ctx, const char *what, exc_status mine);
 

@@ -296,6 +296,18 @@ static exc_status repeat(exc_ctx *ctx, const char *what, int from, exc_status st
     return told;
 }
 
+exc_status exc_ranks_least(exc_ctx *ctx, const char *what, int64_t *v, size_t n) {
+    if (!ctx->ranks) return EXC_OK;
+    size_t ranks = (size_t)ctx->ranks->size;
+    int64_t *all = exc_alloc(ctx, ranks * n, sizeof *all, "numbers of all ranks");
+    if (!all) return EXC_ERR_MEMORY;
+    exc_status st = exc_ranks_gather(ctx, what, v, all, n * sizeof *all);
+    for (size_t i = 0; st == EXC_OK && i < ranks * n; i++)
+        if (all[i] < v[i % n]) v[i % n] = all[i];
+    exc_release(all);
+    return st;
+}
+
 exc_status exc_ranks_agree(exc_ctx *ctx, const char *what, exc_status mine) {
     if (!ctx->ranks) return mine;
     int32_t code = mine, *all = exc_alloc(ctx, (size_t)ctx->ranks->size, sizeof *all, "states of all ranks");

@@ -645,12 +645,14 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m) {
     m->loaded = exc_zalloc(ctx, 1, sizeof *m->loaded, "weights");
     if (!m->loaded) return EXC_ERR_MEMORY;
     EXC_TRY(measure(ctx, m));
-    EXC_TRY(exc_budget_places(ctx, m, &places));
+    EXC_TRY(exc_ranks_agree(ctx, "places of layers", exc_budget_places(ctx, m, &places)));
+    EXC_TRY(exc_windows_agree(ctx));
+    EXC_TRY(exc_ranks_least(ctx, "places of layers", &places, 1));
     exc_carve c = exc_carve_measure(ctx);
     lay_out_ends(&c, m, m->loaded);
     EXC_TRY(make_slab(ctx, m, &c, &m->loaded->ends));
     lay_out_ends(&c, m, m->loaded);
-    EXC_TRY(exc_window_open(ctx, m, places));
+    EXC_TRY(exc_ranks_agree(ctx, "weights", exc_window_open(ctx, m, places)));
     exc_status st = exc_ranks_agree(ctx, "load", load_all(&r));
     exc_loader_release(&r);
     return st;

@@ -336,6 +336,8 @@ void exc_window_close(exc_ctx *ctx, exc_model *m);
 uint64_t exc_window_bytes(const exc_model *m, int64_t places); /* weights in memory with that many places */
 /* fewer places: of all layers, then two, then one; false: there is only one. What layers hold is lost. */
 bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st);
+/* ranks: every model of the context gets as few places as it has on the rank where it has fewest; nothing alone */
+exc_status exc_windows_agree(exc_ctx *ctx);
 
 struct exc_model {
     exc_ctx *ctx;

@@ -112,7 +112,7 @@ static bool better_narrow(exc_model *m, const exc_wish *w, uint64_t left, int64_
     return m->loaded->places == 2 && wide(m, w) && choose(m, w, left + m->loaded->largest, &r, &narrow) && narrow < effort / 2;
 }
 
-exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
+static exc_status choose_alone(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
     exc_status st = EXC_OK;
     for (int64_t effort;;) {
         bool fits = choose(m, w, left_for(ctx, m), out, &effort);
@@ -129,6 +129,17 @@ exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_ro
         }
         EXC_TRY(st);
     }
+}
+
+/* Ranks meet in every step and, of streamed models, in every layer: all take what the one with least memory can. Each number of a
+ * room may be less without the others. */
+exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
+    EXC_TRY(exc_ranks_agree(ctx, "room for states", choose_alone(ctx, m, w, out)));
+    EXC_TRY(exc_windows_agree(ctx));
+    int64_t v[] = {out->slots, out->cache_tokens, out->step_tokens, out->chunk_tokens};
+    EXC_TRY(exc_ranks_least(ctx, "room for states", v, EXC_COUNT(v)));
+    out->slots = v[0], out->cache_tokens = v[1], out->step_tokens = v[2], out->chunk_tokens = v[3];
+    return EXC_OK;
 }
 
 /* what a short prompt takes: a model is resident where at least that fits beside it */

@@ -173,6 +173,18 @@ bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st) {
     return true;
 }
 
+exc_status exc_windows_agree(exc_ctx *ctx) {
+    exc_status st = EXC_OK;
+    for (exc_model *m = exc_ranks_count(ctx) > 1 ? ctx->models : NULL; m; m = m->next) {
+        if (!m->loaded || !m->loaded->place) continue;
+        int64_t least = m->loaded->places;
+        EXC_TRY(exc_ranks_least(ctx, "places of layers", &least, 1));
+        while (st == EXC_OK && m->loaded->places > least && exc_window_narrow(ctx, m, &st)) {}
+        EXC_TRY(exc_ranks_agree(ctx, "places of layers", st));
+    }
+    return EXC_OK;
+}
+
 void exc_window_close(exc_ctx *ctx, exc_model *m) {
     stop(m->loaded);
     drop_places(ctx, m);

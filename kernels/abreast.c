@@ -18,8 +18,6 @@
 #include "relay.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define CHUNK 64            /* rows of one partial sum of the canonical tree */
 #define ROWS 4              /* that share a read of the sums */
 #define MOST_RANK 2
@@ -27,7 +25,6 @@
 #define ENTER_AHEAD 24576   /* bytes asked for before they are needed: of the matrix that enters, */
 #define LEAVE_AHEAD 6144    /* and of the one that leaves */
 #define MATRICES 64         /* of a task, at most: its first and last have no companion */
-#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")))
 
 /* a matrix on its way */
 typedef struct rider {
@@ -48,22 +45,11 @@ struct abreast {
     float least; /* share of R, but zero */
 };
 
-AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-AVX512 EXC_INLINE __m512 odd(__m512i x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
-}
-
-/* to nearest even, in the upper halves; what is in the lower ones is not cleared */
-AVX512 EXC_INLINE __m512i rounded(__m512 x) {
-    __m512i u = _mm512_castps_si512(x), tie = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i near = _mm512_add_epi32(u, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
-    return _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-}
-AVX512 EXC_INLINE __m512i joined(__m512 e, __m512 o) {
-    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rounded(e), 16), rounded(o));
+EXC_AVX512 EXC_INLINE __m512i joined(__m512 e, __m512 o) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(exc_rounded(e), 16), exc_rounded(o));
 }
 /* the instruction by name: all else here is the same with and without it */
-AVX512 EXC_INLINE __m512i joined_fast(__m512 e, __m512 o) {
+EXC_AVX512 EXC_INLINE __m512i joined_fast(__m512 e, __m512 o) {
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
                                            3, 18, 2, 17, 1, 16, 0);
     __m512i x;
@@ -74,7 +60,7 @@ AVX512 EXC_INLINE __m512i joined_fast(__m512 e, __m512 o) {
 enum { FAST = 1, WHOLE = 2 }; /* the processor rounds to bf16; strength 1 */
 
 /* hi + lo += x, of which hi keeps what fits and lo the rest; all sums are followed by their hi and lo, n numbers each */
-AVX512 EXC_INLINE void settle(float *sum, int64_t n, __m512 x) {
+EXC_AVX512 EXC_INLINE void settle(float *sum, int64_t n, __m512 x) {
     __m512 h = _mm512_load_ps(sum + n), s = _mm512_add_ps(h, x), b = _mm512_sub_ps(s, h);
     __m512 e = _mm512_add_ps(_mm512_sub_ps(h, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
     _mm512_store_ps(sum + n, s);
@@ -83,7 +69,7 @@ AVX512 EXC_INLINE void settle(float *sum, int64_t n, __m512 x) {
 
 /* Rows h..h+n-1 of both matrices, a line after the other. sum += R W of `in`, if it is a new chunk after the old sum has been
  * settled; `out` loses its share and is written. ahead: where rows to come of in and out are. */
-AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
+EXC_AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
                                int n, int anew, int leaves, int enters, int rank, int how) {
     const int64_t rows = t->a->rows, sums = rank * t->a->cols;
     const size_t stride = (size_t)t->a->cols * 2, at = (size_t)h * stride;
@@ -103,8 +89,8 @@ AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *
             if (enters) {
                 __m512i w = _mm512_load_si512((const void *)(new + (size_t)i * stride + x));
                 __builtin_prefetch(soon[0] + (size_t)i * stride + x, 0, 2);
-                e[i] = even(w);
-                o[i] = odd(w);
+                e[i] = exc_even(w);
+                o[i] = exc_odd(w);
             }
             if (leaves) __builtin_prefetch(soon[1] + (size_t)i * stride + x, 0, 2);
             de[i] = dd[i] = _mm512_setzero_ps();
@@ -134,7 +120,7 @@ AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *
         }
         _Pragma("GCC unroll 4") for (int i = 0; leaves && i < n; i++) {
             __m512i w = _mm512_load_si512((const void *)(old + (size_t)i * stride + x));
-            __m512 l = _mm512_sub_ps(even(w), de[i]), r = _mm512_sub_ps(odd(w), dd[i]);
+            __m512 l = _mm512_sub_ps(exc_even(w), de[i]), r = _mm512_sub_ps(exc_odd(w), dd[i]);
             w = how & FAST ? joined_fast(l, r) : joined(l, r);
             if (apart) _mm512_stream_si512((__m512i *)(to + (size_t)i * stride + x), w);
             else _mm512_store_si512((void *)(to + (size_t)i * stride + x), w);
@@ -142,7 +128,7 @@ AVX512 EXC_INLINE void rows_of(const abreast *t, const rider *out, const rider *
     }
 }
 
-AVX512 EXC_INLINE void chunk(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
+EXC_AVX512 EXC_INLINE void chunk(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h, float *sum,
                              int leaves, int enters, int rank, int how) {
     const int64_t last = exc_least(h + CHUNK, t->a->rows);
     const size_t stride = (size_t)t->a->cols * 2;
@@ -159,7 +145,7 @@ AVX512 EXC_INLINE void chunk(const abreast *t, const rider *out, const rider *in
 }
 
 #define CHUNK_OF(n, name, how)                                                                                                \
-    AVX512 static void name##n(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h,    \
+    EXC_AVX512 static void name##n(const abreast *t, const rider *out, const rider *in, const char *const ahead[2], int64_t h,    \
                                float *sum) {                                                                                  \
         if (in && out) chunk(t, out, in, ahead, h, sum, 1, 1, n, how);                                                        \
         else if (in) chunk(t, out, in, ahead, h, sum, 0, 1, n, how);                                                          \
@@ -169,7 +155,7 @@ AVX512 EXC_INLINE void chunk(const abreast *t, const rider *out, const rider *in
 CHUNKS_OF(1) CHUNKS_OF(2)
 
 /* R W, from the sums of the last chunk and what was settled before */
-AVX512 static void finish(float *c, float *sum, int64_t n) {
+EXC_AVX512 static void finish(float *c, float *sum, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
         settle(sum + i, n, _mm512_load_ps(sum + i));
         _mm512_store_ps(c + i, _mm512_add_ps(_mm512_load_ps(sum + n + i), _mm512_load_ps(sum + 2 * n + i)));

@@ -13,8 +13,7 @@
 #define EXC_NCCL_LEAST 21400 /* 2.14.0: major * 10000 + minor * 100 + patch, since 2.9 */
 
 enum { EXC_NCCL_SUCCESS = 0, EXC_NCCL_INVALID_ARGUMENT = 4, EXC_NCCL_INVALID_USAGE = 5, EXC_NCCL_REMOTE = 6, EXC_NCCL_IN_PROGRESS = 7 };
-enum { EXC_NCCL_BYTES = 0, EXC_NCCL_I64 = 4 }; /* ncclInt8, ncclInt64 */
-enum { EXC_NCCL_SUM = 0 };
+enum { EXC_NCCL_BYTES = 0 }; /* ncclInt8 */
 
 typedef struct exc_nccl_id {
     char bytes[128];
@@ -40,7 +39,6 @@ typedef struct exc_nccl_config {
     CALL(ncclGroupStart, (void))                                                                                                 \
     CALL(ncclGroupEnd, (void))                                                                                                   \
     CALL(ncclSend, (const void *send, size_t count, int type, int peer, void *comm, void *stream))                               \
-    CALL(ncclRecv, (void *recv, size_t count, int type, int peer, void *comm, void *stream))                                     \
-    CALL(ncclAllReduce, (const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream))
+    CALL(ncclRecv, (void *recv, size_t count, int type, int peer, void *comm, void *stream))
 
 #endif

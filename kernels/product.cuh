@@ -102,6 +102,23 @@ struct Rows {
 /* ------------------------------------------------------------------------------------------- tensor cores,
  * bf16 rows */
 
+/* columns k0 .. k0 + BK of the rows, what lies beyond `count` and k as zero, by all THREADS of the block */
+template <int BK, int THREADS, int BM, int PITCH>
+__device__ inline void load_rows(bf16 (&x)[BM][PITCH], const Rows &rows, int64_t k0, int64_t k) {
+    for (int c = threadIdx.x; c < BM * (BK / 8); c += THREADS) {
+        const int r = c / (BK / 8), part = c % (BK / 8) * 8;
+        const bf16 *from = reinterpret_cast<const bf16 *>(rows.row[r]);
+        if (rows.whole) {
+            const bool in = r < rows.count && k0 + part < k;
+            cp_async16(&x[r][part], from + (in ? k0 + part : 0), in ? 16 : 0);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                x[r][part + i] = r < rows.count && k0 + part + i < k ? from[k0 + part + i] : bf16{0};
+        }
+    }
+}
+
 /* two bf16 numbers in one register; codes are exact in bf16 */
 __device__ inline unsigned two_bf16(float lo, float hi) {
     return bits_of(lo) >> 16 | (bits_of(hi) & 0xffff0000u);
@@ -154,18 +171,7 @@ template <int W, int BM_, int BN_, int NB, int WARPS_M, int WARPS_N> struct Tens
 
     __device__ static void load(Stage &s, const Rows &rows, const Plane *w, int64_t column, int64_t k0) {
         const int64_t k = w[0].k;
-        for (int c = threadIdx.x; c < BM * (BK / 8); c += THREADS) {
-            const int r = c / (BK / 8), part = c % (BK / 8) * 8;
-            const bf16 *from = reinterpret_cast<const bf16 *>(rows.row[r]);
-            if (rows.whole) {
-                const bool in = r < rows.count && k0 + part < k;
-                cp_async16(&s.x[r][part], from + (in ? k0 + part : 0), in ? 16 : 0);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    s.x[r][part + i] = r < rows.count && k0 + part + i < k ? from[k0 + part + i] : bf16{0};
-            }
-        }
+        load_rows<BK, THREADS>(s.x, rows, k0, k);
         for (int c = threadIdx.x; c < NB * BN * (BK / 8); c += THREADS) {
             const int b = c / (BN * (BK / 8)), r = c / (BK / 8) % BN, part = c % (BK / 8) * 8;
             const int64_t n = column + r;
@@ -292,18 +298,7 @@ template <int W, int NB> struct ThinTile {
 
     __device__ static void load(Stage &s, const Rows &rows, const Plane *w, int64_t column, int64_t k0) {
         const int64_t k = w[0].k;
-        for (int c = threadIdx.x; c < BM * (BK / 8); c += THREADS) {
-            const int r = c / (BK / 8), part = c % (BK / 8) * 8;
-            const bf16 *from = reinterpret_cast<const bf16 *>(rows.row[r]);
-            if (rows.whole) {
-                const bool in = r < rows.count && k0 + part < k;
-                cp_async16(&s.x[r][part], from + (in ? k0 + part : 0), in ? 16 : 0);
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    s.x[r][part + i] = r < rows.count && k0 + part + i < k ? from[k0 + part + i] : bf16{0};
-            }
-        }
+        load_rows<BK, THREADS>(s.x, rows, k0, k);
         for (int c = threadIdx.x; c < NB * BN * (ROW / 16); c += THREADS) {
             const int b = c / (BN * (ROW / 16)), r = c / (ROW / 16) % BN, part = c % (ROW / 16);
             const int64_t n = column + r, at = k0 + part * PER_PIECE;

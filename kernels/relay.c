@@ -20,8 +20,6 @@
 #include "lanes.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define CHUNK 64     /* rows of one partial sum of the canonical tree */
 #define MOST_RANK 8
 #define LINE 32      /* columns of a 64-byte line */
@@ -31,7 +29,6 @@
 #define PACE 10      /* steps of four cycles between rows, at rank 1 */
 #define MOST_ROWS 4096
 #define BUFFER ((size_t)MOST_ROWS * STRIP * sizeof(uint16_t)) /* of the scratch; shares follow */
-#define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512")))
 
 /* a strip on its way: where it goes, and R W by rank and column */
 typedef struct runner {
@@ -52,36 +49,24 @@ struct relay {
     float least; /* share of R, but zero */
 };
 
-AVX512 EXC_INLINE __m512 even(__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
-AVX512 EXC_INLINE __m512 odd(__m512i x) {
-    return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
-}
-
 /* columns 0..15 or 16..31 of a line as floats: words go to upper halves */
-AVX512 EXC_INLINE __m512 left(__m512i x) {
+EXC_AVX512 EXC_INLINE __m512 left(__m512i x) {
     const __m512i from = _mm512_set_epi32(0xf0000, 0xe0000, 0xd0000, 0xc0000, 0xb0000, 0xa0000, 0x90000, 0x80000, 0x70000,
                                           0x60000, 0x50000, 0x40000, 0x30000, 0x20000, 0x10000, 0);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, x));
 }
-AVX512 EXC_INLINE __m512 right(__m512i x) {
+EXC_AVX512 EXC_INLINE __m512 right(__m512i x) {
     const __m512i from = _mm512_set_epi32(0x1f0000, 0x1e0000, 0x1d0000, 0x1c0000, 0x1b0000, 0x1a0000, 0x190000, 0x180000, 0x170000,
                                           0x160000, 0x150000, 0x140000, 0x130000, 0x120000, 0x110000, 0x100000);
     return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, x));
 }
 
-/* to nearest even, in the lower halves */
-AVX512 EXC_INLINE __m512i rounded(__m512 x) {
-    __m512i u = _mm512_castps_si512(x), tie = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i near = _mm512_add_epi32(u, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff)));
-    near = _mm512_mask_or_epi32(near, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-    return _mm512_srli_epi32(near, 16);
-}
-AVX512 EXC_INLINE __m512i joined(__m512 l, __m512 r) {
-    __m512i x = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded(l)));
-    return _mm512_inserti64x4(x, _mm512_cvtepi32_epi16(rounded(r)), 1);
+EXC_AVX512 EXC_INLINE __m512i joined(__m512 l, __m512 r) {
+    __m512i x = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(_mm512_srli_epi32(exc_rounded(l), 16)));
+    return _mm512_inserti64x4(x, _mm512_cvtepi32_epi16(_mm512_srli_epi32(exc_rounded(r), 16)), 1);
 }
 /* The instruction by name: all else here is the same with and without it. */
-AVX512 EXC_INLINE __m512i joined_fast(__m512 l, __m512 r) {
+EXC_AVX512 EXC_INLINE __m512i joined_fast(__m512 l, __m512 r) {
     __m512i x;
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(x) : "v"(l), "v"(r));
     return x;
@@ -89,11 +74,11 @@ AVX512 EXC_INLINE __m512i joined_fast(__m512 l, __m512 r) {
 
 /* Requests that come faster than memory answers are dropped, and a line that was asked for in vain stalls everything later. So
  * rows are kept apart by a chain of n multiply-adds, four cycles each, that nothing else waits for. */
-AVX512 EXC_INLINE void pace(__m128 *chain, int n) {
+EXC_AVX512 EXC_INLINE void pace(__m128 *chain, int n) {
     for (int i = 0; i < n; i++) __asm__ volatile("vfmadd231ss %0, %0, %0" : "+v"(*chain));
 }
 
-AVX512 EXC_INLINE void two_sum(float *hi, float *lo, __m512 x) {
+EXC_AVX512 EXC_INLINE void two_sum(float *hi, float *lo, __m512 x) {
     __m512 h = _mm512_load_ps(hi), s = _mm512_add_ps(h, x), b = _mm512_sub_ps(s, h);
     __m512 e = _mm512_add_ps(_mm512_sub_ps(h, _mm512_sub_ps(s, b)), _mm512_sub_ps(x, b));
     _mm512_store_ps(hi, s);
@@ -114,7 +99,7 @@ typedef struct sweep {
 
 /* Row by row the old strip leaves the buffer, less its share of R, and the new one takes its place and meets R: hi + lo += its R
  * W, even columns before odd ones. */
-AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int lines, int how) {
+EXC_AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int lines, int how) {
     __m512 s[MOST_RANK][8], c[MOST_RANK][8], b[MOST_RANK], k[MOST_RANK];
     __m128 chain = _mm_setzero_ps();
     _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++)
@@ -148,8 +133,8 @@ AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int line
                 __builtin_prefetch(w.next + at + 64 * g, 0, 2);
                 held[g] = x;
                 _Pragma("GCC unroll 8") for (int r = 0; r < rank; r++) {
-                    s[r][2 * g] = _mm512_fmadd_ps(b[r], even(x), s[r][2 * g]);
-                    s[r][2 * g + 1] = _mm512_fmadd_ps(b[r], odd(x), s[r][2 * g + 1]);
+                    s[r][2 * g] = _mm512_fmadd_ps(b[r], exc_even(x), s[r][2 * g]);
+                    s[r][2 * g + 1] = _mm512_fmadd_ps(b[r], exc_odd(x), s[r][2 * g + 1]);
                 }
             }
         }
@@ -160,7 +145,7 @@ AVX512 EXC_INLINE void cross(sweep w, int leaves, int enters, int rank, int line
 }
 
 /* R W, columns in their order */
-AVX512 EXC_INLINE void settle(float *c, const float *hi, const float *lo, int64_t n) {
+EXC_AVX512 EXC_INLINE void settle(float *c, const float *hi, const float *lo, int64_t n) {
     const __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i second = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
     for (int64_t i = 0; i < n; i += LINE) {
@@ -173,7 +158,7 @@ AVX512 EXC_INLINE void settle(float *c, const float *hi, const float *lo, int64_
 
 /* One pass over the buffer: chunk by chunk `out` leaves it and `in` takes its place; either may be absent. next: the strip that
  * comes after `in`. */
-AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, runner *in, const char *next, int rank, int how) {
+EXC_AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, runner *in, const char *next, int rank, int how) {
     const struct exc_project_args *a = j->a;
     const int lines = rank <= 2 ? 4 : rank <= 6 ? 2 : 1; /* as many as registers hold */
     const int64_t rows = a->rows;
@@ -199,7 +184,7 @@ AVX512 EXC_INLINE void pass(const relay *j, char *buffer, const runner *out, run
 }
 
 #define PASS(n, name, how)                                                                                               \
-    AVX512 static void name##n(const relay *j, char *buffer, const runner *out, runner *in, const char *next) {         \
+    EXC_AVX512 static void name##n(const relay *j, char *buffer, const runner *out, runner *in, const char *next) {         \
         pass(j, buffer, out, in, next, n, how);                                                                          \
     }
 #define PASSES(n) PASS(n, pass, 0) PASS(n, fast, FAST) PASS(n, whole, FAST | WHOLE)
@@ -225,7 +210,7 @@ static const float *share_of(const struct exc_project_args *a, float strength, f
     return room;
 }
 
-AVX512 static void relay_task(void *arg, size_t task, int worker) {
+EXC_AVX512 static void relay_task(void *arg, size_t task, int worker) {
     const relay *j = arg;
     const struct exc_project_args *a = j->a;
     char *buffer = j->q->scratch[worker];

@@ -46,7 +46,7 @@ EXC_SOLVER_CALLS(PROTOTYPE)
 static_assert((int)ncclSuccess == EXC_NCCL_SUCCESS && (int)ncclInvalidArgument == EXC_NCCL_INVALID_ARGUMENT &&
               (int)ncclInvalidUsage == EXC_NCCL_INVALID_USAGE &&
               (int)ncclRemoteError == EXC_NCCL_REMOTE && (int)ncclInProgress == EXC_NCCL_IN_PROGRESS, "a status of NCCL has another value");
-static_assert((int)ncclInt8 == EXC_NCCL_BYTES && (int)ncclInt64 == EXC_NCCL_I64 && (int)ncclSum == EXC_NCCL_SUM, "a type of NCCL has another value");
+static_assert((int)ncclInt8 == EXC_NCCL_BYTES, "a type of NCCL has another value");
 static_assert(NCCL_CONFIG_UNDEF_INT == INT_MIN && offsetof(ncclConfig_t, blocking) == offsetof(exc_nccl_config, blocking) &&
               offsetof(ncclConfig_t, version) == offsetof(exc_nccl_config, version), "NCCL's configuration begins otherwise");
 #define NCCL_PROTOTYPE(name, arguments) static_assert(Same<int(*) arguments, decltype(&::name)>::value, #name " has another prototype");

@@ -45,14 +45,6 @@ const char *exc_device_why_not(void)
     return m ? m->why_not() : why;
 }
 
-static void amount(double bytes, char text[32])
-{
-    static const char *const units[] = {"bytes", "KiB", "MiB", "GiB", "TiB"};
-    size_t u = 0;
-    for (; bytes >= 1024 && u < EXC_COUNT(units) - 1; u++) bytes /= 1024;
-    snprintf(text, 32, u ? "%.1f %s" : "%.0f %s", bytes, units[u]);
-}
-
 size_t exc_device_free(exc_ctx *ctx)
 {
     exc_device_info info = {0};
@@ -69,9 +61,9 @@ exc_status exc_device_short(exc_ctx *ctx, size_t bytes, const char *fmt, ...)
     vsnprintf(what, sizeof what, fmt, ap);
     va_end(ap);
     ctx->module->describe(ctx->queue.device, &info);
-    amount((double)bytes, need);
-    amount((double)info.free, have);
-    amount((double)info.memory, all);
+    exc_memory_text(bytes, need);
+    exc_memory_text(info.free, have);
+    exc_memory_text(info.memory, all);
     return exc_fail(ctx, EXC_ERR_MEMORY, "%s: %s of device memory needed, %s of %s are free on GPU %d (%s)", what, need, have,
                     all, ctx->queue.device, info.name);
 }
@@ -86,8 +78,8 @@ exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what)
                         ctx->queue.failed_at ? ctx->queue.failed_at : "launch", ctx->module->error(&ctx->queue));
     if (st == EXC_ERR_MEMORY) {
         char need[32], have[32];
-        amount((double)ctx->queue.work_needed, need);
-        amount((double)ctx->queue.work_bytes, have);
+        exc_memory_text(ctx->queue.work_needed, need);
+        exc_memory_text(ctx->queue.work_bytes, have);
         return exc_fail(ctx, st, "%s: %s of device scratch needed, the queue has %s", what, need, have);
     }
     return exc_fail(ctx, st, "%s: refused by the device", what);

@@ -1,4 +1,4 @@
-/* nccl.c - rows and sums of ranks that work on GPUs go from device memory to device memory by NCCL, on the context's stream.
+/* nccl.c - rows of ranks that work on GPUs go from device memory to device memory by NCCL, on the context's stream.
  *
  * NCCL reports nothing when a rank on the same machine dies, and a call that blocks cannot be ended from outside. So no call
  * here blocks: the communicator is made with blocking = 0, and whoever is about to wait for the stream first waits here
@@ -231,14 +231,6 @@ exc_status exc_nccl_rows(exc_ctx *ctx, exc_nccl *n, const char *what, const exc_
     int ended = n->c.ncclGroupEnd();
     if (status == EXC_NCCL_SUCCESS || status == EXC_NCCL_IN_PROGRESS) status = ended;
     EXC_TRY(finish(ctx, n, what, "a group of sends and receives", status));
-    n->what = what;
-    return EXC_OK;
-}
-
-exc_status exc_nccl_sum(exc_ctx *ctx, exc_nccl *n, const char *what, int64_t *array, size_t count) {
-    if (!n->comm) return gone(ctx, what);
-    int status = n->c.ncclAllReduce(array, array, count, EXC_NCCL_I64, EXC_NCCL_SUM, n->comm, ctx->queue.stream);
-    EXC_TRY(finish(ctx, n, what, "ncclAllReduce", status));
     n->what = what;
     return EXC_OK;
 }

@@ -42,7 +42,6 @@ void exc_nccl_close(exc_ctx *ctx, exc_nccl *n);
 exc_status exc_nccl_settle(exc_ctx *ctx, exc_nccl *n);
 exc_status exc_nccl_rows(exc_ctx *ctx, exc_nccl *n, const char *what, const exc_rows *list, size_t count, const int64_t *sends,
                          const int64_t *receives);
-exc_status exc_nccl_sum(exc_ctx *ctx, exc_nccl *n, const char *what, int64_t *array, size_t count);
 exc_status exc_ranks_broken(exc_ctx *ctx, const char *what, const char *why); /* EXC_ERR_DEVICE, with the rank and the place */
 const char *exc_ranks_missing(const exc_ctx *ctx);
 

@@ -13,6 +13,9 @@ using namespace nv;
 
 namespace {
 
+using hc::as;
+using hc::drop;
+
 enum : uint32_t { HANDLE = 0x4c740001, DESC, LAYOUT, PREFERENCE, ALGO };
 struct Handle {
     uint32_t kind = HANDLE;
@@ -46,17 +49,6 @@ struct Chosen { /* lies in nv::Algo */
 };
 static_assert(sizeof(Chosen) <= sizeof(Algo), "an algorithm is 64 bytes");
 
-template <class T> T *as(void *p, uint32_t kind) {
-    T *t = static_cast<T *>(p);
-    return t && t->kind == kind ? t : nullptr;
-}
-template <class T> int drop(void *p, uint32_t kind) {
-    T *t = as<T>(p, kind);
-    if (!t) return CUBLAS_STATUS_INVALID_VALUE;
-    t->kind = 0;
-    delete t;
-    return CUBLAS_STATUS_SUCCESS;
-}
 template <class T> int put(T &to, const void *value, size_t bytes) {
     if (!value || bytes != sizeof to) return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(&to, value, bytes);
@@ -164,7 +156,7 @@ int cublasLtCreate(void **handle) {
     *handle = new Handle;
     return CUBLAS_STATUS_SUCCESS;
 }
-int cublasLtDestroy(void *handle) { return drop<Handle>(handle, HANDLE); }
+int cublasLtDestroy(void *handle) { return drop<Handle>(handle, HANDLE, CUBLAS_STATUS_INVALID_VALUE); }
 
 int cublasLtMatmulDescCreate(void **desc, int compute, int scale_type) {
     Desc *d = new Desc;
@@ -172,7 +164,7 @@ int cublasLtMatmulDescCreate(void **desc, int compute, int scale_type) {
     *desc = d;
     return CUBLAS_STATUS_SUCCESS;
 }
-int cublasLtMatmulDescDestroy(void *desc) { return drop<Desc>(desc, DESC); }
+int cublasLtMatmulDescDestroy(void *desc) { return drop<Desc>(desc, DESC, CUBLAS_STATUS_INVALID_VALUE); }
 int cublasLtMatmulDescSetAttribute(void *desc, int attribute, const void *value, size_t bytes) {
     Desc *d = as<Desc>(desc, DESC);
     if (!d) return CUBLAS_STATUS_INVALID_VALUE;
@@ -192,7 +184,7 @@ int cublasLtMatrixLayoutCreate(void **layout, int type, uint64_t rows, uint64_t 
     *layout = l;
     return CUBLAS_STATUS_SUCCESS;
 }
-int cublasLtMatrixLayoutDestroy(void *layout) { return drop<Layout>(layout, LAYOUT); }
+int cublasLtMatrixLayoutDestroy(void *layout) { return drop<Layout>(layout, LAYOUT, CUBLAS_STATUS_INVALID_VALUE); }
 int cublasLtMatrixLayoutSetAttribute(void *layout, int attribute, const void *value, size_t bytes) {
     Layout *l = as<Layout>(layout, LAYOUT);
     if (!l) return CUBLAS_STATUS_INVALID_VALUE;
@@ -205,7 +197,7 @@ int cublasLtMatmulPreferenceCreate(void **preference) {
     *preference = new Preference;
     return CUBLAS_STATUS_SUCCESS;
 }
-int cublasLtMatmulPreferenceDestroy(void *preference) { return drop<Preference>(preference, PREFERENCE); }
+int cublasLtMatmulPreferenceDestroy(void *preference) { return drop<Preference>(preference, PREFERENCE, CUBLAS_STATUS_INVALID_VALUE); }
 int cublasLtMatmulPreferenceSetAttribute(void *preference, int attribute, const void *value, size_t bytes) {
     Preference *p = as<Preference>(preference, PREFERENCE);
     if (!p) return CUBLAS_STATUS_INVALID_VALUE;

@@ -13,6 +13,9 @@ using namespace nv;
 
 namespace {
 
+using hc::as;
+using hc::drop;
+
 enum : uint32_t { HANDLE = 0x44a10001, PARAMS };
 struct Handle {
     uint32_t kind = HANDLE;
@@ -21,18 +24,6 @@ struct Handle {
 struct Params {
     uint32_t kind = PARAMS;
 };
-template <class T> T *as(void *p, uint32_t kind) {
-    T *t = static_cast<T *>(p);
-    return t && t->kind == kind ? t : nullptr;
-}
-template <class T> int drop(void *p, uint32_t kind) {
-    T *t = as<T>(p, kind);
-    if (!t) return CUSOLVER_STATUS_INVALID_VALUE;
-    t->kind = 0;
-    delete t;
-    return CUSOLVER_STATUS_SUCCESS;
-}
-
 /* a [n,n] symmetric -> diagonal, and rows of v the eigenvectors */
 void jacobi(std::vector<double> &a, std::vector<double> &v, int64_t n) {
     for (int64_t i = 0; i < n * n; i++) v[i] = i / n == i % n;
@@ -115,7 +106,7 @@ int cusolverDnCreate(void **handle) {
     *handle = new Handle;
     return CUSOLVER_STATUS_SUCCESS;
 }
-int cusolverDnDestroy(void *handle) { return drop<Handle>(handle, HANDLE); }
+int cusolverDnDestroy(void *handle) { return drop<Handle>(handle, HANDLE, CUSOLVER_STATUS_INVALID_VALUE); }
 int cusolverDnSetStream(void *handle, cudaStream_t stream) {
     HC_FAILS(cusolverDnSetStream);
     Handle *h = as<Handle>(handle, HANDLE);
@@ -127,7 +118,7 @@ int cusolverDnCreateParams(void **params) {
     *params = new Params;
     return CUSOLVER_STATUS_SUCCESS;
 }
-int cusolverDnDestroyParams(void *params) { return drop<Params>(params, PARAMS); }
+int cusolverDnDestroyParams(void *params) { return drop<Params>(params, PARAMS, CUSOLVER_STATUS_INVALID_VALUE); }
 
 int cusolverDnXsyevBatched_bufferSize(void *handle, void *params, int vectors, int fill, int64_t n, int type_a, const void *,
                                       int64_t leading, int type_w, const void *, int compute, size_t *device_bytes,

@@ -1,5 +1,5 @@
-/* nccl.cpp - a stand-in for NCCL between processes on one machine, whose GPUs are played by the host: sends, receives and
- * sums of whole numbers go over sockets, in stream order.
+/* nccl.cpp - a stand-in for NCCL between processes on one machine, whose GPUs are played by the host: sends and
+ * receives go over sockets, in stream order.
  *
  * As strict as the documentation is: nothing blocks (blocking = 0 is the only mode), a communicator that is not ready may
  * only be asked for its state or aborted, calls of a group start at its end, a receive must meet a send of the same type and
@@ -119,7 +119,7 @@ void join_all(Comm &c, int door) {
 struct Op {
     Handle comm;
     cudaStream_t stream;
-    char kind; /* s, r, and + for a sum */
+    char kind; /* s, r */
     int type, peer;
     size_t bytes;
     const void *from;
@@ -135,8 +135,7 @@ struct Head {
 
 struct Incoming {
     Head want;
-    void *to; /* device memory, or NULL: into `held` */
-    std::vector<char> held;
+    void *to; /* device memory */
 };
 
 /* what one group moves between this rank and another */
@@ -155,7 +154,7 @@ struct Exchange {
     bool begun = false;
 
     void put(Lane &l, const Op &op) {
-        Head h = {op.bytes, op.kind == '+' ? '+' : 's', op.type};
+        Head h = {op.bytes, 's', op.type};
         const char *p = reinterpret_cast<const char *>(&h), *data = static_cast<const char *>(op.from);
         l.out.insert(l.out.end(), p, p + sizeof h);
         l.out.insert(l.out.end(), data, data + op.bytes);
@@ -163,15 +162,11 @@ struct Exchange {
     void begin() { /* now: what is sent is what the stream had written by here */
         begun = true;
         lanes.resize((size_t)comm->size);
-        for (const Op &op : ops)
-            for (int r = 0; r < comm->size; r++) {
-                if (r == comm->rank || (op.kind != '+' && r != op.peer)) continue;
-                Lane &l = lanes[(size_t)r];
-                if (op.kind != 'r') put(l, op);
-                if (op.kind != 's')
-                    l.in.push_back({{op.bytes, op.kind == '+' ? '+' : 's', op.type}, op.kind == '+' ? nullptr : op.to,
-                                    std::vector<char>(op.kind == '+' ? op.bytes : 0)});
-            }
+        for (const Op &op : ops) {
+            Lane &l = lanes[(size_t)op.peer];
+            if (op.kind == 's') put(l, op);
+            else l.in.push_back({{op.bytes, 's', op.type}, op.to});
+        }
     }
     void push(int r, Lane &l) {
         ssize_t n = l.sent < l.out.size() ? send(comm->file[(size_t)r], l.out.data() + l.sent, l.out.size() - l.sent, MSG_NOSIGNAL) : 0;
@@ -182,7 +177,7 @@ struct Exchange {
             Incoming &m = l.in[l.at];
             const bool in_head = l.got < sizeof l.head;
             char *to = in_head ? reinterpret_cast<char *>(&l.head) + l.got
-                               : (m.to ? static_cast<char *>(m.to) : m.held.data()) + (l.got - sizeof l.head);
+                               : static_cast<char *>(m.to) + (l.got - sizeof l.head);
             const size_t left = (in_head ? sizeof l.head : sizeof l.head + m.want.bytes) - l.got;
             ssize_t n = left ? recv(comm->file[(size_t)r], to, left, 0) : 0;
             if (n < 0 || (n == 0 && left)) return; /* not yet; or never, which nobody is told */
@@ -193,19 +188,6 @@ struct Exchange {
             if (l.got < sizeof l.head + m.want.bytes) continue;
             l.got = 0;
             l.at++;
-        }
-    }
-    /* in another order on every rank: whoever needs one order does not get it here */
-    void add() {
-        size_t nth = 0;
-        for (const Op &op : ops) {
-            if (op.kind != '+') continue;
-            memmove(op.to, op.from, op.bytes);
-            for (int k = 1; k < comm->size; k++) {
-                const auto *x = reinterpret_cast<const int64_t *>(lanes[(size_t)((comm->rank + k) % comm->size)].in[nth].held.data());
-                for (size_t i = 0; i < op.bytes / 8; i++) static_cast<int64_t *>(op.to)[i] += x[i];
-            }
-            nth++;
         }
     }
     bool poll() {
@@ -219,7 +201,6 @@ struct Exchange {
             pull(r, l);
             done = done && l.sent == l.out.size() && l.at == l.in.size();
         }
-        if (done) add();
         if (done) comm->on_stream--;
         hc::protect(false);
         return done;
@@ -232,12 +213,8 @@ int submit() {
     if (ops.empty()) return EXC_NCCL_SUCCESS;
     auto e = std::make_shared<Exchange>();
     e->comm = ops[0].comm;
-    bool sums = false, rows = false;
-    for (const Op &op : ops) {
+    for (const Op &op : ops)
         if (op.comm != e->comm || op.stream != ops[0].stream) hc::fail("NCCL: a group on several communicators or streams");
-        (op.kind == '+' ? sums : rows) = true;
-    }
-    if (sums && rows) hc::fail("NCCL: sums and sends in one group are not played");
     e->ops = std::move(ops);
     e->comm->on_stream++;
     e->comm->launching = 2;
@@ -249,10 +226,9 @@ int submit() {
 int add_op(const char *call, void *comm, void *stream, char kind, const void *from, void *to, size_t count, int type, int peer) {
     Handle &c = *checked(call, comm);
     if (c->state != EXC_NCCL_SUCCESS || c->finalised) hc::fail("%s: the communicator is not ready (state %d)", call, c->state.load());
-    if (type != EXC_NCCL_BYTES && type != EXC_NCCL_I64) return EXC_NCCL_INVALID_ARGUMENT;
-    if (kind != '+' && (peer < 0 || peer >= c->size)) return EXC_NCCL_INVALID_ARGUMENT;
-    if (kind != '+' && peer == c->rank) hc::fail("%s: to itself is not played", call);
-    const size_t bytes = count * (type == EXC_NCCL_I64 ? 8 : 1);
+    if (type != EXC_NCCL_BYTES || peer < 0 || peer >= c->size) return EXC_NCCL_INVALID_ARGUMENT;
+    if (peer == c->rank) hc::fail("%s: to itself is not played", call);
+    const size_t bytes = count;
     if (bytes && from) hc::check_extent(call, 0, from, bytes, static_cast<cudaStream_t>(stream));
     if (bytes && to) hc::check_extent(call, 1, to, bytes, static_cast<cudaStream_t>(stream));
     group.push_back({c, static_cast<cudaStream_t>(stream), kind, type, peer, bytes, from, to});
@@ -347,10 +323,4 @@ int ncclSend(const void *send, size_t count, int type, int peer, void *comm, voi
 int ncclRecv(void *recv, size_t count, int type, int peer, void *comm, void *stream) {
     HC_FAILS(ncclRecv);
     return add_op("ncclRecv", comm, stream, 'r', nullptr, recv, count, type, peer);
-}
-
-int ncclAllReduce(const void *send, void *recv, size_t count, int type, int op, void *comm, void *stream) {
-    HC_FAILS(ncclAllReduce);
-    if (type != EXC_NCCL_I64 || op != EXC_NCCL_SUM) hc::fail("ncclAllReduce: only sums of 64-bit whole numbers are played");
-    return add_op("ncclAllReduce", comm, stream, '+', send, recv, count, type, 0);
 }

@@ -63,6 +63,19 @@ template <class F> void enqueue(cudaStream_t stream, F work) {
     cudaLaunchHostFunc(stream, Kept::run, kept.back().get());
 }
 
+/* handles begin with their kind, which is 0 from their end on. drop: 0, or `bad` for what is no such handle */
+template <class T> T *as(void *p, uint32_t kind) {
+    T *t = static_cast<T *>(p);
+    return t && t->kind == kind ? t : nullptr;
+}
+template <class T> int drop(void *p, uint32_t kind, int bad) {
+    T *t = as<T>(p, kind);
+    if (!t) return bad;
+    t->kind = 0;
+    delete t;
+    return 0;
+}
+
 } // namespace hc
 
 #define HC_EXPORT(result, name, arguments) extern "C" __attribute__((visibility("default"))) result name arguments;

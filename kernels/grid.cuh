@@ -92,7 +92,7 @@ __device__ inline uint32_t philox(uint32_t key, uint32_t row, uint32_t col) {
     return a;
 }
 
-__device__ inline uint32_t philox_key(uint64_t seed, uint64_t stream) {
+__host__ __device__ inline uint32_t philox_key(uint64_t seed, uint64_t stream) {
     uint64_t x = seed + 0x9e3779b97f4a7c15ull * (stream + 1);
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ x >> 27) * 0x94d049bb133111ebull;

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-#define EXC_MODULE_VERSION 3
+#define EXC_MODULE_VERSION 4
 
 typedef struct exc_device_info {
     char name[256];

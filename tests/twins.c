@@ -303,7 +303,48 @@ static void convert_all(void **state) {
             }
 }
 
+/* ----------------------------------------------------------------------------------------------------------------- noise */
+
+/* the CPU's bits; any cut of the stream gives the same numbers; mean, deviation and range are a uniform distribution's */
+static void noise_numbers(void **state) {
+    static const int64_t sizes[] = {0, 1, 31, 33, 1024, 70001};
+    static const int kinds[] = {EXC_F32, EXC_BF16};
+    for (size_t s = 0; s < EXC_COUNT(sizes); s++)
+        for (size_t d = 0; d < EXC_COUNT(kinds); d++) {
+            if (twin_small() && sizes[s] > 1024) continue;
+            int64_t n = sizes[s], cut = n / 3;
+            size_t size = kinds[d] == EXC_F32 ? 4 : 2, bytes = (size_t)n * size, offset = s % 2 ? size : 0;
+            char *want = calloc(bytes + 1, 1), *got = calloc(bytes + 1, 1);
+            struct exc_noise_args a = {want, n, INT64_C(0xfffffff0), 7, 3, kinds[d], 0.5f}, g = a;
+            assert_int_equal(exc_cpu_noise(&twin.cpu->queue, &a), EXC_OK);
+            g.dst = twin_up_at(got, bytes, offset);
+            TWIN_RUN(noise, &g);
+            twin_down(got, g.dst, bytes);
+            assert_memory_equal(got, want, bytes);
+            twin_done();
+            memset(got, 0, bytes);
+            a.dst = got, a.n = cut;
+            assert_int_equal(exc_cpu_noise(&twin.cpu->queue, &a), EXC_OK);
+            a.dst = got + (size_t)cut * size, a.n = n - cut, a.first += cut;
+            assert_int_equal(exc_cpu_noise(&twin.cpu->queue, &a), EXC_OK);
+            assert_memory_equal(got, want, bytes);
+            double sum = 0, squares = 0, most = 0;
+            for (int64_t i = 0; i < n; i++) {
+                double x = kinds[d] == EXC_F32 ? (double)((float *)want)[i] : (double)test_from_bf16(((uint16_t *)want)[i]);
+                sum += x, squares += x * x, most = fmax(most, fabs(x));
+            }
+            assert_true(most <= 0.25 * sqrt(12) * 1.004); /* bf16 rounds up by half of 2^-7 */
+            if (n > 70000) { /* five standard errors */
+                assert_true(fabs(sum / (double)n) < 5 * 0.5 / sqrt((double)n));
+                assert_true(fabs(squares / (double)n - 0.25) < 5 * 0.25 * sqrt(0.8 / (double)n));
+            }
+            free(want), free(got);
+        }
+}
+
 static void refusals(void **state) {
+    assert_int_equal(TWIN_STATUS(noise, (&(struct exc_noise_args){.n = -1, .dtype = EXC_F32})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(noise, (&(struct exc_noise_args){.n = 1, .dtype = EXC_F16})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(convert, (&(struct exc_convert_args){.n = 4, .src_dtype = EXC_I32})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(scale, (&(struct exc_scale_args){.dtype = EXC_F64})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(embed, (&(struct exc_embed_args){.tokens = 1, .hidden = 0})), EXC_ERR_USAGE);
@@ -360,6 +401,7 @@ int main(void) {
         cmocka_unit_test(latent_tokens),
         cmocka_unit_test(scale_matrices),
         cmocka_unit_test(convert_all),
+        cmocka_unit_test(noise_numbers),
         cmocka_unit_test(refusals),
         cmocka_unit_test(memory_round_trip),
         cmocka_unit_test(out_of_memory_says_how_much),

@@ -207,6 +207,7 @@ static void lay_out_layer(exc_carve *c, const exc_model *m, exc_layer *y, int64_
 static void advise(const exc_loader *r, const exc_weight *w, int advice) {
     const exc_tensors *f = r->a->files->files[w->tensor->shard];
     uint64_t first = w->begin / PAGE * PAGE;
+    if (r->m->made.rows) return; /* its bytes are not read */
     if (w->end - w->begin >= 4 * PAGE)
         madvise((void *)(uintptr_t)(f->map + first), (size_t)(w->end - first), advice);
 }
@@ -339,6 +340,22 @@ static int64_t block_rows(const exc_loader *r, const exc_weight *w) {
     return rows < ROW_ALIGN ? ROW_ALIGN : rows;
 }
 
+/* rows of a weight where ops run: looked at and sent, or made there */
+static exc_status bring(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, int64_t first, int64_t n,
+                        const uint8_t **out) {
+    const exc_made *made = &r->m->made;
+    size_t row = row_bytes(w), at = (size_t)first * row;
+    *out = NULL;
+    if (made->rows) {
+        if (exc_weight_coded(w)) return exc_fail(r->ctx, EXC_ERR_USAGE, "%s: expected a plain weight to make, found a quantised one", w->tensor->name);
+        EXC_TRY(enlarge_there(r, &r->codes, (size_t)n * row));
+        *out = r->codes.data;
+        return made->rows(r->ctx, made->user, w, first, n, r->codes.data);
+    }
+    EXC_TRY(scan(r, w, data + at, scale, first, n));
+    return send(r, &r->codes, data + at, (size_t)n * row, out);
+}
+
 /* the numbers of a quantised weight, f32, where ops run; it is scanned for NaN and infinity */
 static exc_status decode(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, const uint8_t **out) {
     const uint8_t *codes, *scales;
@@ -373,14 +390,12 @@ static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_
     EXC_TRY(source(r, w, &data, &scale));
     if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
     EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
-    size_t row = row_bytes(w), panel = exc_packed_bytes(EXC_PANEL, w->in, to);
+    size_t panel = exc_packed_bytes(EXC_PANEL, w->in, to);
     int64_t rows = block_rows(r, w);
     for (int64_t first = 0, n; first < w->out; first += n) {
         n = rows_from(w, first, rows);
-        const uint8_t *from = data + (size_t)first * row;
         size_t of_scales = scale ? exc_scale_offset(w, first) : 0;
-        EXC_TRY(scan(r, w, from, scale ? scale + of_scales : NULL, first, n));
-        EXC_TRY(send(r, &r->codes, from, (size_t)n * row, &codes));
+        EXC_TRY(bring(r, w, data, scale ? scale + of_scales : NULL, first, n, &codes));
         struct exc_pack_args a = {.w = codes, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
                                   .out = out + (size_t)(first / EXC_PANEL) * panel,
                                   .scale = scale ? scales + of_scales : NULL, .scale_dtype = w->scale_dtype};
@@ -394,12 +409,11 @@ static exc_status copy_weight(exc_loader *r, const exc_weight *w, int to, void *
     exc_ctx *ctx = r->ctx;
     const uint8_t *data, *scale, *numbers;
     EXC_TRY(source(r, w, &data, &scale));
-    size_t row = row_bytes(w), row_out = (size_t)w->in * exc_dtype_bits((exc_dtype)to) / 8;
+    size_t row_out = (size_t)w->in * exc_dtype_bits((exc_dtype)to) / 8;
     int64_t rows = block_rows(r, w);
     for (int64_t first = 0, n; first < w->out; first += n) {
         n = rows_from(w, first, rows);
-        EXC_TRY(scan(r, w, data + (size_t)first * row, NULL, first, n));
-        EXC_TRY(send(r, &r->codes, data + (size_t)first * row, (size_t)n * row, &numbers));
+        EXC_TRY(bring(r, w, data, NULL, first, n, &numbers));
         struct exc_convert_args a = {.src = numbers, .src_dtype = w->dtype, .dst = (uint8_t *)out + (size_t)first * row_out,
                                      .dst_dtype = to, .n = n * w->in};
         EXC_TRY(call(ctx, ctx->ops->convert(&ctx->queue, &a), "convert", w));
@@ -449,8 +463,7 @@ exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix
         out->dtype = EXC_F32;
         return decode(r, w, data, scale, &out->data);
     }
-    EXC_TRY(scan(r, w, data, scale, 0, w->out));
-    return send(r, &r->codes, data, (size_t)exc_weight_bytes(w), &out->data);
+    return bring(r, w, data, scale, 0, w->out, &out->data);
 }
 
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
@@ -669,8 +682,9 @@ void exc_unload(exc_ctx *ctx, exc_model *m) {
 /* ------------------------------------------------------------------------------------------------- public
  * calls */
 
-static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_options *opt, exc_model *m) {
+static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_options *opt, const exc_made *made, exc_model *m) {
     m->ctx = ctx;
+    if (made) m->made = *made;
     m->next = ctx->models;
     ctx->models = m;
     m->compute = opt->compute;
@@ -691,6 +705,10 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
 }
 
 exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options *options, exc_model **out) {
+    return exc_model_open_made(ctx, dir, options, NULL, out);
+}
+
+exc_status exc_model_open_made(exc_ctx *ctx, const char *dir, const exc_model_options *options, const exc_made *made, exc_model **out) {
     if (!ctx || !out) return EXC_ERR_USAGE;
     exc_clear(ctx);
     *out = NULL;
@@ -702,12 +720,13 @@ exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options
                             sizeof opt, options->size);
         memcpy(&opt, options, options->size);
     }
+    if (made && opt.plan) return exc_fail(ctx, EXC_ERR_USAGE, "open %s: plan: expected none for a model that is made", dir);
     if (opt.compute != EXC_COMPUTE_BF16 && opt.compute != EXC_COMPUTE_F32)
         return exc_fail(ctx, EXC_ERR_USAGE, "open %s: compute: expected bf16 or f32, found %d", dir,
                         (int)opt.compute);
     exc_model *m = exc_zalloc(ctx, 1, sizeof *m, "model");
     if (!m) return EXC_ERR_MEMORY;
-    exc_status st = open_model(ctx, dir, &opt, m);
+    exc_status st = open_model(ctx, dir, &opt, made, m);
     if (st)
         exc_model_free(m);
     else

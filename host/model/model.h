@@ -268,6 +268,14 @@ typedef struct exc_lens_hook {
 /* study/lenses.c: checks the plan against the atlas and makes the hook (EXC_ERR_INPUT: what cannot be virtual) */
 exc_status exc_lens_make(exc_ctx *ctx, const exc_atlas *a, const exc_plan *plan, exc_lens lens, exc_lens_hook *hook);
 
+/* Numbers that are made where ops run instead of read, so that a model of any size can be opened from the headers of its files alone
+ * (benches). rows: enqueues what writes rows first.. of a weight [out,in], in its dtype, at `there`; plain weights only. */
+typedef struct exc_made {
+    exc_status (*rows)(exc_ctx *ctx, void *user, const exc_weight *w, int64_t first, int64_t rows, void *there);
+    void *user;
+} exc_made;
+exc_status exc_model_open_made(exc_ctx *ctx, const char *dir, const exc_model_options *options, const exc_made *made, exc_model **out);
+
 /* Packed weights, one entry a layer (load.c). All that pointers of these structs point to lies where ops run, but `here`. */
 typedef struct exc_virtual { const float *basis, *strength, *scale; int64_t rank; bool on; } exc_virtual;
 /* Matrices of one size and dtype. The host reads `here`; `there` is the same table where ops run that take one: on the CPU, it. */
@@ -346,6 +354,7 @@ struct exc_model {
     int act;                    /* EXC_BF16 or EXC_F32 */
     exc_lens_hook lens;
     int has_lens, is_virtual;
+    exc_made made;              /* rows NULL: weights are read from files */
     char *dir;
     int64_t expert_first, expert_end; /* routed experts that this rank holds: all of them when it works alone */
     uint64_t weight_bytes;      /* packed weights in memory */

@@ -37,7 +37,7 @@ struct Chain {
     bool good() const { return status == nv::CUBLAS_STATUS_SUCCESS; }
 };
 
-int64_t type_of_result(const Product &p) { return p.operand == nv::CUDA_R_64F ? nv::CUDA_R_64F : nv::CUDA_R_32F; }
+int64_t type_of_sums(const Product &p) { return p.operand == nv::CUDA_R_64F ? nv::CUDA_R_64F : nv::CUDA_R_32F; }
 
 void layout(const nv::Blas &l, Chain &chain, void **out, int64_t type, int64_t rows, int64_t cols, int64_t leading,
             int64_t batch, int64_t step) {
@@ -53,7 +53,7 @@ void describe(const nv::Blas &l, Chain &chain, Plan &plan) {
     const Product &p = plan.product;
     const bool wide = p.operand == nv::CUDA_R_64F;
     const int compute = wide ? nv::CUBLAS_COMPUTE_64F : nv::CUBLAS_COMPUTE_32F;
-    if (!chain("cublasLtMatmulDescCreate", l.cublasLtMatmulDescCreate(&plan.desc, compute, (int)type_of_result(p)))) return;
+    if (!chain("cublasLtMatmulDescCreate", l.cublasLtMatmulDescCreate(&plan.desc, compute, (int)type_of_sums(p)))) return;
     const auto setter = l.cublasLtMatmulDescSetAttribute;
     const char *call = "cublasLtMatmulDescSetAttribute";
     chain(call, set(setter, plan.desc, nv::CUBLASLT_MATMUL_DESC_TRANSA, (int32_t)(p.turn_a ? nv::CUBLAS_OP_T : nv::CUBLAS_OP_N)));
@@ -65,7 +65,7 @@ void describe(const nv::Blas &l, Chain &chain, Plan &plan) {
     }
     layout(l, chain, &plan.a, p.operand, p.turn_a ? p.k : p.m, p.turn_a ? p.m : p.k, p.lda, p.batch, p.step_a);
     layout(l, chain, &plan.b, p.operand, p.turn_b ? p.n : p.k, p.turn_b ? p.k : p.n, p.ldb, p.batch, p.step_b);
-    layout(l, chain, &plan.d, type_of_result(p), p.m, p.n, p.ldd, p.batch, p.step_d);
+    layout(l, chain, &plan.d, p.narrow ? p.operand : type_of_sums(p), p.m, p.n, p.ldd, p.batch, p.step_d);
 }
 
 void search(const Handles &h, Chain &chain, Plan &plan) {

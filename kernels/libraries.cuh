@@ -44,13 +44,14 @@ const char *exc_library_error(int failed); /* text of such a failure; NULL: it i
 constexpr size_t BLAS_WORKSPACE = (size_t)32 << 20; /* what NVIDIA recommends for Hopper */
 
 /* D [m,n] = op(A) op(B) (+ C) (+ bias [m] to every column), column-major as the library has it; C lies as D does and may be D.
- * operand: type of A and B (nv::CUDA_R_16BF, _32F or _64F); sums and D are f64 for f64 operands, else f32. */
+ * operand: type of A and B (nv::CUDA_R_16BF, _32F or _64F); sums and D are f64 for f64 operands, else f32, but where `narrow`
+ * C and D are bf16 as their operands are. */
 struct Product {
     int64_t operand, m, n, k;
     int64_t turn_a, turn_b; /* op is transposition */
     int64_t lda, ldb, ldd;
     int64_t batch, step_a, step_b, step_d;
-    int64_t add, bias;
+    int64_t add, bias, narrow;
 };
 struct Plan;
 void exc_plans_drop(Handles *h);

@@ -139,6 +139,22 @@ static void describe_libraries(char *text, size_t bytes) {
     exc_wide_describe(text + at + 1, bytes - at - 1);
 }
 
+static exc_status library_product(exc_queue *q, const exc_library_product *a) {
+    Product p = {};
+    p.operand = nv::CUDA_R_16BF;
+    p.m = a->m, p.n = a->n, p.k = a->k;
+    p.turn_a = a->turn_a, p.turn_b = a->turn_b;
+    p.lda = a->lda, p.ldb = a->ldb, p.ldd = a->ldd;
+    p.batch = a->batch, p.step_a = a->step_a, p.step_b = a->step_b, p.step_d = a->step_d;
+    p.add = a->add, p.narrow = a->narrow;
+    Carve work(q);
+    void *workspace = work.take<char>(BLAS_WORKSPACE);
+    exc_status st;
+    const Plan *plan = exc_product_plan(q, p, &st);
+    if (!plan) return st == EXC_OK ? EXC_ERR_INPUT : st;
+    return work.ready() ? exc_product(q, plan, a->a, a->b, a->d, a->d, nullptr, workspace) : work.status;
+}
+
 static const exc_module table = {
     EXC_MODULE_VERSION,
     sizeof(exc_module),
@@ -170,6 +186,7 @@ static const exc_module table = {
     constant,
     error_text,
     describe_libraries,
+    library_product,
 };
 
 extern "C" const exc_module *exc_module_open(uint32_t version) { return version == EXC_MODULE_VERSION ? &table : nullptr; }

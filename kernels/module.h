@@ -22,6 +22,16 @@ typedef struct exc_device_info {
     uint64_t memory, free;
 } exc_device_info;
 
+/* D [m,n] = op(A) op(B), or that added to D; column-major, as the library has it: op(A) [m,k] of a matrix with lda rows, .. `batch` of
+ * them, so many elements apart (0: the same one for all). bf16 operands, sums f32; D bf16 where `narrow`, else f32. */
+typedef struct exc_library_product {
+    const void *a, *b;
+    void *d;
+    int64_t m, n, k, lda, ldb, ldd, batch, step_a, step_b, step_d;
+    int turn_a, turn_b; /* op is transposition */
+    int add, narrow;
+} exc_library_product;
+
 typedef struct exc_module {
     uint32_t version;
     uint32_t size;              /* sizeof(exc_module) and of what it passes: a build mismatch must not get further */
@@ -59,6 +69,8 @@ typedef struct exc_module {
     const char *(*error)(const exc_queue *q); /* text of q->failed */
     /* a line for each of NVIDIA's libraries, "NAME: ..": version and what it is for, or why not and what does that instead */
     void (*libraries)(char *text, size_t bytes);
+    /* enqueues what cuBLASLt makes of a product, whatever op matmul would do: for benches. EXC_ERR_INPUT: it is not here, or knows no way */
+    exc_status (*library_product)(exc_queue *q, const exc_library_product *p);
 } exc_module;
 
 typedef const exc_module *(*exc_module_open_fn)(uint32_t version);

@@ -222,6 +222,41 @@ static void served(void **state) {
     free(y[0]), free(y[1]), free(basis[0]), free(basis[1]);
 }
 
+/* what benches ask of the library: batches that share an operand, every transposition, D in bf16 and added to */
+static void for_benches(void **state) {
+    enum { M = 24, N = 16, K = 40, BATCH = 3 };
+    const exc_module *m = twin.gpu->module;
+    for (int turn = 0; turn < 4; turn++)
+        for (int narrow = 0; narrow < 2; narrow++) {
+            exc_library_product p = {.m = M, .n = N, .k = K, .turn_a = turn & 1, .turn_b = turn >> 1, .ldd = M, .batch = BATCH, .step_a = M * K, .step_d = M * N,
+                                     .add = 1, .narrow = narrow};
+            p.lda = p.turn_a ? K : M, p.ldb = p.turn_b ? N : K;
+            uint16_t *a = twin_acts(BATCH * M * K, 1, 1, EXC_BF16), *b = twin_acts(N * K, 2, 1, EXC_BF16);
+            void *d = twin_acts(BATCH * M * N, 3, 1, narrow ? EXC_BF16 : EXC_F32), *got = malloc(BATCH * M * N * 4);
+            size_t bytes = (size_t)(BATCH * M * N) * (narrow ? 2 : 4);
+            p.a = twin_up(a, BATCH * M * K * 2), p.b = twin_up(b, N * K * 2), p.d = twin_up(d, bytes);
+            twin_ok(m->library_product(&twin.gpu->queue, &p));
+            twin_down(got, p.d, bytes);
+            for (int at = 0; at < BATCH * M * N; at++) {
+                int layer = at / (M * N), j = at % (M * N) / M, i = at % M;
+                double want = narrow ? (double)test_from_bf16(((uint16_t *)d)[at]) : (double)((float *)d)[at];
+                for (int k = 0; k < K; k++)
+                    want += (double)test_from_bf16(a[layer * M * K + (p.turn_a ? i * K + k : k * M + i)]) *
+                            (double)test_from_bf16(b[p.turn_b ? k * N + j : j * K + k]);
+                double is = narrow ? (double)test_from_bf16(((uint16_t *)got)[at]) : (double)((float *)got)[at];
+                if (!(fabs(is - want) <= (narrow ? 0x1p-8 : 1e-6) * (fabs(want) + 8))) fail_msg("turn %d narrow %d [%d] = %g, want %g", turn, narrow, at, is, want);
+            }
+            twin_done();
+            free(a), free(b), free(d), free(got);
+        }
+    done_by(8, 0);
+}
+
+static void none_for_benches(void **state) {
+    exc_library_product p = {.m = 8, .n = 8, .k = 8, .lda = 8, .ldb = 8, .ldd = 8, .batch = 1};
+    assert_int_equal(twin.gpu->module->library_product(&twin.gpu->queue, &p), EXC_ERR_INPUT);
+}
+
 /* the depth in two pieces; layers in two rounds, the second of which overlaps the first */
 static void in_pieces(void **state) {
     if (twin_small()) return;
@@ -346,6 +381,8 @@ static void others_file(void **state) {
 }
 
 #define CASE(name, body, setting) static void name(void **state) { alone(body, setting); }
+CASE(products_for_benches, for_benches, NULL)
+CASE(no_product_for_benches, none_for_benches, "EXCISE_CUDA_LIBRARIES=/nowhere")
 CASE(the_libraries_serve, served, NULL)
 CASE(gram_in_pieces_and_rounds, in_pieces, NULL)
 CASE(the_rest_is_ours, not_served, NULL)
@@ -371,7 +408,8 @@ int main(void) {
         cmocka_unit_test(the_libraries_serve),    cmocka_unit_test(gram_in_pieces_and_rounds),
         cmocka_unit_test(the_rest_is_ours),       cmocka_unit_test(plans_are_replaced),
         cmocka_unit_test(captured_in_a_graph),    cmocka_unit_test(nan_does_not_hang),
-        cmocka_unit_test(scratch_that_is_too_small),
+        cmocka_unit_test(scratch_that_is_too_small), cmocka_unit_test(products_for_benches),
+        cmocka_unit_test(no_product_for_benches),
         cmocka_unit_test(absent),                 cmocka_unit_test(old),
         cmocka_unit_test(others_file),            cmocka_unit_test(blas_makes_no_handle),
         cmocka_unit_test(solver_makes_no_handle), cmocka_unit_test(no_algorithm_for_it),

@@ -2,7 +2,7 @@
  *
  * Its algorithm cuts k in two where the caller allows sums through the workspace and k is 512 or more, and then wants that
  * workspace; it may be used for the problem it was found for and no other, and it needs the alignment that was promised to the
- * search. Types that go together: bf16 or f32 operands to f32, f64 to f64. What it does not know is an invalid value. */
+ * search. Types that go together: bf16 operands to bf16 or f32, f32 to f32, f64 to f64. What it does not know is an invalid value. */
 #include "standin.h"
 
 #include <vector>
@@ -59,6 +59,9 @@ size_t size_of(int type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 
 double wide(double x) { return x; }
 float wide(float x) { return x; }
 float wide(bf16 x) { return widen(x); }
+void put_number(double *to, double x) { *to = x; }
+void put_number(float *to, float x) { *to = x; }
+void put_number(bf16 *to, float x) { *to = narrow<bf16>(x); }
 
 /* a problem whose parts fit together, or the status that says otherwise */
 struct Problem {
@@ -76,15 +79,15 @@ struct Problem {
                           a->batch == d->batch && b->batch == d->batch && c->batch == d->batch;
         if (!fits) return;
         const bool wide = a->type == CUDA_R_64F;
-        const int result = wide ? CUDA_R_64F : CUDA_R_32F;
-        const bool known = a->type == b->type && c->type == result && d->type == result && desc->scale == result &&
-                           desc->compute == (wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F) &&
-                           !(wide && desc->epilogue == CUBLASLT_EPILOGUE_BIAS);
+        const int sums = wide ? CUDA_R_64F : CUDA_R_32F;
+        const bool known = a->type == b->type && c->type == d->type && (d->type == sums || (d->type == CUDA_R_16BF && a->type == CUDA_R_16BF)) &&
+                           desc->scale == sums && desc->compute == (wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F) &&
+                           !(desc->epilogue == CUBLASLT_EPILOGUE_BIAS && d->type != CUDA_R_32F);
         status = known ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
     }
     uint64_t number() const {
         uint64_t h = 1469598103934665603u;
-        const int64_t all[] = {m, n, k, desc->turn_a, desc->turn_b, desc->epilogue, a->type, a->leading, b->leading, c->leading,
+        const int64_t all[] = {m, n, k, desc->turn_a, desc->turn_b, desc->epilogue, a->type, d->type, a->leading, b->leading, c->leading,
                                d->leading, d->batch, a->step, b->step, d->step};
         for (int64_t v : all) h = (h ^ (uint64_t)v) * 1099511628211u;
         return h;
@@ -112,24 +115,25 @@ struct Run {
         for (int64_t at = from; at < to; at++) sum += (S)wide(x[at * step_a]) * (S)wide(y[at * step_b]);
         return sum;
     }
-    template <class T, class S> void one(int64_t batch, int64_t i, int64_t j) const {
+    template <class T, class S, class R> void one(int64_t batch, int64_t i, int64_t j) const {
         S total = 0;
         for (int64_t part = 0; part < parts; part++) total += dot<T, S>(batch, i, j, part * k / parts, (part + 1) * k / parts);
         total = (S)alpha * total;
-        if (beta != 0) total += (S)beta * static_cast<const S *>(pc)[batch * c.step + j * c.leading + i];
+        if (beta != 0) total += (S)beta * wide(static_cast<const R *>(pc)[batch * c.step + j * c.leading + i]);
         if (desc.epilogue == CUBLASLT_EPILOGUE_BIAS) total += static_cast<const S *>(desc.bias)[i];
-        static_cast<S *>(pd)[batch * d.step + j * d.leading + i] = total;
+        put_number(static_cast<R *>(pd) + batch * d.step + j * d.leading + i, total);
     }
-    template <class T, class S> void all() const {
+    template <class T, class S, class R> void all() const {
         for (int64_t batch = 0; batch < d.batch; batch++)
             for (int64_t j = 0; j < n; j++)
-                for (int64_t i = 0; i < m; i++) one<T, S>(batch, i, j);
+                for (int64_t i = 0; i < m; i++) one<T, S, R>(batch, i, j);
     }
     void operator()() const {
         if (parts > 1) memset(workspace, 0x5a, (size_t)(m * n) * 4); /* it is the library's to spoil */
-        if (a.type == CUDA_R_64F) all<double, double>();
-        else if (a.type == CUDA_R_32F) all<float, float>();
-        else all<bf16, float>();
+        if (a.type == CUDA_R_64F) all<double, double, double>();
+        else if (a.type == CUDA_R_32F) all<float, float, float>();
+        else if (d.type == CUDA_R_32F) all<bf16, float, float>();
+        else all<bf16, float, bf16>();
         hc::log_line("product", m, n, k, d.batch);
     }
 };

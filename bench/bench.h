@@ -2,8 +2,8 @@
  *
  * A row is one piece of work with a ceiling: what this machine could do at best, measured in the same run by the simplest loop
  * that does only the traffic or only the arithmetic. Work and ceiling are timed in turns and the row's fraction is the median
- * of the ratios of neighbours, because a shared machine drifts by more than the differences that matter. Every row's result is
- * checked before it is timed; a wrong result makes the program fail. */
+ * of the ratios of neighbours (turns.c), because a shared machine drifts by more than the differences that matter. Every row's
+ * result is checked before it is timed; a wrong result makes the program fail. */
 #ifndef EXC_BENCH_H
 #define EXC_BENCH_H
 
@@ -33,7 +33,6 @@ typedef struct bench {
     const char *only[16];  /* row names or their beginnings */
     int n_only;
     bool quick;
-    double best[CEILINGS]; /* highest rate seen of each ceiling */
     int rows, wrong, below; /* printed; failed their check; short of their target */
 } bench;
 
@@ -53,21 +52,41 @@ typedef struct row {
     const char *note;
     /* filled by bench_measure or by the caller */
     double seconds, value, fraction, fraction_low, fraction_high, ceiling_rate;
-    int rounds;
+    int rounds, dropped; /* that count; that met a change of the machine's state */
+    bool unsteady;       /* hardly any round did not: all count */
 } row;
 
 typedef void (*work_fn)(bench *b, void *arg);
 
 /* ---- driver.c */
 bool bench_wanted(const bench *b, const char *name);
-void bench_measure(bench *b, row *r, work_fn fn, void *arg); /* times fn and the row's ceiling in turns, prints the row */
 void bench_emit(bench *b, row *r);                           /* prints a row whose figures are there already */
 void bench_skip(bench *b, const char *name, const char *why);
 void bench_must(bench *b, exc_status st, const char *what);  /* ends the program on failure, with the context's text */
 double bench_median(double *x, int n);                       /* sorts x */
 
+/* ---- turns.c */
+enum { TURNS = 63 };
+/* where the turns stand: the ceiling about the work that was timed last */
+typedef struct turns {
+    ceiling against;
+    double slice, before, rate; /* seconds of a sample of the ceiling; the last sample; mean of the last two */
+    bool steady;                /* those two are about the same */
+} turns;
+/* what turns found about one piece of work */
+typedef struct series {
+    double seconds[TURNS], fraction[TURNS], rate[TURNS];
+    int kept, dropped;
+} series;
+void turns_begin(bench *b, turns *t, ceiling against, double slice); /* takes the first sample of the ceiling */
+void turns_next(bench *b, turns *t);                                 /* after the work: the next sample */
+bool series_add(series *s, const turns *t, double seconds, double work); /* false: full */
+void series_row(series *s, row *r);                                  /* medians over steady turns; sorts s */
+void bench_measure(bench *b, row *r, work_fn fn, void *arg);         /* times fn and the row's ceiling in turns, prints the row */
+
 /* ---- ceilings.c */
 void ceilings_open(bench *b);  /* takes buffers, finds the best variant of each loop */
+void ceilings_choose(bench *b, ceiling c); /* a loop over memory: its best variant as the machine is now */
 double ceilings_rate(bench *b, ceiling c, double seconds); /* one sample of about that length: bytes/s or FLOP/s */
 const char *ceilings_name(ceiling c);
 const char *ceilings_variant(ceiling c);

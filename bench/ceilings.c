@@ -1,9 +1,9 @@
 /* ceilings.c - what this machine can do at best: bandwidths with all threads, and multiply-adds in registers.
  *
  * Bandwidth: two buffers of 256 MB, far beyond any cache, in 2 MB pages and touched before. Each loop has a few variants (a
- * contiguous half a thread or blocks from one counter, software prefetch or none, stores through the cache or past it); the
- * fastest at the start of the run is the ceiling from then on. Counting: READ bytes read; COPY bytes read plus bytes written;
- * RMW bytes edited (each moves twice), so a perfect in-place edit scores 1 against RMW.
+ * contiguous half a thread or blocks from one counter, software prefetch or none, stores through the cache or past it); what is
+ * fastest when a row begins is its ceiling. Counting: READ bytes read; COPY bytes read plus bytes written; RMW bytes edited
+ * (each moves twice), so a perfect in-place edit scores 1 against RMW.
  * Arithmetic: sixteen independent accumulators in registers, no loads; for bf16 also the matmul of oneDNN on its favourite
  * layout, where that library is present. The bf16 ceiling of a row is the oneDNN matmul when there is one (a real matmul, which
  * must load its operands), the register loop otherwise; both have rows of their own. */
@@ -316,19 +316,26 @@ static double sample_onednn(double seconds)
     return done / t;
 }
 
-static void choose(bench *b)
+/* Every variant in turn, three times over: the best by its middle sample, as a lucky one may be of another state of memory. */
+static void choose(bench *b, ceiling c)
 {
-    double rate[CEILINGS] = {0};
+    double best = 0;
+    double rate[EXC_COUNT(variants)][3];
     for (int trial = 0; trial < 3; trial++)
-        for (size_t i = 0; i < EXC_COUNT(variants); i++) {
-            const variant *v = &variants[i];
-            if (!v->usable()) continue;
-            double r = sample(b, v, b->quick ? 0.005 : 0.02);
-            if (r <= rate[v->kind]) continue;
-            rate[v->kind] = r;
-            at.variant[v->kind] = (int)i;
-        }
-    memcpy(b->best, rate, sizeof rate);
+        for (size_t i = 0; i < EXC_COUNT(variants); i++)
+            if (variants[i].kind == c && variants[i].usable()) rate[i][trial] = sample(b, &variants[i], b->quick ? 0.005 : 0.008);
+    for (size_t i = 0; i < EXC_COUNT(variants); i++) {
+        if (variants[i].kind != c || !variants[i].usable()) continue;
+        double r = bench_median(rate[i], 3);
+        if (r <= best) continue;
+        best = r;
+        at.variant[c] = (int)i;
+    }
+}
+
+void ceilings_choose(bench *b, ceiling c)
+{
+    if (c == CEIL_READ || c == CEIL_COPY || c == CEIL_RMW) choose(b, c);
 }
 
 void ceilings_open(bench *b)
@@ -337,8 +344,10 @@ void ceilings_open(bench *b)
     at.b = bench_alloc(b, BYTES + CHUNK);
     fill_bf16(b, (uint16_t *)(void *)at.a, (BYTES + CHUNK) / 2, 1, 1);
     fill_bf16(b, (uint16_t *)(void *)at.b, (BYTES + CHUNK) / 2, 1, 2);
-    for (int i = 0; i < CEILINGS; i++) at.variant[i] = -1;
-    choose(b);
+    for (int c = 0; c < CEILINGS; c++) {
+        at.variant[c] = -1;
+        choose(b, (ceiling)c);
+    }
     if (onednn_open) at.dnnl = onednn_open(2048, 1024, 2048);
     if (at.dnnl && onednn_run(at.dnnl) == 0) {
         onednn_close(at.dnnl);
@@ -356,9 +365,7 @@ void ceilings_close(bench *b)
 double ceilings_rate(bench *b, ceiling c, double seconds)
 {
     if (c == CEIL_NONE || (at.variant[c] < 0 && !(c == CEIL_BF16 && at.dnnl))) return 0;
-    double r = c == CEIL_BF16 && at.dnnl ? sample_onednn(seconds) : sample(b, &variants[at.variant[c]], seconds);
-    if (r > b->best[c]) b->best[c] = r;
-    return r;
+    return c == CEIL_BF16 && at.dnnl ? sample_onednn(seconds) : sample(b, &variants[at.variant[c]], seconds);
 }
 
 const char *ceilings_name(ceiling c)

@@ -83,7 +83,9 @@ void bench_emit(bench *b, row *r)
         printf(",\"low\":%.6g,\"high\":%.6g", r->fraction_low, r->fraction_high);
     if (r->goal) printf(",\"target\":\"%s\",\"met\":%s", goal_text(r, want, sizeof want), met ? "true" : "false");
     if (r->limit > 0) printf(",\"check\":\"%s\",\"error\":%.3g,\"limit\":%.3g", wrong ? "wrong" : "right", r->error, r->limit);
-    if (r->rounds) printf(",\"rounds\":%d", r->rounds);
+    if (r->rounds || r->dropped) printf(",\"rounds\":%d", r->rounds);
+    if (r->ceiling_rate > 0) printf(",\"dropped\":%d,\"loop\":\"%s\"", r->dropped, ceilings_variant(r->against));
+    if (r->unsteady) printf(",\"steady\":false");
     if (r->note) printf(",\"note\":\"%s\"", r->note);
     printf("}\n");
     fflush(stdout);
@@ -95,7 +97,7 @@ void bench_emit(bench *b, row *r)
     }
     fprintf(stderr, "%-26s %-44s %10.4g %-10s %9s %6s  %-22s %s%s%s\n", r->name, r->shape, r->value, r->unit, ceiling_value, percent,
             goal_text(r, want, sizeof want), r->limit > 0 ? wrong ? "WRONG" : "right" : "", met ? "" : "  short of target",
-            wrong ? "" : "");
+            r->unsteady ? "  unsteady" : "");
 }
 
 void bench_skip(bench *b, const char *name, const char *why)
@@ -107,7 +109,7 @@ void bench_skip(bench *b, const char *name, const char *why)
     fprintf(stderr, "%-26s skipped: %s\n", name, why);
 }
 
-/* ------------------------------------------------------------------------------------------------------ timing */
+/* ----------------------------------------------------------------------------------------------------- numbers */
 
 static int ascending(const void *a, const void *b)
 {
@@ -119,41 +121,6 @@ double bench_median(double *x, int n)
 {
     qsort(x, (size_t)n, sizeof *x, ascending);
     return n % 2 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
-
-static double timed(bench *b, work_fn fn, void *arg, int repeat)
-{
-    double start = exc_seconds();
-    for (int i = 0; i < repeat; i++) fn(b, arg);
-    return (exc_seconds() - start) / repeat;
-}
-
-/* The ceiling is sampled before and after each sample of the work: a round's ceiling is the mean of its neighbours. */
-void bench_measure(bench *b, row *r, work_fn fn, void *arg)
-{
-    enum { MOST = 15 };
-    double seconds[MOST], fraction[MOST], rate[MOST], first = timed(b, fn, arg, 1), slice = b->quick ? 0.01 : 0.03;
-    int rounds = b->quick ? 3 : first > 1 ? 5 : 9, repeat = first < slice ? (int)(slice / first) + 1 : 1;
-    double before = ceilings_rate(b, r->against, slice / 2);
-    for (int i = 0; i < rounds; i++) {
-        seconds[i] = timed(b, fn, arg, repeat);
-        double after = ceilings_rate(b, r->against, slice / 2);
-        rate[i] = (before + after) / 2;
-        before = after;
-        fraction[i] = rate[i] > 0 ? r->work / seconds[i] / rate[i] : 0;
-    }
-    r->rounds = rounds;
-    r->seconds = bench_median(seconds, rounds);
-    r->ceiling_rate = bench_median(rate, rounds);
-    r->fraction = bench_median(fraction, rounds);
-    r->fraction_low = fraction[0];
-    r->fraction_high = fraction[rounds - 1];
-    if (r->per_call > 0) r->value = r->per_call / r->seconds;
-    else if (!r->unit) {
-        r->value = r->work / r->seconds / 1e9;
-        r->unit = r->against >= CEIL_BF16 ? "GFLOP/s" : "GB/s";
-    } else if (r->value == 0) r->value = r->seconds;
-    bench_emit(b, r);
 }
 
 /* -------------------------------------------------------------------------------------------------------- main */

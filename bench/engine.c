@@ -138,36 +138,33 @@ static void prefill_rows(bench *b, const spec *s, exc_model *m, const char *dir)
     exc_prompts p = random_prompts(b, P, T, s->vocab, 5);
     capture c = capture_open(b, s, P);
     prefill off = {.m = m, .p = &p}, on = {.m = m, .p = &p, .c = &c};
-    double error = prefill_error(b, dir, &off, s->vocab), seconds[2][MOST], fraction[2][MOST], rate[MOST], over[MOST];
+    double error = prefill_error(b, dir, &off, s->vocab), over[MOST];
+    series took[2] = {0};
+    turns t;
     run_prefill(b, &on);
     double wrong = counts_error(&c, s, P * T), flop = spec_flop(s, (double)(P * T), ((double)T + 1) / 2);
-    double before = ceilings_rate(b, CEIL_BF16, 0.05);
+    turns_begin(b, &t, CEIL_BF16, 0.05);
     for (int i = 0; i < rounds; i++) {
+        double seconds[2];
         /* off on off on .. with the order turned each round, so that drift falls on both */
         for (int j = 0; j < 2; j++) {
             int captured = (i + j) & 1;
             double start = exc_seconds();
             run_prefill(b, captured ? &on : &off);
-            seconds[captured][i] = exc_seconds() - start;
-            double after = ceilings_rate(b, CEIL_BF16, 0.05);
-            fraction[captured][i] = flop / seconds[captured][i] / ((before + after) / 2);
-            rate[i] = after;
-            before = after;
+            seconds[captured] = exc_seconds() - start;
+            turns_next(b, &t);
+            series_add(&took[captured], &t, seconds[captured], flop);
         }
-        over[i] = 100 * (seconds[1][i] / seconds[0][i] - 1);
+        over[i] = 100 * (seconds[1] / seconds[0] - 1);
     }
     char shape[64];
     snprintf(shape, sizeof shape, "%d prompts x %d tokens, random model", (int)P, (int)T);
-    double ceiling_rate = bench_median(rate, rounds);
     for (int captured = 0; captured < 2; captured++) {
         row r = {.name = captured ? "prefill_captured" : "prefill", .shape = shape, .against = CEIL_BF16, .work = flop, .unit = "tokens/s",
                  .goal = captured && !b->quick ? GOAL_FRACTION : GOAL_NONE, .target = 0.75, .error = captured ? wrong : error,
-                 .limit = captured ? 0.5 : 0.3, .ceiling_rate = ceiling_rate, .rounds = rounds};
-        r.seconds = bench_median(seconds[captured], rounds);
+                 .limit = captured ? 0.5 : 0.3};
+        series_row(&took[captured], &r);
         r.value = (double)(P * T) / r.seconds;
-        r.fraction = bench_median(fraction[captured], rounds);
-        r.fraction_low = fraction[captured][0];
-        r.fraction_high = fraction[captured][rounds - 1];
         if (bench_wanted(b, r.name)) bench_emit(b, &r);
     }
     row r = {.name = "capture_prefill_overhead", .shape = shape, .unit = "%", .goal = b->quick ? GOAL_NONE : GOAL_OVERHEAD, .target = 2, .rounds = rounds};
@@ -263,7 +260,7 @@ static double decode_error(bench *b, decode *d, const exc_prompts *p, int64_t n)
 
 static void decode_rows(bench *b, const spec *s, exc_model *m, int64_t batch, double target)
 {
-    enum { MOST = 12, STEPS = 12 };
+    enum { MOST = 24, STEPS = 6 };
     char name[2][32], over_name[40], shape[64];
     snprintf(name[0], sizeof name[0], "decode_%d", (int)batch);
     snprintf(name[1], sizeof name[1], "decode_%d_captured", (int)batch);
@@ -284,9 +281,11 @@ static void decode_rows(bench *b, const spec *s, exc_model *m, int64_t batch, do
     for (int64_t i = 0; i <= batch; i++) d.begin[i] = i;
     for (int64_t i = 0; i < batch; i++) d.slot[i] = d.observe[i] = (int32_t)i;
     exc_prompts p = random_prompts(b, batch, length, V, 6);
-    double error = decode_error(b, &d, &p, 8), seconds[2][MOST], fraction[2][MOST], rate[MOST], over[MOST], bytes = 0;
+    double error = decode_error(b, &d, &p, 8), over[MOST * STEPS], bytes = 0;
+    series took[2] = {0};
+    turns t;
     decode_start(b, &d, &p, 2 * STEPS * rounds);
-    double before = ceilings_rate(b, CEIL_READ, 0.02);
+    turns_begin(b, &t, CEIL_READ, 0.01);
     for (int i = 0; i < rounds; i++) {
         double spent[2][STEPS], read = 0;
         for (int j = 0; j < 2 * STEPS; j++) {
@@ -296,32 +295,23 @@ static void decode_rows(bench *b, const spec *s, exc_model *m, int64_t batch, do
             spent[captured][j / 2] = exc_seconds() - start;
             read += weights_read(&d) / (2 * STEPS);
         }
-        double after = ceilings_rate(b, CEIL_READ, 0.02);
-        rate[i] = (before + after) / 2;
-        before = after;
+        turns_next(b, &t);
         bytes += read / rounds;
-        for (int c = 0; c < 2; c++) {
-            seconds[c][i] = bench_median(spent[c], STEPS);
-            fraction[c][i] = read / seconds[c][i] / rate[i];
-        }
-        over[i] = 100 * (seconds[1][i] / seconds[0][i] - 1);
+        for (int j = 0; j < STEPS; j++) over[i * STEPS + j] = 100 * (spent[1][j] / spent[0][j] - 1);
+        for (int c = 0; c < 2; c++) series_add(&took[c], &t, bench_median(spent[c], STEPS), read);
     }
     snprintf(shape, sizeof shape, "batch %d, %.0f MB of weights a step", (int)batch, bytes / 1e6);
-    double ceiling_rate = bench_median(rate, rounds);
     for (int c = 0; c < 2; c++) {
         row r = {.name = name[c], .shape = shape, .against = CEIL_READ, .work = bytes, .unit = "tokens/s", .goal = c || b->quick ? GOAL_NONE : GOAL_FRACTION,
-                 .target = target, .error = error, .limit = 0.1, .ceiling_rate = ceiling_rate, .rounds = rounds};
-        r.seconds = bench_median(seconds[c], rounds);
+                 .target = target, .error = error, .limit = 0.1};
+        series_row(&took[c], &r);
         r.value = (double)batch / r.seconds;
-        r.fraction = bench_median(fraction[c], rounds);
-        r.fraction_low = fraction[c][0];
-        r.fraction_high = fraction[c][rounds - 1];
         if (bench_wanted(b, r.name)) bench_emit(b, &r);
     }
     row r = {.name = over_name, .shape = shape, .unit = "%", .goal = b->quick ? GOAL_NONE : GOAL_OVERHEAD, .target = 3, .rounds = rounds};
-    r.value = bench_median(over, rounds);
+    r.value = bench_median(over, rounds * STEPS);
     r.fraction_low = over[0];
-    r.fraction_high = over[rounds - 1];
+    r.fraction_high = over[rounds * STEPS - 1];
     if (bench_wanted(b, r.name)) bench_emit(b, &r);
     exc_session_close(d.session);
     void *all[] = {d.token, d.slot, d.observe, d.begin, d.logits, d.ids, d.weights};

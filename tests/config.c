@@ -101,7 +101,7 @@ static void verdict(exc_ctx *ctx, const char *dir, const char *name, exc_status 
     for (int open = 0; open < 2; open++) {
         char *json = NULL;
         exc_model *m = NULL;
-        exc_status st = open ? exc_model_open(ctx, dir, NULL, &m) : exc_inspect(ctx, dir, &json);
+        exc_status st = open ? test_read_model(ctx, dir, &m) : exc_inspect(ctx, dir, &json);
         const char *text = exc_ctx_error(ctx);
         if (want == EXC_ERR_NUMERIC && !open) want = EXC_OK; /* headers know nothing of values */
         if (st != want) fail_msg("%s: status %s, text: %s", name, exc_status_name(st), text);

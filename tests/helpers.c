@@ -13,6 +13,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "model.h"
+
 #define MAX_DIRS 256
 static char *dirs[MAX_DIRS];
 static int n_dirs;
@@ -208,6 +210,20 @@ void test_refused(exc_ctx *ctx, exc_status got, exc_status want, ...)
         }
     va_end(ap);
     if (strchr(exc_ctx_error(ctx), '\n')) fail_msg("more than one line: %s", exc_ctx_error(ctx));
+}
+
+exc_status test_read_model(exc_ctx *ctx, const char *dir, exc_model **m)
+{
+    int32_t token = 1;
+    int64_t begin[2] = {0, 1};
+    exc_prompts p = {.tokens = &token, .begin = begin, .count = 1};
+    exc_decode d = {0};
+    EXC_TRY(exc_model_open(ctx, dir, NULL, m));
+    exc_status st = exc_decode_run(ctx, *m, &p, &d, NULL);
+    if (st == EXC_OK) return st;
+    exc_model_free(*m);
+    *m = NULL;
+    return st;
 }
 
 int test_shell(const char *command, char **out)

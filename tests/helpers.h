@@ -26,6 +26,8 @@ uint16_t test_bf16(float x);                   /* round to nearest even */
 float test_from_bf16(uint16_t x);
 /* asserts status and that the context's error text contains every given fragment (NULL-terminated) */
 void test_refused(exc_ctx *ctx, exc_status got, exc_status want, ...);
+/* opens a model and takes a token through it, which is when the weights of its layers are read; *m is NULL where one of them fails */
+exc_status test_read_model(exc_ctx *ctx, const char *dir, exc_model **m);
 /* runs a command line by /bin/sh; returns its exit code; out gets stdout+stderr (malloc'ed), may be NULL */
 int test_shell(const char *command, char **out);
 

@@ -422,7 +422,7 @@ static void scales_must_fit(void **state) {
     bytes[at] = (char)0xc0, bytes[at + 1] = 0x7f; /* NaN */
     test_write(shard, bytes, n);
     exc_model *m = NULL;
-    test_refused(ctx, exc_model_open(ctx, dir, NULL, &m), EXC_ERR_NUMERIC, "experts.3.down_proj.weight", "finite", NULL);
+    test_refused(ctx, test_read_model(ctx, dir, &m), EXC_ERR_NUMERIC, "experts.3.down_proj.weight", "finite", NULL);
     char *plan_file = write_plan(ctx, layers, hidden, "exact", "");
     exc_plan *plan;
     assert_int_equal(exc_plan_load(ctx, plan_file, &plan), EXC_OK);

@@ -98,6 +98,7 @@ shard=$out/nan/model-00002-of-00003.safetensors
 head -c 200000 /dev/zero | tr '\0' '\377' | dd of="$shard" conv=notrunc bs=1 seek=$(($(stat -c %s "$shard") - 200000)) status=none
 printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":["0-3"],"strength":0.5}]}' >"$out/all.json"
 failing "the first rank says why another one failed" "excise apply: rank 1: " "$out/s6" mpirun -n 3 "$excise" apply "$out/nan" "$out/all.json" -o "$out/s6"
+failing "what one rank's layers are refused for holds all of them up" "expected finite weights" "$out/s7" mpirun -n 3 "$excise" forward "$out/nan" --prompts "$out/t.jsonl" -o "$out/s7"
 failing "processes that MPI does not know of" "MPI knows of this one only" "$out/s5" env PMI_SIZE=2 "$excise" "${capture[@]}" -o "$out/s5"
 
 # a rank that is killed, and one that only stops, in the middle of a long job

@@ -298,7 +298,7 @@ static void test_refused_tensors(void **state)
         char *dir = test_tmpdir();
         tiny_write(&w.t, dir);
         bool nan = !strcmp(cases[i][1], "nan");
-        test_refused(ctx, exc_model_open(ctx, dir, NULL, &m), nan ? EXC_ERR_NUMERIC : EXC_ERR_INPUT, cases[i][2], cases[i][3], NULL);
+        test_refused(ctx, test_read_model(ctx, dir, &m), nan ? EXC_ERR_NUMERIC : EXC_ERR_INPUT, cases[i][2], cases[i][3], NULL);
         tiny_free(&w.t);
     }
 }

@@ -1,6 +1,7 @@
 /* streamed.c - models larger than memory: steps whose rows go through a layer in chunks, layers that take turns in one place or
- * two, and the budget that decides. Whatever fits, a reproducible context gives the bits of a resident model: logits,
- * states, routing, replies and sums, of every kind of token mixer. What does not fit is refused in one line. */
+ * two, and the budget that decides; and the first pass over a model that fits, which reads weights in passing. Whatever fits, a
+ * reproducible context gives the bits of a resident model: logits, states, routing, replies and sums, of every kind of token
+ * mixer. What does not fit is refused in one line. */
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -266,6 +267,118 @@ static void two_models(void **state) {
     for (int i = 0; i < 2; i++) tiny_free(&t[i]);
 }
 
+/* --------------------------------------------------------------------------------------------------- the first pass */
+
+/* what every writer of the layers that have experts puts out, the last layer first, experts in an order of their own */
+static taken downs(exc_ctx *ctx, exc_model *m) {
+    const exc_shape *p = &m->atlas->shape;
+    taken k = {0};
+    double x[512];
+    size_t bytes = (size_t)p->hidden * sizeof *x;
+    int64_t terms = 2;
+    assert_true(p->inner <= 512 && p->shared_inner <= 512);
+    for (int i = 0; i < 512; i++) x[i] = (double)test_normal(9, (uint64_t)i);
+    k.data = calloc((size_t)(p->layers * (p->experts + 1)), bytes + 64);
+    for (int64_t layer = p->layers - 1; layer >= 0; layer--) {
+        if (!p->is_moe[layer]) continue;
+        for (int64_t e = 0; e < p->experts; e++)
+            assert_int_equal(exc_model_down(ctx, m, EXC_ROLE_EXPERT_DOWN, layer, (e * 3 + 1) % p->experts, x, &terms, 1, more(&k, bytes)), EXC_OK);
+        if (p->shared_inner)
+            assert_int_equal(exc_model_down(ctx, m, EXC_ROLE_SHARED_DOWN, layer, -1, x, &terms, 1, more(&k, bytes)), EXC_OK);
+    }
+    return k;
+}
+
+static void same(const taken *a, taken b, const char *what, int kind) {
+    assert_int_equal(a->bytes, b.bytes);
+    if (memcmp(a->data, b.data, b.bytes)) fail_msg("kind %d: %s differs", kind, what);
+    free(b.data);
+}
+
+static int64_t kept(const exc_model *m) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < m->loaded->layers; i++) n += m->loaded->place[i].layer == i;
+    return n;
+}
+
+/* before the first pass, behind it and when all layers are in their places: the same bits, and only then all of them are */
+static void passes(void **state) {
+    (void)state;
+    for (size_t i = 0; i < EXC_COUNT(kinds); i++) {
+        tiny t = tiny_odd(kinds[i]);
+        char *dir = test_tmpdir();
+        tiny_write(&t, dir);
+        exc_ctx *ctx = context(1);
+        exc_prompts p = make_prompts(3, lengths, t.vocab, 5);
+        exc_decode once = {0}, twice = {.max_new = 2};
+        exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+        taken before = downs(ctx, m);
+        assert_int_equal(kept(m), 0);
+        taken first = two_steps(ctx, m, 0); /* the first reads in passing, the second keeps */
+        assert_int_equal(kept(m), t.layers);
+        assert_null(m->loaded->loader);
+        assert_int_equal(m->loaded->fills, 2 * t.layers);
+        same(&before, downs(ctx, m), "a writer behind two passes", kinds[i]);
+        same(&first, two_steps(ctx, m, 0), "a later pass", kinds[i]);
+        exc_model_free(m);
+        m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+        assert_int_equal(exc_decode_run(ctx, m, &p, &once, NULL), EXC_OK);
+        assert_int_equal(kept(m), 0);
+        assert_int_equal(m->loaded->fills, t.layers);
+        same(&before, downs(ctx, m), "a writer behind one pass", kinds[i]);
+        assert_int_equal(kept(m), 0);
+        assert_int_equal(exc_decode_run(ctx, m, &p, &twice, NULL), EXC_OK);
+        assert_int_equal(kept(m), t.layers);
+        same(&first, two_steps(ctx, m, 0), "a pass behind others", kinds[i]);
+        free(before.data);
+        free(first.data);
+        free_prompts(&p);
+        exc_model_free(m);
+        exc_ctx_free(ctx);
+        tiny_free(&t);
+    }
+}
+
+static int stop_at_layer(void *user, const exc_event *e) {
+    int *left = user;
+    return e->kind == EXC_EVENT_PROGRESS && !strcmp(e->text, "layers") && !--*left;
+}
+
+/* passes that are broken off anywhere in the first two leave a model that does as any other */
+static void broken_off(void **state) {
+    (void)state;
+    tiny t = tiny_odd(TINY_NEXT);
+    char *dir = test_tmpdir();
+    tiny_write(&t, dir);
+    exc_ctx *ctx = context(1);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    taken whole = two_steps(ctx, m, 0), writers = downs(ctx, m);
+    exc_prompts p = make_prompts(PROMPTS, lengths, t.vocab, 5);
+    exc_decode d = {.max_new = 3};
+    exc_model_free(m);
+    for (int at = 1; at <= 2 * t.layers; at++)
+        for (int again = 0; again < 3; again++) {
+            int left = at;
+            m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+            ctx->opt.on_event = stop_at_layer;
+            ctx->opt.user = &left;
+            assert_int_equal(exc_decode_run(ctx, m, &p, &d, NULL), EXC_CANCELLED);
+            left = again == 1 ? 2 : 0;
+            if (left) exc_decode_run(ctx, m, &p, &d, NULL);
+            ctx->opt.on_event = NULL;
+            exc_clear(ctx);
+            if (again == 2) same(&writers, downs(ctx, m), "a writer", at);
+            same(&whole, two_steps(ctx, m, 0), "a pass behind one that was broken off", at);
+            same(&writers, downs(ctx, m), "a writer behind it", at);
+            exc_model_free(m);
+        }
+    free(whole.data);
+    free(writers.data);
+    free_prompts(&p);
+    exc_ctx_free(ctx);
+    tiny_free(&t);
+}
+
 /* -------------------------------------------------------------------------------------------------------- faults */
 
 static void poison(void *user, tiny_tensor *x) { x->poison |= !strcmp(x->name, (const char *)user); }
@@ -284,22 +397,15 @@ static exc_model *open_streamed(exc_ctx *ctx, const char *dir, int64_t places) {
 /* what a layer's weights are refused for shows when a pass comes to it, as often as it is tried */
 static void bad_layers(void **state) {
     (void)state;
-    for (int64_t places = 1; places <= 2; places++) {
+    static const int64_t places[] = {1, 2, INT64_MAX};
+    for (size_t k = 0; k < EXC_COUNT(places); k++) {
         exc_ctx *ctx = context(0);
         tiny t = tiny_odd(TINY_QWEN);
         char *dir = test_tmpdir();
-        exc_status st;
-        tiny_write(&t, dir);
-        exc_model *m = open_streamed(ctx, dir, places);
-        tiny_free(&t);
-        t = tiny_odd(TINY_QWEN);
         t.spoil = poison;
         t.user = (void *)(uintptr_t)"model.layers.2.mlp.experts.1.up_proj.weight";
-        tiny_write(&t, dir); /* in its place, with a NaN: the map is of the file */
-        exc_model_free(m);
-        ctx->opt.memory = ctx->memory = ctx->taken + (1 << 20);
-        if (exc_model_open(ctx, dir, NULL, &m)) fail_msg("%s", exc_ctx_error(ctx));
-        while (m->loaded->places > places) assert_true(exc_window_narrow(ctx, m, &st));
+        tiny_write(&t, dir);
+        exc_model *m = open_streamed(ctx, dir, places[k]);
         exc_prompts p = make_prompts(PROMPTS, lengths, t.vocab, 5);
         exc_decode d = {.max_new = 2};
         for (int i = 0; i < 3; i++) {
@@ -313,8 +419,7 @@ static void bad_layers(void **state) {
     }
 }
 
-static void allocations_fail(void **state) {
-    (void)state;
+static void fail_within(int64_t places) {
     tiny t = tiny_odd(TINY_LATENT);
     char *dir = test_tmpdir();
     tiny_write(&t, dir);
@@ -325,7 +430,7 @@ static void allocations_fail(void **state) {
         exc_decode d = {.max_new = 2};
         exc_reply *r = NULL;
         exc_alloc_fail_at(n);
-        exc_model *m = open_streamed(ctx, dir, 2);
+        exc_model *m = open_streamed(ctx, dir, places);
         exc_status st = m ? exc_decode_run(ctx, m, &p, &d, &r) : EXC_ERR_MEMORY;
         good = st == EXC_OK ? good + 1 : 0;
         if (st != EXC_OK && !strstr(exc_ctx_error(ctx), "memory") && !strstr(exc_ctx_error(ctx), "could not be started"))
@@ -339,9 +444,10 @@ static void allocations_fail(void **state) {
     tiny_free(&t);
 }
 
-static int stop_at_layer(void *user, const exc_event *e) {
-    int *left = user;
-    return e->kind == EXC_EVENT_PROGRESS && !strcmp(e->text, "layers") && !--*left;
+static void allocations_fail(void **state) {
+    (void)state;
+    fail_within(2);
+    fail_within(INT64_MAX);
 }
 
 static void cancelled(void **state) {
@@ -458,8 +564,34 @@ static void peak(void **state) {
     assert_int_equal(code, 0);
 }
 
+/* 0: a job of one pass touched little of the memory that is there for all layers */
+static int in_passing(const char *dir) {
+    exc_ctx *ctx = context(0);
+    exc_model *m;
+    if (exc_model_open(ctx, dir, NULL, &m) || exc_model_streamed(m)) return 1;
+    exc_prompts p = make_prompts(1, lengths, m->atlas->shape.vocab, 5);
+    exc_decode d = {.max_new = 1};
+    if (exc_decode_run(ctx, m, &p, &d, NULL)) return 2;
+    if (exc_memory_peak(ctx) < m->loaded->all_bytes / 4) return 0;
+    print_error("peak %lld of %lld\n", (long long)exc_memory_peak(ctx), (long long)m->loaded->all_bytes);
+    return 3;
+}
+
+static void little(void **state) {
+    (void)state;
+    char *dir = test_tmpdir();
+    int code = -1;
+    write_zeros(dir, 8, 512, 64, 512, 4096);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (!child) _exit(in_passing(dir));
+    assert_int_equal(waitpid(child, &code, 0), child);
+    assert_int_equal(code, 0);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(peak), cmocka_unit_test(chunks), cmocka_unit_test(budgets),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(peak), cmocka_unit_test(little), cmocka_unit_test(passes), cmocka_unit_test(broken_off),
+                                       cmocka_unit_test(chunks), cmocka_unit_test(budgets),
                                        cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(bad_layers),
                                        cmocka_unit_test(allocations_fail), cmocka_unit_test(cancelled)};
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -5,17 +5,37 @@
  * taken where the data already is: counts in route, activations in glu, output norms in down. */
 #include "session.h"
 
+#define TURN_BYTES ((size_t)16 << 20) /* of experts that take turns */
+
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* -------------------------------------------------------------------------------------------------- weights, room */
+
+static const exc_role expert_roles[] = {EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP, EXC_ROLE_EXPERT_DOWN};
+static const exc_role dense_roles[] = {EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP, EXC_ROLE_DENSE_DOWN};
+
+/* how many experts take turns: few enough to stay in cache from packing to use, and half at most, so that small models go the same way */
+static int64_t turn_of(const exc_carve *c, const exc_model *m, int64_t layer) {
+    int64_t experts = m->expert_end - m->expert_first, n, k;
+    size_t bytes = 0;
+    if (!c->turns || !m->atlas->shape.is_moe[layer]) return 0;
+    for (size_t i = 0; i < EXC_COUNT(expert_roles); i++) {
+        exc_shape_role(&m->atlas->shape, m->atlas->family, expert_roles[i], layer, &n, &k);
+        bytes += exc_packed_bytes(n, k, exc_carve_dtype(m, expert_roles[i], layer));
+    }
+    return most(least((int64_t)(TURN_BYTES / bytes), experts / 2), 1);
+}
 
 void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer) {
     const exc_shape *s = &m->atlas->shape;
     bool moe = s->is_moe[layer];
+    const exc_role *roles = moe ? expert_roles : dense_roles;
+    exc_table *tables[] = {&y->gate, &y->up, &y->down};
     if (moe) y->router = exc_carve_role(c, m, EXC_ROLE_ROUTER, layer);
-    y->gate = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer);
-    y->up = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer);
-    y->down = exc_carve_group(c, m, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer);
+    y->turn = turn_of(c, m, layer);
+    for (size_t i = 0; i < EXC_COUNT(tables); i++)
+        *tables[i] = y->turn ? exc_carve_turns(c, m, roles[i], layer, y->turn) : exc_carve_group(c, m, roles[i], layer);
     y->gate_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_GATE_BIAS, layer);
     y->up_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_UP_BIAS, layer);
     y->down_bias = exc_carve_vector(c, m, EXC_ROLE_EXPERT_DOWN_BIAS, layer);
@@ -50,9 +70,9 @@ exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer) {
     if (moe) EXC_TRY(exc_fill_role(r, EXC_ROLE_ROUTER, layer, &y->router));
     EXC_TRY(fill_bias(r, y, layer));
     EXC_TRY(fill_shared(r, y, layer));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_GATE : EXC_ROLE_DENSE_GATE, layer, &y->gate));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_UP : EXC_ROLE_DENSE_UP, layer, &y->up));
-    EXC_TRY(exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->down));
+    const exc_role *roles = moe ? expert_roles : dense_roles;
+    const exc_table *tables[] = {&y->gate, &y->up, &y->down};
+    for (size_t i = 0; i < EXC_COUNT(tables) && !y->turn; i++) EXC_TRY(exc_fill_group(r, roles[i], layer, tables[i]));
     EXC_TRY(exc_fill_lens(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_lens));
     return exc_fill_lens(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->mlp_lens);
 }
@@ -61,7 +81,16 @@ exc_status exc_feed_fill_down(exc_loader *r, exc_layer *y, int64_t layer) {
     bool moe = r->a->shape.is_moe[layer];
     if (y->down_bias) EXC_TRY(exc_fill_vector(r, EXC_ROLE_EXPERT_DOWN_BIAS, layer, y->down_bias));
     if (y->shared_down.data) EXC_TRY(exc_fill_role(r, EXC_ROLE_SHARED_DOWN, layer, &y->shared_down));
-    return exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->down);
+    return y->turn ? EXC_OK : exc_fill_group(r, moe ? EXC_ROLE_EXPERT_DOWN : EXC_ROLE_DENSE_DOWN, layer, &y->down);
+}
+
+exc_status exc_feed_fill_turn(exc_loader *r, const exc_layer *y, int64_t layer, int64_t first, exc_extent extent) {
+    int64_t n = least(y->turn, y->down.count - first);
+    if (extent == EXC_LAYER_WHOLE) {
+        EXC_TRY(exc_fill_some(r, EXC_ROLE_EXPERT_GATE, layer, &y->gate, first, n));
+        EXC_TRY(exc_fill_some(r, EXC_ROLE_EXPERT_UP, layer, &y->up, first, n));
+    }
+    return exc_fill_some(r, EXC_ROLE_EXPERT_DOWN, layer, &y->down, first, n);
 }
 
 void exc_feed_room(exc_carve *c, exc_session *s) {
@@ -73,6 +102,7 @@ void exc_feed_room(exc_carve *c, exc_session *s) {
     s->ids = exc_carve_take(c, T * K, sizeof *s->ids);
     s->weights = exc_carve_take(c, T * K, sizeof *s->weights);
     s->offset = exc_carve_take(c, E + 1, sizeof *s->offset);
+    s->offset_turn = exc_carve_keep(c, E + 1, sizeof *s->offset_turn);
     s->row_of = exc_carve_take(c, T * K, sizeof *s->row_of);
     s->pair_of = exc_carve_take(c, T * K, sizeof *s->pair_of);
     s->mid = exc_carve_take(c, T * (size_t)widest, exc_act_bytes(s->m));
@@ -96,20 +126,36 @@ static exc_sums sums_of(const exc_session *s, const exc_step *t, int64_t row) {
     return r;
 }
 
+/* the two products of experts first..first+experts-1 of this rank; offset, pair_of and out begin with their rows */
+static exc_status products(exc_session *s, const exc_layer *y, int64_t first, const void *x, const int64_t *offset, const int32_t *pair_of,
+                           int64_t tokens, int64_t top_k, int64_t experts, float *out, const int32_t *slot, double *mid_sum,
+                           double *sqnorm_sum) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t bias = s->m->expert_first + first; /* biases are of all experts */
+    EXC_RUN(s, glu, .x = x, .act = s->m->act, .gate = y->gate.there + first, .up = y->up.there + first,
+            .gate_bias = y->gate_bias ? y->gate_bias + bias * p->inner : NULL,
+            .up_bias = y->up_bias ? y->up_bias + bias * p->inner : NULL, .activation = p->activation, .offset = offset,
+            .pair_of = pair_of, .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .mid = s->mid,
+            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum ? mid_sum + first * p->inner : NULL, .w_dtype = y->gate.here->dtype);
+    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down.there + first,
+            .bias = y->down_bias ? y->down_bias + bias * p->hidden : NULL, .offset = offset, .pair_of = pair_of,
+            .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .y = out,
+            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum ? sqnorm_sum + first : NULL, .w_dtype = y->down.here->dtype);
+    return EXC_OK;
+}
+
+/* Where experts take turns, each group of them is read and used before the next one. Ops run on the host then. */
 exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, const int64_t *offset, const int32_t *pair_of,
                             int64_t tokens, int64_t top_k, int64_t experts, float *out, const int32_t *slot, double *mid_sum,
                             double *sqnorm_sum) {
-    const exc_shape *p = &s->m->atlas->shape;
-    int64_t first = s->m->expert_first; /* biases are of all experts */
-    EXC_RUN(s, glu, .x = x, .act = s->m->act, .gate = y->gate.there, .up = y->up.there,
-            .gate_bias = y->gate_bias ? y->gate_bias + first * p->inner : NULL,
-            .up_bias = y->up_bias ? y->up_bias + first * p->inner : NULL, .activation = p->activation, .offset = offset,
-            .pair_of = pair_of, .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .mid = s->mid,
-            .slot = mid_sum ? slot : NULL, .mid_sum = mid_sum, .w_dtype = y->gate.here->dtype);
-    EXC_RUN(s, down, .mid = s->mid, .act = s->m->act, .down = y->down.there,
-            .bias = y->down_bias ? y->down_bias + first * p->hidden : NULL, .offset = offset, .pair_of = pair_of,
-            .tokens = tokens, .top_k = top_k, .experts = experts, .hidden = p->hidden, .inner = p->inner, .y = out,
-            .slot = sqnorm_sum ? slot : NULL, .sqnorm_sum = sqnorm_sum, .w_dtype = y->down.here->dtype);
+    if (!y->turn) return products(s, y, 0, x, offset, pair_of, tokens, top_k, experts, out, slot, mid_sum, sqnorm_sum);
+    for (int64_t first = 0, n; first < experts; first += n) {
+        n = least(y->turn, experts - first);
+        EXC_TRY(exc_layer_turn(s->m, first));
+        for (int64_t e = 0; e <= n; e++) s->offset_turn[e] = offset[first + e] - offset[first];
+        EXC_TRY(products(s, y, first, x, s->offset_turn, pair_of + offset[first], tokens, top_k, n,
+                         out + offset[first] * s->m->atlas->shape.hidden, slot, mid_sum, sqnorm_sum));
+    }
     return EXC_OK;
 }
 

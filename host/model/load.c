@@ -5,7 +5,7 @@
  * the map in blocks of rows that stay in cache: one look for NaN and infinity, one packing; a plan's baked
  * edits are made on a copy of the matrix in its stored dtype, so that they are the bits a written checkpoint
  * would have. Mapped pages are given back as we go, so the peak is the packed weights plus one staging block,
- * not twice the model.
+ * not twice the model. When layers are read is window.c's to say.
  *
  * bf16 weights stay bf16 in both compute modes (exact); f16 and f32 ones are rounded for bf16 and widened for
  * f32; quantised ones stay codes and scales, which the ops read. A panel has one scale for all its rows: where rows
@@ -155,6 +155,18 @@ exc_table exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64
     int64_t n, k, count = exc_role_by_expert(role) ? m->expert_end - m->expert_first : 1;
     exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
     return exc_carve_table(c, count, n, k, exc_carve_dtype(m, role, layer));
+}
+
+exc_table exc_carve_turns(exc_carve *c, const exc_model *m, exc_role role, int64_t layer, int64_t turn) {
+    int64_t n, k;
+    exc_table t = {.count = m->expert_end - m->expert_first};
+    exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
+    t.here = t.there = exc_carve_keep(c, (size_t)t.count, sizeof *t.here);
+    for (int64_t i = 0; i < t.count; i++) {
+        exc_packed one = i < turn ? exc_carve_packed(c, n, k, exc_carve_dtype(m, role, layer)) : t.here ? t.here[i % turn] : (exc_packed){0};
+        if (t.here) t.here[i] = one;
+    }
+    return t;
 }
 
 /* what a virtual plan does to a writer, by its own arrays */
@@ -432,12 +444,17 @@ exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_
     return exc_fill_rows(r, role, layer, into, 0);
 }
 
-exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_table *into) {
+exc_status exc_fill_some(exc_loader *r, exc_role role, int64_t layer, const exc_table *into, int64_t first, int64_t n) {
     bool many = exc_role_by_expert(role);
-    for (int64_t e = 0; e < into->count; e++) {
+    for (int64_t e = first; e < first + n; e++) {
         const exc_weight *w = exc_atlas_find(r->a, role, layer, many ? r->m->expert_first + e : -1);
         EXC_TRY(pack_weight(r, w, into->here[e].dtype, (uint8_t *)(uintptr_t)into->here[e].data));
     }
+    return EXC_OK;
+}
+
+exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_table *into) {
+    EXC_TRY(exc_fill_some(r, role, layer, into, 0, into->count));
     return exc_fill_table(r, into);
 }
 
@@ -582,6 +599,7 @@ exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent
     exc_carve c = exc_carve_measure(r->ctx);
     c.base = p->slab.ops;
     c.host = p->slab.host;
+    c.turns = p == &r->m->loaded->passing;
     lay_out_layer(&c, r->m, &p->y, layer);
     if (extent == EXC_LAYER_DOWN) return exc_feed_fill_down(r, &p->y, layer);
     read_ahead(r, layer + 1);
@@ -590,14 +608,14 @@ exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent
 
 static exc_status load_all(exc_loader *r) {
     exc_loaded *l = r->m->loaded;
-    bool resident = l->places == l->layers;
+    bool fill = !exc_window_waits(r->m);
     for (size_t i = 0; i < r->a->count; i++)
-        if (is_mine(r, &r->a->items[i]) && (resident || r->a->items[i].layer < 0)) r->total += exc_weight_bytes(&r->a->items[i]);
+        if (is_mine(r, &r->a->items[i]) && (fill || r->a->items[i].layer < 0)) r->total += exc_weight_bytes(&r->a->items[i]);
     if (r->a->shape.tied) r->total += exc_weight_bytes(exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1)); /* as table and as head */
     read_ahead(r, -1);
     read_ahead(r, 0);
     EXC_TRY(fill_ends(r));
-    for (int64_t i = 0; resident && i < l->layers; i++) {
+    for (int64_t i = 0; fill && i < l->layers; i++) {
         EXC_TRY(exc_layer_fill(r, &l->place[i], i, EXC_LAYER_WHOLE));
         l->place[i].layer = i;
         l->fills++;
@@ -638,7 +656,7 @@ static exc_status measure(exc_ctx *ctx, exc_model *m) {
         exc_carve c = exc_carve_measure(ctx);
         exc_layer y;
         lay_out_layer(&c, m, &y, i);
-        if (c.at > l->largest) l->largest = c.at;
+        if (c.at > l->largest) l->largest = c.at, l->largest_layer = i;
         if (c.host_at > l->largest_host) l->largest_host = c.host_at;
         overflow |= c.overflow || __builtin_add_overflow(l->all_bytes, c.at, &l->all_bytes);
     }

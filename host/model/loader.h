@@ -14,6 +14,7 @@ typedef struct exc_carve {
     uint8_t *host;              /* the host's own where ops run elsewhere; NULL: only measuring, or the same memory */
     size_t host_at;
     bool apart;                 /* ops run elsewhere */
+    bool turns;                 /* matrices of experts take turns in a part of the room (exc_layer.turn) */
     bool overflow;
 } exc_carve;
 /* 64-byte aligned; NULL while measuring */
@@ -30,6 +31,8 @@ exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
 exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);
 exc_table exc_carve_table(exc_carve *c, int64_t count, int64_t n, int64_t k, int dtype);
 exc_table exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* of all experts, or one matrix for other roles */
+/* of experts, so many of which are in memory at a time */
+exc_table exc_carve_turns(exc_carve *c, const exc_model *m, exc_role role, int64_t layer, int64_t turn);
 float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);   /* f32, of all experts; NULL: none */
 exc_virtual exc_carve_lens(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* what a virtual plan does there */
 int64_t exc_whole_panels(int64_t n); /* n rounded up to EXC_PANEL */
@@ -52,6 +55,7 @@ typedef struct exc_loader {
 exc_status exc_fill_rows(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into, int64_t row);
 exc_status exc_fill_role(exc_loader *r, exc_role role, int64_t layer, const exc_packed *into);
 exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc_table *into);
+exc_status exc_fill_some(exc_loader *r, exc_role role, int64_t layer, const exc_table *into, int64_t first, int64_t n); /* of its matrices */
 exc_status exc_fill_table(exc_loader *r, const exc_table *t); /* tells ops where its matrices are */
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into); /* as f32 */
 /* A whole matrix [out,in] where ops run, to be taken apart by views, a quantised one as f32; holds until the next weight is read. */
@@ -74,11 +78,13 @@ exc_status exc_fill_lens(exc_loader *r, exc_role role, int64_t layer, const exc_
 void exc_feed_carve(exc_carve *c, const exc_model *m, exc_layer *y, int64_t layer);
 exc_status exc_feed_fill(exc_loader *r, exc_layer *y, int64_t layer);
 exc_status exc_feed_fill_down(exc_loader *r, exc_layer *y, int64_t layer); /* only what exc_model_down reads */
+/* experts first.. of a layer whose experts take turns */
+exc_status exc_feed_fill_turn(exc_loader *r, const exc_layer *y, int64_t layer, int64_t first, exc_extent extent);
 
 /* a place of layers: memory for one (-1: for any), and its weights read into it */
 exc_status exc_layer_room(exc_ctx *ctx, exc_model *m, int64_t layer, exc_slab *slab);
 void exc_layer_drop(exc_ctx *ctx, exc_model *m, exc_slab *slab);
-exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent extent);
+exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent extent); /* where experts take turns, without them */
 void exc_loader_release(exc_loader *r);
 
 #endif

@@ -315,6 +315,7 @@ typedef struct exc_layer {
     float *router_bias;            /* [E], added where the family says, or NULL */
     float *norm_in, *norm_post;    /* [H] */
     exc_virtual attn_lens, mlp_lens, shared_lens;
+    int64_t turn;                  /* so many experts are in memory at a time (exc_layer_turn); 0: all */
 } exc_layer;
 /* memory where ops run (bytes of it), and the host's own where that is another */
 typedef struct exc_slab { void *ops, *host; size_t bytes; } exc_slab;
@@ -324,10 +325,15 @@ typedef struct exc_loaded {
     exc_place *place; int64_t places; /* of layers: [layers], or 1 or 2 that they take turns in (window.c) */
     int64_t current;               /* the place in use, where they take turns */
     struct exc_ahead *ahead;       /* fills them then; NULL: resident */
+    int64_t seen;                  /* resident: layers that passes came to for the first time, [0,layers), and again, up to 2*layers */
+    exc_place passing;             /* what they take turns in the first time, in the slab of the largest */
+    int64_t turn;                  /* the first of the experts that are in it, where these take turns; -1: none are */
+    struct exc_loader *loader;     /* reads them; NULL: all are in their places */
     uint64_t fills;                /* whole layers filled so far */
     int64_t layers;
     uint64_t all_bytes, ends_bytes; /* of all layers, and of what no layer owns */
     size_t largest, largest_host;  /* layer: where ops run, and what the host keeps of it */
+    int64_t largest_layer;
     exc_packed lm_head;
     void *embed; int embed_dtype;  /* [V,H] as stored */
     float *norm_final;             /* [H] */
@@ -338,8 +344,11 @@ exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weigh
 void exc_unload(exc_ctx *ctx, exc_model *m);
 /* window.c: weights of a layer, for the pass that has come to it; they hold until the next call */
 exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
-exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out); /* what exc_model_down reads of it */
+/* what exc_model_down reads of it, of the experts at least this one (counted from the rank's first) */
+exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, int64_t expert, const exc_layer **out);
+exc_status exc_layer_turn(const exc_model *m, int64_t first); /* experts first.. of the layer at hand, where they take turns */
 exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places); /* fills none */
+bool exc_window_waits(const exc_model *m); /* layers are read when a pass comes to them */
 void exc_window_close(exc_ctx *ctx, exc_model *m);
 uint64_t exc_window_bytes(const exc_model *m, int64_t places); /* weights in memory with that many places */
 /* fewer places: of all layers, then two, then one; false: there is only one. What layers hold is lost. */

@@ -39,8 +39,9 @@ exc_status exc_model_down(exc_ctx *ctx, exc_model *m, exc_role role, int64_t lay
         return exc_fail(ctx, EXC_ERR_USAGE, "%s: layer %lld: expert %lld is held by another rank", m->dir, (long long)layer,
                         (long long)expert);
     const exc_layer *l;
-    EXC_TRY(exc_layer_down(ctx, m, layer, &l));
-    const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down.here[role == EXC_ROLE_EXPERT_DOWN ? expert - m->expert_first : 0];
+    int64_t own = role == EXC_ROLE_EXPERT_DOWN ? expert - m->expert_first : 0;
+    EXC_TRY(exc_layer_down(ctx, m, layer, own, &l));
+    const exc_packed *w = role == EXC_ROLE_SHARED_DOWN ? &l->shared_down : &l->down.here[own];
     const float *bias = role == EXC_ROLE_EXPERT_DOWN && l->down_bias ? l->down_bias + expert * out : NULL;
     EXC_TRY(multiply(ctx, w, x, n, y));
     return bias ? add_bias(ctx, bias, terms, n, out, y) : EXC_OK;

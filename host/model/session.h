@@ -116,6 +116,7 @@ struct exc_session {
     int32_t *ids;                   /* [T,K] */
     float *weights;                 /* [T,K] */
     int64_t *offset;                /* [E+1] */
+    int64_t *offset_turn;           /* [E+1] the host's: of the experts whose turn it is */
     int32_t *row_of, *pair_of;      /* [T*K] */
     void *mid;                      /* [T*K,I], [T,shared] or [T,dense] act */
     float *y;                       /* [T*K,H] */

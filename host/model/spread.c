@@ -291,7 +291,8 @@ exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t 
     EXC_TRY(send_rows(s, mark, &rows));
     EXC_RUN(s, permute, .ids = d->ids, .tokens = rows, .top_k = 1, .experts = own, .offset = d->offset, .row_of = d->row_of,
             .pair_of = d->pair_of);
-    EXC_TRY(exc_feed_experts(s, y, d->recv_x, d->offset, d->pair_of, rows, 1, own, d->y, mark ? d->recv_mark : NULL, mid, sq));
+    exc_status st = exc_feed_experts(s, y, d->recv_x, d->offset, d->pair_of, rows, 1, own, d->y, mark ? d->recv_mark : NULL, mid, sq);
+    EXC_TRY(y->turn ? exc_ranks_agree(s->ctx, "experts of a layer", st) : st); /* weights may be refused that others do not have */
     EXC_RUN(s, gather, .x = d->y, .index = d->row_of, .share = 1, .rows = rows, .width = width, .y = d->home);
     return exc_ranks_send_rows(s->ctx, "outputs of experts", &(exc_rows){d->home, s->y, width}, 1, d->in, d->out);
 }

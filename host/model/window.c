@@ -1,11 +1,13 @@
 /* window.c - which layers' weights are in memory.
  *
- * A model within its budget is resident: every layer has a place of its own, filled when the model is opened. A larger one is
- * streamed: its layers take turns in one or two places, each filled when a pass reaches it. A thread with a context of
- * its own does that, so that with two places the next layer is read and packed while ops run on this one; an error it
- * finds is told by the call that needs the layer. Places are as large as the largest layer. A model may give places up
- * later, when states or another model need the memory. Output sums want one matrix of each layer only: a place may hold
- * just that. */
+ * A model within its budget is resident: every layer has a place of its own. Memory that was not touched before comes at half a
+ * gigabyte a second where a hypervisor has to find it. So the first pass reads layers in passing, a few experts at a time, into a
+ * part of one place that stays in cache, and the second pass fills the places: a first token, or a job of one pass, does not wait
+ * for room that it does not need. A device's places are filled when the model is opened. A larger model is streamed: its layers
+ * take turns in one or two places, each filled when a pass reaches it. A thread with a context of its own does that, so that with
+ * two places the next layer is read and packed while ops run on this one; an error it finds is told by the call that needs the
+ * layer. Places are as large as the largest layer. A model may give places up later, when states or another model need the
+ * memory. Output sums want one matrix of each layer only: a place may hold just that. */
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
@@ -151,6 +153,28 @@ uint64_t exc_window_bytes(const exc_model *m, int64_t places) {
     return l->ends_bytes + (places < l->layers ? (uint64_t)places * l->largest + scratch(m->ctx) : l->all_bytes);
 }
 
+/* Memory of a device is not dear to touch. What a plan or a function makes of weights is made once. */
+bool exc_window_waits(const exc_model *m) {
+    bool edited = m->has_lens && !m->is_virtual;
+    return exc_model_streamed(m) || (!m->ctx->module && !edited && !m->made.rows);
+}
+
+static exc_status wait_for_passes(exc_ctx *ctx, exc_model *m) {
+    exc_loaded *l = m->loaded;
+    l->loader = exc_zalloc(ctx, 1, sizeof *l->loader, "reader of layers");
+    if (!l->loader) return EXC_ERR_MEMORY;
+    *l->loader = (exc_loader){.ctx = ctx, .m = m, .a = m->atlas};
+    l->seen = 0;
+    l->passing = (exc_place){.slab = l->place[l->largest_layer].slab, .layer = -1};
+    return EXC_OK;
+}
+
+static void drop_loader(exc_loaded *l) {
+    if (l->loader) exc_loader_release(l->loader);
+    exc_release(l->loader);
+    l->loader = NULL;
+}
+
 exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places) {
     exc_loaded *l = m->loaded;
     l->place = exc_zalloc(ctx, (size_t)places, sizeof *l->place, "weights");
@@ -158,8 +182,8 @@ exc_status exc_window_open(exc_ctx *ctx, exc_model *m, int64_t places) {
     l->places = places;
     for (int64_t i = 0; i < places; i++) l->place[i].layer = -1;
     for (int64_t i = 0; i < places; i++) EXC_TRY(exc_layer_room(ctx, m, places < l->layers ? -1 : i, &l->place[i].slab));
-    if (places < l->layers) EXC_TRY(start(ctx, m));
-    return EXC_OK;
+    if (places < l->layers) return start(ctx, m);
+    return exc_window_waits(m) ? wait_for_passes(ctx, m) : EXC_OK;
 }
 
 bool exc_window_narrow(exc_ctx *ctx, exc_model *m, exc_status *st) {
@@ -187,6 +211,7 @@ exc_status exc_windows_agree(exc_ctx *ctx) {
 
 void exc_window_close(exc_ctx *ctx, exc_model *m) {
     stop(m->loaded);
+    drop_loader(m->loaded);
     drop_places(ctx, m);
     m->loaded->current = 0;
 }
@@ -213,22 +238,85 @@ static exc_status turn(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_exte
     return exc_progress(ctx, "layers", (uint64_t)layer, (uint64_t)l->layers, "layers");
 }
 
-static exc_status find(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_extent extent, const exc_layer **out) {
-    const exc_loaded *l = m->loaded;
-    *out = NULL;
-    if (!l->ahead && l->places < l->layers)
-        return exc_fail(ctx, EXC_ERR_MEMORY, "%s: layer %lld: expected memory for its weights, found none since an earlier call failed", m->dir,
-                        (long long)layer);
-    exc_status st = l->ahead ? turn(ctx, m, layer, extent) : EXC_OK;
-    *out = &l->place[l->ahead ? l->current : layer].y;
-    return st;
+/* Of a resident model: the layer's own place, or the first time the one that all take turns in. */
+static exc_status come(exc_ctx *ctx, exc_loaded *l, int64_t layer, exc_place **out) {
+    exc_place *p = *out = l->seen == layer ? &l->passing : &l->place[layer];
+    if (l->seen < l->layers && l->seen != layer) l->seen = l->layers; /* a pass that was broken off is not taken up */
+    l->passing.layer = -1;
+    if (p->layer == layer) return EXC_OK;
+    EXC_TRY(exc_layer_fill(l->loader, p, layer, EXC_LAYER_WHOLE));
+    p->layer = layer;
+    p->extent = EXC_LAYER_WHOLE;
+    l->fills++;
+    return exc_progress(ctx, "layers", (uint64_t)layer, (uint64_t)l->layers, "layers");
+}
+
+/* Weights that one rank refuses hold all of them up; so that they go on alike, none has read the layer then. */
+static exc_status come_together(exc_ctx *ctx, exc_loaded *l, int64_t layer, const exc_layer **out) {
+    exc_place *p;
+    exc_status st = exc_ranks_agree(ctx, "layer", come(ctx, l, layer, &p));
+    if (st != EXC_OK) {
+        p->layer = -1;
+        return st;
+    }
+    *out = &p->y;
+    if (l->seen == layer || l->seen == l->layers + layer) l->seen++;
+    if (l->seen == 2 * l->layers) drop_loader(l);
+    return EXC_OK;
+}
+
+static exc_status lost(exc_ctx *ctx, const exc_model *m, int64_t layer) {
+    return exc_fail(ctx, EXC_ERR_MEMORY, "%s: layer %lld: expected memory for its weights, found none since an earlier call failed", m->dir,
+                    (long long)layer);
 }
 
 exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
-    exc_status st = find(ctx, m, layer, EXC_LAYER_WHOLE, out);
-    return m->loaded->ahead ? exc_ranks_agree(ctx, "layer", st) : st; /* ranks pass through the layers together */
+    exc_loaded *l = m->loaded;
+    *out = NULL;
+    if (l->loader) return come_together(ctx, l, layer, out);
+    if (l->ahead) {
+        exc_status st = turn(ctx, m, layer, EXC_LAYER_WHOLE);
+        *out = &l->place[l->current].y;
+        return exc_ranks_agree(ctx, "layer", st); /* ranks pass through the layers together */
+    }
+    if (l->places < l->layers) return lost(ctx, m, layer);
+    *out = &l->place[layer].y;
+    return EXC_OK;
 }
 
-exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
-    return find(ctx, m, layer, EXC_LAYER_DOWN, out);
+exc_status exc_layer_turn(const exc_model *m, int64_t first) {
+    exc_loaded *l = m->loaded;
+    l->turn = -1;
+    EXC_TRY(exc_feed_fill_turn(l->loader, &l->passing.y, l->passing.layer, first, l->passing.extent));
+    l->turn = first;
+    return EXC_OK;
+}
+
+/* before a layer has its own place, only the matrices that are asked for are read */
+static exc_status look(const exc_model *m, int64_t layer, int64_t expert, const exc_layer **out) {
+    exc_loaded *l = m->loaded;
+    bool kept = l->seen > l->layers; /* the place that layers pass through has become one of these */
+    exc_place *p = kept || l->place[layer].layer == layer ? &l->place[layer] : &l->passing;
+    exc_extent extent = kept ? EXC_LAYER_WHOLE : EXC_LAYER_DOWN;
+    if (!holds(p, layer, extent) || (p == &l->passing && p->extent != extent)) {
+        p->layer = -1;
+        EXC_TRY(exc_layer_fill(l->loader, p, layer, extent));
+        p->layer = layer;
+        p->extent = extent;
+        l->turn = -1;
+    }
+    int64_t first = p->y.turn ? expert - expert % p->y.turn : -1;
+    if (first != l->turn && first >= 0) EXC_TRY(exc_layer_turn(m, first));
+    *out = &p->y;
+    return EXC_OK;
+}
+
+exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, int64_t expert, const exc_layer **out) {
+    exc_loaded *l = m->loaded;
+    *out = NULL;
+    if (l->loader) return look(m, layer, expert, out);
+    if (!l->ahead && l->places < l->layers) return lost(ctx, m, layer);
+    exc_status st = l->ahead ? turn(ctx, m, layer, EXC_LAYER_DOWN) : EXC_OK;
+    *out = &l->place[l->ahead ? l->current : layer].y;
+    return st;
 }

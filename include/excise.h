@@ -67,7 +67,9 @@ typedef struct exc_ctx_options {
     int reproducible;      /* 1: same bits for any batching too: logits, states, replies, and all sums of a capture (see exc_capture) */
     exc_event_fn on_event; /* NULL: no events */
     void *user;
-    const char *ranks;     /* processes that do one job together: NULL or "none"; "auto": as mpirun or srun started this one; "mpi" */
+    const char *ranks;     /* processes that do one job together: NULL or "none"; "auto": as mpirun or srun started this one; "mpi";
+                            * "file:PATH": they meet by a file that all of them see, without MPI; RANK and WORLD_SIZE, or srun or mpirun,
+                            * say who they are; then one context a process at a time */
     int device;            /* which GPU of the "cuda" backend */
     void *stream;          /* a cudaStream_t of the caller's on that device, borrowed until exc_ctx_free; NULL: one of the context's own */
     size_t work_bytes;     /* device memory that [stream] calls share as scratch, taken once here; 0: 64 MiB */

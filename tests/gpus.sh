@@ -25,6 +25,11 @@ for list in 0,1 2,0,1 0,1,2,3; do
     timeout 60 "$excise" "${forward[@]}" --gpus $list -o "$out/f$list" >"$out/log" 2>&1 && cmp "$out/f0" "$out/f$list" >>"$out/log" 2>&1
     result "GPUs $list: logits, hidden states, routing and tokens, bit for bit" $? "$out/log"
 done
+for r in 1 0; do
+    RANK=$r WORLD_SIZE=2 LOCAL_RANK=$r timeout 60 "$excise" "${forward[@]}" --backend cuda --rendezvous "$out/meet" -o "$out/fm" >"$out/log$r" 2>&1 &
+done
+wait
+cmp "$out/f0" "$out/fm" >>"$out/log0" 2>&1; result "two processes of any launcher, which met by a file: the same" $? "$out/log0"
 HC_GUARD=1 HC_SEED=7 timeout 60 "$excise" "${forward[@]}" --gpus 0,1 -o "$out/guard" >"$out/log" 2>&1 && cmp "$out/f0" "$out/guard" >>"$out/log" 2>&1
 result "the same with device memory closed to the host, threads in another order" $? "$out/log"
 printf '{"tokens":[3,5,7,11,13,2,9]}\n{"tokens":[4]}\n{"tokens":[1,8,2,6,5,12,20,21,22,23,24]}\n' >"$out/t.jsonl"

@@ -55,7 +55,7 @@ interrupt() { # interrupt TEXT SIGNAL RANK_OR_PARENT CODE MUST_CONTAIN
     wait $job 2>/dev/null
     rc=$?
     for p in $children; do for _ in $(seq 50); do [ -d "/proc/$p" ] || break; sleep 0.1; done; done
-    [ $rc = "$4" ] && grep -qF -- "$5" "$out/log" && [ $((SECONDS - begun)) -lt 15 ] && [ -z "$(ls "$out"/x* 2>/dev/null)" ] || ok=1
+    [ $rc = "$4" ] && grep -qF -- "$5" "$out/log" && [ $((SECONDS - begun)) -lt 30 ] && [ -z "$(ls "$out"/x* 2>/dev/null)" ] || ok=1
     for p in $children; do [ ! -d "/proc/$p" ] || ok=1; done
     result "$1" $ok "$out/log"
 }

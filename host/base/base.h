@@ -176,10 +176,11 @@ void *exc_library_open(const char *name, const char *env, char *why, size_t n);
 
 /* ---- ranks (base/ranks.c): processes that do one job together. All ranks make these calls in the same order; `what` names
  * the place, for the message that ranks out of step get. EXC_ERR_DEVICE: a rank is gone, late or elsewhere. */
-exc_status exc_ranks_open(exc_ctx *ctx, const char *how); /* NULL or "none", "auto": as the launcher says, "mpi" */
+exc_status exc_ranks_open(exc_ctx *ctx, const char *how); /* as exc_ctx_options.ranks */
 void exc_ranks_close(exc_ctx *ctx);
 int exc_ranks_me(const exc_ctx *ctx);       /* 0.. */
 int exc_ranks_count(const exc_ctx *ctx); /* 1 alone */
+int exc_ranks_near(const exc_ctx *ctx);  /* of them on this machine, as far as the launcher tells; else all */
 void exc_share(int64_t n, int rank, int size, int64_t *first, int64_t *end); /* the rank's contiguous part of n things */
 exc_status exc_ranks_meet(exc_ctx *ctx, const char *what, uint64_t same); /* a barrier; `same` must be equal on all ranks */
 exc_status exc_ranks_gather(exc_ctx *ctx, const char *what, const void *send, void *recv, size_t bytes); /* recv [ranks, bytes] */

@@ -61,25 +61,13 @@ static uint64_t groups_free(uint64_t most) {
     return most;
 }
 
-/* ranks that the launcher started on this machine */
-static uint64_t neighbours(const exc_ctx *ctx) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"};
-    int ranks = exc_ranks_count(ctx);
-    for (size_t i = 0; ranks > 1 && i < EXC_COUNT(names); i++) {
-        const char *text = getenv(names[i]);
-        int n = text ? atoi(text) : 0;
-        if (n > 0 && n <= ranks) return (uint64_t)n;
-    }
-    return (uint64_t)ranks;
-}
-
 uint64_t exc_memory_free(exc_ctx *ctx) {
     exc_device_info info = {0};
     if (ctx->module) {
         ctx->module->describe(ctx->queue.device, &info);
         return info.free;
     }
-    return groups_free(least(UINT64_MAX / 16, entry("/proc", "meminfo", "MemAvailable:"))) / neighbours(ctx);
+    return groups_free(least(UINT64_MAX / 16, entry("/proc", "meminfo", "MemAvailable:"))) / (uint64_t)exc_ranks_near(ctx);
 }
 
 void exc_memory_take(exc_ctx *ctx, uint64_t bytes) {

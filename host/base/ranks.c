@@ -28,6 +28,7 @@ struct exc_ranks {
     uint8_t *mine, *all; /* one, and [size] of them */
     size_t *bytes; /* [6, size] of one round and of one kind of rows */
     exc_nccl *nccl; /* between GPUs; NULL on the CPU */
+    bool met;       /* by a file: the sockets are this context's */
 };
 
 int exc_ranks_me(const exc_ctx *ctx) { return ctx->ranks ? ctx->ranks->rank : 0; }
@@ -52,14 +53,39 @@ static double time_limit(void) {
     return v > 0 ? v : SECONDS;
 }
 
-/* number of ranks that the launcher of this process started, 1 when none did */
+/* What launchers tell the processes they start: number, how many, how many on this machine. Those of one process, too. */
+typedef struct launcher {
+    const char *rank, *ranks, *neighbours;
+} launcher;
+static const launcher launchers[] = {
+    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"},
+    {"PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"},
+    {"PMIX_RANK", "PMIX_SIZE", "MPI_LOCALNRANKS"},
+    {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE"},
+    {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}, /* torchrun, or anybody; last, and for a rendezvous only: it starts no MPI */
+};
+
+static long number(const char *name) {
+    const char *s = getenv(name);
+    char *end;
+    long v = s ? strtol(s, &end, 10) : -1;
+    return s && *s && !*end ? v : -1;
+}
+
+/* number of ranks that a launcher with MPI started, 1 when none did */
 static long launched(void) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "SLURM_STEP_NUM_TASKS"};
-    for (size_t i = 0; i < EXC_COUNT(names); i++) {
-        const char *s = getenv(names[i]);
-        if (s && atol(s) > 1) return atol(s);
-    }
+    for (size_t i = 0; i + 1 < EXC_COUNT(launchers); i++)
+        if (number(launchers[i].ranks) > 1) return number(launchers[i].ranks);
     return 1;
+}
+
+int exc_ranks_near(const exc_ctx *ctx) {
+    int ranks = exc_ranks_count(ctx);
+    for (size_t i = 0; ranks > 1 && i < EXC_COUNT(launchers); i++) {
+        long n = number(launchers[i].neighbours);
+        if (n > 0 && n <= ranks) return (int)n;
+    }
+    return ranks;
 }
 
 static exc_status allocate(exc_ctx *ctx, const exc_transport *t, int rank, int size) {
@@ -89,11 +115,38 @@ static exc_status open_mpi(exc_ctx *ctx, long n, const exc_transport **t) {
     return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: the MPI module is of another version of Excise");
 }
 
+static exc_status meet_at(exc_ctx *ctx, const char *path) {
+    long rank = -1, n = -1;
+    for (size_t i = 0; i < EXC_COUNT(launchers) && (rank < 0 || n < 1); i++) {
+        rank = number(launchers[i].rank);
+        n = number(launchers[i].ranks);
+    }
+    if (rank < 0 || n < 1)
+        return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected this process's number in RANK and how many there are in WORLD_SIZE, or a launcher "
+                                            "that says so (srun, mpirun, torchrun), found neither");
+    if (rank >= n || n > EXC_RANKS_MOST)
+        return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected at most %d ranks, numbered from 0, found rank %ld of %ld", EXC_RANKS_MOST, rank, n);
+    if (!*path) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected the path of a file, found none");
+    if (n == 1) return EXC_OK;
+    int file[EXC_RANKS_MOST], me, size;
+    EXC_TRY(exc_rendezvous(ctx, path, (int)rank, (int)n, time_limit(), file));
+    const char *bad = exc_sockets_use((int)rank, (int)n, file);
+    for (int i = 0; bad && i < n; i++)
+        if (file[i] >= 0) close(file[i]);
+    if (bad) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: %s", bad);
+    exc_status st = allocate(ctx, &exc_sockets, (int)rank, (int)n);
+    if (ctx->ranks) ctx->ranks->met = true;
+    else exc_sockets_part();
+    exc_sockets.join(&me, &size, time_limit());
+    return st;
+}
+
 exc_status exc_ranks_open(exc_ctx *ctx, const char *how) {
     bool must = how && !strcmp(how, "mpi");
     if (!how || !strcmp(how, "none")) return EXC_OK;
+    if (!strncmp(how, "file:", 5)) return meet_at(ctx, how + 5);
     if (!must && strcmp(how, "auto"))
-        return exc_fail(ctx, EXC_ERR_USAGE, "ranks: expected auto, mpi or none, found %s", exc_show(how, strlen(how)));
+        return exc_fail(ctx, EXC_ERR_USAGE, "ranks: expected auto, mpi, none or file:PATH, found %s", exc_show(how, strlen(how)));
     const exc_transport *t = !must && getenv(EXC_RANK_SOCKETS) ? &exc_sockets : NULL;
     long n = launched();
     if (!must && !t && n == 1) return EXC_OK;
@@ -116,6 +169,7 @@ exc_status exc_ranks_device(exc_ctx *ctx) {
 void exc_ranks_close(exc_ctx *ctx) {
     if (!ctx->ranks) return;
     exc_nccl_close(ctx, ctx->ranks->nccl);
+    if (ctx->ranks->met) exc_sockets_part();
     exc_release(ctx->ranks->mine);
     exc_release(ctx->ranks->all);
     exc_release(ctx->ranks->bytes);

@@ -4,7 +4,7 @@
  * sums are gathered and added in rank order, so every rank has the same bits. Before bytes move the ranks tell
  * each other what they are about to do: ranks out of step get an error that names both places, and a rank that does
  * not come within the time limit is named too, so nobody waits for a dead one. The transport of host memory is sockets
- * between ranks of one launcher of ours (sockets.c), or a module opened at run time (MPI: mpi.c): one binary runs with and
+ * between ranks that our own launcher started or that met by a file (sockets.c, rendezvous.c), or a module opened at run time (MPI: mpi.c): one binary runs with and
  * without it. */
 #ifndef EXC_RANKS_H
 #define EXC_RANKS_H
@@ -32,8 +32,16 @@ typedef struct exc_transport {
 } exc_transport;
 typedef const exc_transport *(*exc_transport_fn)(void);
 
+#define EXC_RANKS_MOST 64                      /* over sockets */
 #define EXC_RANK_SOCKETS "EXCISE_RANK_SOCKETS" /* the variable by which a rank finds its sockets */
 extern const exc_transport exc_sockets;
+/* makes file [ranks], a stream socket to each other rank and -1 for this one, the transport's: its join gives them out until exc_sockets_part
+ * closes them. Returns NULL or one sentence. */
+const char *exc_sockets_use(int rank, int ranks, const int *file);
+void exc_sockets_part(void);
+/* The sockets of ranks that meet by a file at `path`, within `seconds`: file [ranks], -1 for this one. EXC_ERR_DEVICE: somebody is missing,
+ * EXC_ERR_USAGE: ranks of several jobs came, EXC_ERR_IO: the file cannot be written; closed again then. Sends progress events. */
+exc_status exc_rendezvous(exc_ctx *ctx, const char *path, int rank, int ranks, double seconds, int *file);
 
 /* ---- what ranks.c and nccl.c are to each other. Statuses as in base.h, whose exc_ranks_ calls lead here on a GPU. */
 typedef struct exc_nccl exc_nccl;

@@ -1,9 +1,9 @@
-/* sockets.c - the transport of ranks that one process started on this machine (excise --gpus, --ranks): a stream socket
- * between every two of them, made before they were.
+/* sockets.c - the transport of ranks over a stream socket between every two of them.
  *
- * Nothing has to be found, so there is no file that could be stale or address that could be wrong, and the socket of a rank
- * that ended says so at once. EXCISE_RANK_SOCKETS holds what a rank inherits: its number, a colon, and the file descriptor
- * towards each rank (its own: -1), with commas between. Every exchange moves all pieces at the same time, whichever socket
+ * Ranks that one process started on this machine (excise --gpus, --ranks) inherit theirs: nothing has to be found, so there is no
+ * file that could be stale or address that could be wrong. EXCISE_RANK_SOCKETS then holds the rank's number, a colon, and the file descriptor
+ * towards each rank (its own: -1), with commas between. Other ranks meet first (rendezvous.c). The socket of a rank that ended says so at
+ * once. Every exchange moves all pieces at the same time, whichever socket
  * is ready, so that no order of sends can lock two ranks; the time limit counts from the last byte that moved. */
 #include <errno.h>
 #include <poll.h>
@@ -11,12 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
+#include <unistd.h>
 
 #include "base.h"
 #include "ranks.h"
-
-#define MOST 64 /* ranks */
 
 typedef struct lane {
     const char *out; /* what is left to send to a rank, and to come from it */
@@ -25,8 +23,9 @@ typedef struct lane {
 } lane;
 
 static int me, ranks;
+static bool met; /* the sockets are ours to close */
 static double limit;
-static int file[MOST];
+static int file[EXC_RANKS_MOST];
 static char text[128];
 
 static const char *told(const char *format, int rank) {
@@ -34,14 +33,35 @@ static const char *told(const char *format, int rank) {
     return text;
 }
 
-static const char *join(int *rank, int *size, double seconds) {
+const char *exc_sockets_use(int rank, int size, const int *sockets) {
+    if (met) return "expected one context of a process that meets other ranks, found a second";
+    me = rank;
+    ranks = size;
+    met = true;
+    memcpy(file, sockets, (size_t)size * sizeof *file);
+    return NULL;
+}
+
+void exc_sockets_part(void) {
+    for (int r = 0; met && r < ranks; r++)
+        if (r != me) close(file[r]);
+    met = false;
+}
+
+static const char *inherit(void) {
     const char *s = getenv(EXC_RANK_SOCKETS);
     char *end = NULL;
-    limit = seconds;
     me = s ? (int)strtol(s, &end, 10) : -1;
     ranks = 0;
-    while (end && *end == (ranks ? ',' : ':') && ranks < MOST) file[ranks++] = (int)strtol(end + 1, &end, 10);
+    while (end && *end == (ranks ? ',' : ':') && ranks < EXC_RANKS_MOST) file[ranks++] = (int)strtol(end + 1, &end, 10);
     if (!end || *end || me < 0 || me >= ranks) return EXC_RANK_SOCKETS ": expected RANK:FILE,FILE,.. as excise --ranks makes it";
+    return NULL;
+}
+
+static const char *join(int *rank, int *size, double seconds) {
+    const char *why = met ? NULL : inherit();
+    if (why) return why;
+    limit = seconds;
     *rank = me;
     *size = ranks;
     return NULL;
@@ -69,7 +89,7 @@ static const char *serve(int rank, lane *l, bool *moved) {
 static const char *move(lane *lanes) {
     double last = exc_seconds();
     for (;;) {
-        struct pollfd wait[MOST];
+        struct pollfd wait[EXC_RANKS_MOST];
         int left = -1; /* a rank that is waited for */
         for (int r = 0; r < ranks; r++) {
             bool in = lanes[r].in_bytes, out = lanes[r].out_bytes;
@@ -92,7 +112,7 @@ static const char *move(lane *lanes) {
 
 static const char *all_to_all(const void *send, const size_t *send_bytes, const size_t *send_at, void *recv,
                               const size_t *recv_bytes, const size_t *recv_at) {
-    lane lanes[MOST] = {0};
+    lane lanes[EXC_RANKS_MOST] = {0};
     for (int r = 0; r < ranks; r++)
         lanes[r] = (lane){(const char *)send + send_at[r], (char *)recv + recv_at[r], send_bytes[r], recv_bytes[r]};
     if (send_bytes[me]) memcpy(lanes[me].in, lanes[me].out, send_bytes[me]);
@@ -101,7 +121,7 @@ static const char *all_to_all(const void *send, const size_t *send_bytes, const 
 }
 
 static const char *all_gather(const void *send, void *recv, size_t bytes) {
-    lane lanes[MOST] = {0};
+    lane lanes[EXC_RANKS_MOST] = {0};
     for (int r = 0; r < ranks; r++) lanes[r] = (lane){send, (char *)recv + (size_t)r * bytes, bytes, bytes};
     if (bytes) memcpy(lanes[me].in, send, bytes);
     lanes[me] = (lane){0};
@@ -109,7 +129,7 @@ static const char *all_gather(const void *send, void *recv, size_t bytes) {
 }
 
 static const char *missing(void) {
-    struct pollfd look[MOST];
+    struct pollfd look[EXC_RANKS_MOST];
     for (int r = 0; r < ranks; r++) look[r] = (struct pollfd){file[r], POLLRDHUP, 0};
     if (poll(look, (nfds_t)ranks, 0) <= 0) return NULL;
     for (int r = 0; r < ranks; r++)

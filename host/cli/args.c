@@ -19,7 +19,7 @@
 
 #include "cli.h"
 
-#define COMMON 11
+#define COMMON 12
 static void common(cli *c, cli_option out[COMMON]) {
     const cli_option table[COMMON] = {
         CLI_HEAD("every verb"),
@@ -30,6 +30,8 @@ static void common(cli *c, cli_option out[COMMON]) {
          "CPU threads; any number gives the same bits. Default: all cores"},
         {"--gpus", CLI_TEXT, &c->gpus, "0,1,..", "GPUs of the cuda backend, a process each. Default: 0"},
         {"--ranks", CLI_COUNT, &c->ranks, "N", "processes on this machine that share the experts. Default: 1"},
+        {"--rendezvous", CLI_TEXT, &c->rendezvous, "FILE",
+         "where processes of any launcher meet, on one machine or several. They know themselves by RANK, WORLD_SIZE, LOCAL_RANK or as srun says"},
         {"--memory", CLI_BYTES, &c->memory, "SIZE",
          "for weights and states, as 8GiB; a larger model is read layer by layer. Default: what is free"},
         {"--reproducible", CLI_FLAG, &c->reproducible, NULL,
@@ -42,9 +44,9 @@ static void common(cli *c, cli_option out[COMMON]) {
 }
 
 /* number of this process among those of a launcher, known before they have met */
-static int launched_as(void) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+static int launched_as(const cli *c) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "RANK"};
+    for (size_t i = 0; i < sizeof names / sizeof *names - !c->rendezvous; i++) {
         const char *s = getenv(names[i]);
         if (s && *s) return atoi(s);
     }
@@ -54,7 +56,7 @@ static int launched_as(void) {
 /* What all ranks refuse alike is said once: by the first, whose end makes the launcher end the others while they wait
  * here (mpirun takes a second or two). What only this one refuses, a file that its machine lacks, nobody else would say. */
 static bool speaks(const cli *c) {
-    bool first = !c->rank && !launched_as();
+    bool first = !c->rank && !launched_as(c);
     for (int i = 0; !first && i < 80 && !cli_stopped(); i++) nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
     return first || !cli_stopped();
 }
@@ -189,7 +191,9 @@ static exc_status open_context(cli *c, int device) {
     opt.memory = c->memory;
     opt.on_event = cli_event;
     opt.user = c;
-    opt.ranks = "auto";
+    char file[PATH_MAX + 8] = "auto";
+    if (c->rendezvous) snprintf(file, sizeof file, "file:%s", c->rendezvous);
+    opt.ranks = file;
     opt.device = device;
     exc_status st = exc_ctx_create(&opt, &c->ctx);
     int count = 1;

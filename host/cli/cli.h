@@ -27,7 +27,7 @@ typedef struct cli {
     char **rest;                /* positional arguments, in order */
     int n_rest;
     int json, quiet, verbose, force, threads, reproducible, ranks;
-    const char *backend, *gpus;
+    const char *backend, *gpus, *rendezvous;
     uint64_t memory;
     exc_ctx *ctx;
     int rank;                   /* of this process among those of one job */

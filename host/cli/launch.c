@@ -3,7 +3,7 @@
  * The parent makes a socket between every two ranks, forks them and waits; each goes on from here as a rank, with the files
  * that EXCISE_RANK_SOCKETS names. The parent passes signals on that only it got, and writes nothing of its own but why a rank
  * was killed. The first rank that fails gives the exit code: then the others are asked to end, and soon made to.
- * Under mpirun or srun nothing is started: --gpus then gives each rank of a machine its GPU. */
+ * Under mpirun or srun, or with --rendezvous, nothing is started: --gpus then gives each rank of a machine its GPU. */
 #include <errno.h>
 #include <sched.h>
 #include <signal.h>
@@ -47,13 +47,13 @@ static int parse(const char *list, int gpu[MOST]) {
     }
 }
 
-/* number of this process among those that mpirun or srun started on this machine; -1: they started none */
-static int local_rank(void) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"};
+/* number of this process among those that a launcher started on this machine; -1: it started none */
+static int local_rank(const cli *c) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK"};
     const char *tasks = getenv("SLURM_STEP_NUM_TASKS"); /* a step of one task has a local id, too */
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    for (size_t i = 0; i < sizeof names / sizeof *names - !c->rendezvous; i++)
         if (getenv(names[i]) && (strcmp(names[i], "SLURM_LOCALID") || !tasks || atoi(tasks) > 1)) return atoi(getenv(names[i]));
-    return -1;
+    return c->rendezvous ? 0 : -1;
 }
 
 static void share_cores(cli *c, int ranks) {
@@ -166,7 +166,7 @@ static int launch(cli *c, int n, int *rank) {
 }
 
 int cli_launch(cli *c, int *device) {
-    int gpu[MOST] = {0}, n = c->gpus ? parse(c->gpus, gpu) : 1, local = local_rank(), rank = 0;
+    int gpu[MOST] = {0}, n = c->gpus ? parse(c->gpus, gpu) : 1, local = local_rank(c), rank = 0;
     if (!n)
         return cli_usage(c, "--gpus: expected at most %d numbers with commas between, each once, found %s", MOST, c->gpus), 1;
     if (c->gpus && !c->backend) c->backend = "cuda";
@@ -174,7 +174,7 @@ int cli_launch(cli *c, int *device) {
     if (c->ranks > MOST) return cli_usage(c, "--ranks: expected at most %d, found %d", MOST, c->ranks), 1;
     if (c->gpus && c->ranks && c->ranks != n) return cli_usage(c, "--ranks: expected %d, one for each of --gpus, found %d", n, c->ranks), 1;
     if (local >= 0) {
-        if (c->ranks > 1) return cli_usage(c, "--ranks: mpirun or srun has started the ranks already"), 1;
+        if (c->ranks > 1) return cli_usage(c, "--ranks: mpirun, srun or who names a rendezvous has started the ranks already"), 1;
         if (c->gpus && local >= n)
             return cli_usage(c, "--gpus: expected a GPU for each process on this machine, found %d for process %d", n, local), 1;
         *device = c->gpus ? gpu[local] : local;

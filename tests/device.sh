@@ -88,8 +88,13 @@ refused() { # refused "text" "must contain" OUTPUT COMMAND..: exit 1, one line t
     [ $? = 1 ] && [ "$(grep -c '^excise ' "$out/log")" = 1 ] && grep -qF -- "$part" "$out/log" && [ -z "$(ls "$file"* 2>/dev/null)" ]
     result "$text" $?
 }
-"$excise" merge "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s -q -o "$out/s8" --backend cpu >"$out/log" 2>&1
-refused "a GPU too small for the states of prompts" "target.resid_last: 2.3 MiB of device memory needed, " "$out/e1" \
-    env HC_MEM_MB=65 "$excise" directions "$out/s8" --method svd -o "$out/e1" --backend cuda -q
+case $EXCISE_CUDA_MODULE in
+*emulated*)
+    "$excise" merge "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s "$out"/s -q -o "$out/s8" --backend cpu >"$out/log" 2>&1
+    refused "a GPU too small for the states of prompts" "target.resid_last: 2.3 MiB of device memory needed, " "$out/e1" \
+        env HC_MEM_MB=65 "$excise" directions "$out/s8" --method svd -o "$out/e1" --backend cuda -q
+    ;;
+*) n=$((n + 1)); echo "ok $n - a GPU too small for the states of prompts # SKIP a real GPU is as large as it is" ;;
+esac
 echo "1..$n"
 exit $bad

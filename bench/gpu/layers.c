@@ -321,7 +321,7 @@ static void quantised(gauge *g, const char *model, const size *real, const size 
     snprintf(text, sizeof text, "%s T=%lld", model, (long long)T);
     if (need > 0.9 * (double)exc_device_free(g->ctx)) {
         snprintf(r.shape, sizeof r.shape, "%s", text);
-        gauge_skip(g, &r, "%.1f GB of device memory needed", need / 1e9);
+        gauge_skip(g, &r, "%s of device memory needed", exc_memory_text((uint64_t)need, (char[32]){0}));
         return;
     }
     flow f = open_flow(g, z, T, 1, T, text);

@@ -22,10 +22,11 @@ static void keep_best(double *best, double rate) {
 
 static void copies(gauge *g) {
     enum { ROW_BYTES = 1 << 16 };
-    size_t bytes = g->quick                               ? (size_t)1 << 20
-                   : g->info.free / 8 < ((size_t)2 << 30) ? g->info.free / 8 / ROW_BYTES * ROW_BYTES
-                                                          : (size_t)2 << 30;
+    size_t most = g->info.free / 8 / ROW_BYTES * ROW_BYTES, bytes = (size_t)2 << 30;
+    if (g->quick) bytes = (size_t)1 << 18;
+    else if (bytes > most) bytes = most;
     int64_t rows = (int64_t)(bytes / ROW_BYTES);
+    char size[32];
     copying c = {gauge_numbers(g, (int64_t)(bytes / 2), EXC_BF16, 1), gauge_room(g, bytes), bytes};
     int32_t *order = malloc((size_t)rows * sizeof *order);
     for (int64_t i = 0; order && i < rows; i++) order[i] = (int32_t)i;
@@ -47,7 +48,8 @@ static void copies(gauge *g) {
         writing = {.name = "write", .bytes = (double)bytes, .note = "random numbers, only written"};
     row *all[] = {&by_driver, &by_kernel, &reading, &writing};
     free(order);
-    for (size_t i = 0; i < EXC_COUNT(all); i++) snprintf(all[i]->shape, sizeof all[i]->shape, "%zu MiB", bytes >> 20);
+    exc_memory_text(bytes, size);
+    for (size_t i = 0; i < EXC_COUNT(all); i++) snprintf(all[i]->shape, sizeof all[i]->shape, "%s", size);
     gauge_row(g, &by_driver, copy_once, &c, 0, 1);
     gauge_row(g, &by_kernel, gauge_ops.gather, &kernel, 0, 1);
     keep_best(&g->copy, by_driver.bytes / by_driver.seconds);

@@ -22,11 +22,6 @@ typedef struct spec {
 } spec;
 static const spec real = {48, 2048, 32, 4, 128, 151936, 128, 8, 768}, small = {2, 64, 4, 2, 16, 100, 8, 2, 32};
 
-static const char *gb(double bytes, char out[32]) {
-    snprintf(out, 32, "%.1f GB", bytes / 1e9);
-    return out;
-}
-
 /* ------------------------------------------------------------------------------------------------------- all experts */
 
 typedef struct model_edit {
@@ -113,7 +108,8 @@ static void edit_row(gauge *g, const spec *s, int64_t rank, bool fp8) {
     snprintf(r.shape, sizeof r.shape, "%lldx%lld [%lld,%lld] %s k=%lld", (long long)s->layers, (long long)s->experts,
              (long long)s->hidden, (long long)s->inner, fp8 ? "fp8" : "bf16", (long long)rank);
     if (all > 0.95 * is_free) {
-        gauge_skip(g, &r, "%s of device memory needed, %s are free", gb(all, need), gb(is_free, have));
+        gauge_skip(g, &r, "%s of device memory needed, %s are free", exc_memory_text((uint64_t)all, need),
+                   exc_memory_text((uint64_t)is_free, have));
         return;
     }
     model_edit e = make_edit(g, s, rank, fp8, bytes, scales);
@@ -289,11 +285,12 @@ static double flop_of(const spec *s, double tokens, double visible) {
 static bool open_run(gauge *g, const spec *s, folder *f, run *r) {
     const exc_made made = {make_rows, NULL};
     row none = {.name = "model"};
-    char need[32], have[32];
+    char weights[32], need[32], have[32];
     double bytes = needed(g, s), free_bytes = (double)exc_device_free(g->ctx);
     snprintf(none.shape, sizeof none.shape, "Qwen3-30B-A3B, %lld layers", (long long)s->layers);
-    fprintf(stderr, "a random model of %s needs %s with its states, %s are free\n", gb(weight_bytes(s), (char[32]){0}),
-            gb(bytes, need), gb(free_bytes, have));
+    fprintf(stderr, "a random model of %s needs %s with its states, %s are free\n",
+            exc_memory_text((uint64_t)weight_bytes(s), weights), exc_memory_text((uint64_t)bytes, need),
+            exc_memory_text((uint64_t)free_bytes, have));
     if (bytes > free_bytes) return gauge_skip(g, &none, "%s of device memory needed, %s are free", need, have), false;
     if (!open_folder(f, s))
         return gauge_skip(g, &none, "%s: %s", *f->path ? f->path : "temporary folder", strerror(errno)), false;

@@ -397,25 +397,33 @@ exc_status exc_session_draw(exc_session *s, const exc_draw *d, int32_t *token) {
     return EXC_OK;
 }
 
+/* logits [rows,V] of s->last_x, from as many rows of the head at a time as it gives */
+static exc_status head(exc_session *s, int64_t rows, float *logits) {
+    const exc_shape *p = &s->m->atlas->shape;
+    exc_packed w;
+    for (int64_t first = 0; first < p->vocab; first += w.n) {
+        EXC_TRY(exc_head_at(s->ctx, s->m, first, &w));
+        EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &w, .y = logits + first, .y_stride = p->vocab,
+            .rows = rows);
+    }
+    return EXC_OK;
+}
+
 exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {
     const exc_shape *p = &s->m->atlas->shape;
     for (int64_t done = 0, n; done < rows; done += n) {
         n = rows - done < logit_rows(s) ? rows - done : logit_rows(s);
         EXC_TRY(exc_norm_rows(s, s->whole.h + (first + done) * p->hidden, s->m->loaded->norm_final, n, s->last_x));
-        EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &s->m->loaded->lm_head,
-            .y = logits + done * p->vocab, .y_stride = p->vocab, .rows = n);
+        EXC_TRY(head(s, n, logits + done * p->vocab));
     }
     return EXC_OK;
 }
 
 static exc_status last_logits(exc_session *s, const exc_step *t) {
-    const exc_shape *p = &s->m->atlas->shape;
     bool all = s->whole.rows == t->sequences; /* each row is its sequence's last */
     if (!all) EXC_TRY(gather_last(s, t));
     EXC_TRY(exc_norm_rows(s, all ? s->whole.h : s->last, s->m->loaded->norm_final, t->sequences, s->last_x));
-    EXC_RUN(s, matmul, .x = s->last_x, .x_stride = p->hidden, .act = s->m->act, .w = &s->m->loaded->lm_head,
-        .y = t->logits, .y_stride = p->vocab, .rows = t->sequences);
-    return EXC_OK;
+    return head(s, t->sequences, t->logits);
 }
 
 exc_status exc_session_logits(exc_session *s, int64_t first, int64_t rows, float *logits) {

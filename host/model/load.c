@@ -17,6 +17,7 @@
 
 #define BLOCK_BYTES                                                                                          \
     ((size_t)1 << 20) /* source bytes of one scan-and-pack block: stays in the second-level cache */
+#define HEAD_BYTES ((size_t)4 << 20)  /* of the head that are used at once before it is in its place */
 #define SENT_BYTES ((size_t)32 << 20) /* of one that is sent to a device first */
 #define ROW_ALIGN 128 /* rows of a block: whole panels, and whole blocks of scales */
 #define PAGE ((uint64_t)4096)
@@ -188,6 +189,20 @@ exc_virtual exc_carve_lens(exc_carve *c, const exc_model *m, exc_role role, int6
     return v;
 }
 
+static bool edited(const exc_model *m, const exc_weight *w) {
+    return m->has_lens && !m->is_virtual && m->lens.bake && m->lens.touches && m->lens.touches(m->lens.user, w);
+}
+
+/* ops can read a weight where it lies in its file */
+static bool lies_ready(const exc_model *m, const exc_weight *w) {
+    bool plain = !exc_weight_coded(w) && exc_weight_dense(w) && !m->ctx->module && !m->made.rows;
+    return plain && !edited(m, w) && (uintptr_t)exc_atlas_data(m->atlas, w) % (exc_dtype_bits((exc_dtype)w->dtype) / 8) == 0;
+}
+
+static const exc_weight *head_of(const exc_model *m) {
+    return exc_atlas_find(m->atlas, m->atlas->shape.tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, -1);
+}
+
 /* the weights that no layer owns */
 static void lay_out_ends(exc_carve *c, const exc_model *m, exc_loaded *l) {
     const exc_shape *s = &m->atlas->shape;
@@ -195,7 +210,8 @@ static void lay_out_ends(exc_carve *c, const exc_model *m, exc_loaded *l) {
     l->inv_freq = exc_carve_take(c, (size_t)s->rotary / 2, sizeof(float));
     const exc_weight *embed = exc_atlas_find(m->atlas, EXC_ROLE_EMBED, -1, -1);
     l->embed_dtype = embed->dtype;
-    l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits((exc_dtype)embed->dtype) / 8);
+    if (lies_ready(m, embed)) l->embed = exc_atlas_data(m->atlas, embed);
+    else l->embed = exc_carve_take(c, (size_t)(s->vocab * s->hidden), exc_dtype_bits((exc_dtype)embed->dtype) / 8);
     l->lm_head = exc_carve_role(c, m, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1);
 }
 
@@ -298,8 +314,7 @@ static exc_status straighten(exc_loader *r, const exc_weight *w, const uint8_t *
 /* bytes of a weight [out,in] for the host: the map itself, or an aligned copy that the plan edited or that was straightened; and its scales */
 static exc_status source(exc_loader *r, const exc_weight *w, const uint8_t **out, const uint8_t **scale) {
     const uint8_t *data = exc_atlas_data(r->a, w);
-    bool edit = r->m->has_lens && !r->m->is_virtual && r->m->lens.bake && r->m->lens.touches &&
-                r->m->lens.touches(r->m->lens.user, w);
+    bool edit = edited(r->m, w);
     *scale = NULL;
     if (exc_weight_coded(w)) {
         EXC_TRY(enlarge(r, &r->scale, exc_weight_scale_bytes(w)));
@@ -395,23 +410,43 @@ static exc_status pack_numbers(exc_loader *r, const exc_weight *w, const uint8_t
     return leave(r, w);
 }
 
-/* scans and packs one matrix into whole panels starting at `out`, a block of rows at a time */
-static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
+/* scans and packs rows from whole panels on into those from `out` on, a block at a time; scales: where ops run */
+static exc_status pack_rows(exc_loader *r, const exc_weight *w, const uint8_t *data, const uint8_t *scale, const uint8_t *scales,
+                            int64_t begin, int64_t end, int to, uint8_t *out) {
     exc_ctx *ctx = r->ctx;
-    const uint8_t *data, *scale, *codes, *scales;
-    EXC_TRY(source(r, w, &data, &scale));
-    if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
-    EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
+    const uint8_t *codes;
     size_t panel = exc_packed_bytes(EXC_PANEL, w->in, to);
     int64_t rows = block_rows(r, w);
-    for (int64_t first = 0, n; first < w->out; first += n) {
-        n = rows_from(w, first, rows);
+    for (int64_t first = begin, n; first < end; first += n) {
+        n = rows_from(w, first, end - first < rows ? end - first : rows);
         size_t of_scales = scale ? exc_scale_offset(w, first) : 0;
         EXC_TRY(bring(r, w, data, scale ? scale + of_scales : NULL, first, n, &codes));
         struct exc_pack_args a = {.w = codes, .w_dtype = w->dtype, .n = n, .k = w->in, .to = to,
-                                  .out = out + (size_t)(first / EXC_PANEL) * panel,
+                                  .out = out + (size_t)((first - begin) / EXC_PANEL) * panel,
                                   .scale = scale ? scales + of_scales : NULL, .scale_dtype = w->scale_dtype};
         EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", w));
+    }
+    return EXC_OK;
+}
+
+/* one matrix, in whole panels from `out` on */
+static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
+    const uint8_t *data, *scale, *scales;
+    EXC_TRY(source(r, w, &data, &scale));
+    if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
+    EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
+    EXC_TRY(pack_rows(r, w, data, scale, scales, 0, w->out, to, out));
+    return leave(r, w);
+}
+
+/* a weight that stays where it lies */
+static exc_status look_through(exc_loader *r, const exc_weight *w) {
+    const uint8_t *data = exc_atlas_data(r->a, w);
+    int64_t rows = block_rows(r, w);
+    for (int64_t first = 0, n; first < w->out; first += n) {
+        n = rows_from(w, first, rows);
+        EXC_TRY(scan(r, w, data + (size_t)first * row_bytes(w), NULL, first, n));
+        advise(r, w, MADV_DONTNEED);
     }
     return leave(r, w);
 }
@@ -589,10 +624,38 @@ static exc_status fill_ends(exc_loader *r) {
     const exc_shape *s = &r->a->shape;
     const exc_weight *embed = exc_atlas_find(r->a, EXC_ROLE_EMBED, -1, -1);
     exc_loaded *l = r->m->loaded;
-    EXC_TRY(copy_weight(r, embed, embed->dtype, l->embed));
+    if (lies_ready(r->m, embed)) EXC_TRY(look_through(r, embed));
+    else EXC_TRY(copy_weight(r, embed, embed->dtype, (void *)(uintptr_t)l->embed));
     EXC_TRY(exc_fill_vector(r, EXC_ROLE_NORM_FINAL, -1, l->norm_final));
     EXC_TRY(fill_frequencies(r));
-    return exc_fill_role(r, s->tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, &l->lm_head);
+    const exc_weight *head = head_of(r->m);
+    l->head_due = lies_ready(r->m, head) ? 2 : 0;
+    if (!l->head_due) return pack_weight(r, head, l->lm_head.dtype, (uint8_t *)(uintptr_t)l->lm_head.data);
+    return s->tied ? EXC_OK : look_through(r, head);
+}
+
+/* in the place of its first panels, as long as the head is not in its place */
+static exc_status piece_of_head(exc_loader *r, int64_t first, exc_packed *out) {
+    const exc_weight *w = head_of(r->m);
+    int64_t n = (int64_t)(HEAD_BYTES / row_bytes(w)), half = (w->out + 1) / 2, left = w->out - first;
+    n = exc_whole_panels(n < half ? n : half);
+    *out = r->m->loaded->lm_head;
+    out->n = n < left ? n : left;
+    EXC_TRY(pack_rows(r, w, exc_atlas_data(r->a, w), NULL, NULL, first, first + out->n, out->dtype, (uint8_t *)(uintptr_t)out->data));
+    return leave(r, w);
+}
+
+exc_status exc_head_at(exc_ctx *ctx, exc_model *m, int64_t first, exc_packed *out) {
+    exc_loaded *l = m->loaded;
+    exc_loader r = {.ctx = ctx, .m = m, .a = m->atlas};
+    exc_status st = EXC_OK;
+    *out = l->lm_head;
+    if (!l->head_due) return st;
+    if (l->head_due == 2) st = piece_of_head(&r, first, out);
+    else st = pack_weight(&r, head_of(m), out->dtype, (uint8_t *)(uintptr_t)out->data);
+    if (st == EXC_OK && first + out->n == l->lm_head.n) l->head_due--;
+    exc_loader_release(&r);
+    return st;
 }
 
 exc_status exc_layer_fill(exc_loader *r, exc_place *p, int64_t layer, exc_extent extent) {

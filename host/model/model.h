@@ -335,13 +335,16 @@ typedef struct exc_loaded {
     size_t largest, largest_host;  /* layer: where ops run, and what the host keeps of it */
     int64_t largest_layer;
     exc_packed lm_head;
-    void *embed; int embed_dtype;  /* [V,H] as stored */
+    int head_due;                  /* uses until it is in its place: the first takes it in pieces, the second keeps it (exc_head_at) */
+    int embed_dtype;
+    const void *embed;             /* [V,H] as stored, where it can be in its file */
     float *norm_final;             /* [H] */
     float *inv_freq;               /* [rotary/2] */
     exc_slab ends;                 /* holds what no layer owns */
 } exc_loaded;
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
 void exc_unload(exc_ctx *ctx, exc_model *m);
+exc_status exc_head_at(exc_ctx *ctx, exc_model *m, int64_t first, exc_packed *out); /* rows first.. of lm_head: out->n of them */
 /* window.c: weights of a layer, for the pass that has come to it; they hold until the next call */
 exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
 /* what exc_model_down reads of it, of the experts at least this one (counted from the rank's first) */

@@ -22,173 +22,6 @@
 #define ROW_ALIGN 128 /* rows of a block: whole panels, and whole blocks of scales */
 #define PAGE ((uint64_t)4096)
 
-/* -------------------------------------------------------------------------------------------------------
- * layout */
-
-static void *advance(exc_carve *c, uint8_t *base, size_t *at, size_t count, size_t size) {
-    size_t bytes, end;
-    if (!exc_mul(count, size, &bytes) || bytes > SIZE_MAX - 63 || __builtin_add_overflow(*at, bytes + 63, &end)) {
-        c->overflow = true;
-        return NULL;
-    }
-    void *p = base ? base + *at : NULL;
-    *at = end / 64 * 64;
-    return p;
-}
-
-void *exc_carve_take(exc_carve *c, size_t count, size_t size) {
-    return advance(c, c->base, &c->at, count, size);
-}
-
-void *exc_carve_keep(exc_carve *c, size_t count, size_t size) {
-    return c->apart ? advance(c, c->host, &c->host_at, count, size) : exc_carve_take(c, count, size);
-}
-
-exc_carve exc_carve_measure(const exc_ctx *ctx) { return (exc_carve){.apart = ctx->module != NULL}; }
-
-exc_status exc_slab_make(exc_ctx *ctx, exc_carve *c, const char *what, exc_slab *out) {
-    *out = (exc_slab){0};
-    if (c->overflow) return exc_fail(ctx, EXC_ERR_MEMORY, "%s: more than memory can address", what);
-    EXC_TRY(exc_device_alloc(ctx, c->at + 64, 1, what, &out->ops));
-    if (c->apart && !(out->host = exc_alloc(ctx, c->host_at + 64, 1, what))) {
-        exc_slab_free(ctx, out);
-        return EXC_ERR_MEMORY;
-    }
-    out->bytes = c->at;
-    *c = (exc_carve){.base = out->ops, .host = out->host, .apart = c->apart};
-    return EXC_OK;
-}
-
-void exc_slab_free(exc_ctx *ctx, exc_slab *s) {
-    exc_device_release(ctx, s->ops);
-    exc_release(s->host);
-    *s = (exc_slab){0};
-}
-
-int64_t exc_whole_panels(int64_t n) { return (n + EXC_PANEL - 1) / EXC_PANEL * EXC_PANEL; }
-
-int exc_carve_join(const exc_model *m, int a, int b) {
-    if (a == b) return a;
-    return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
-}
-
-/* panels of the weight lie each within a block of scales */
-static bool keeps_codes(const exc_weight *w) { return exc_weight_coded(w) && w->scale_first % EXC_PANEL == 0; }
-
-/* quantised weights stay what they are, bf16 is exact in both modes, the rest is rounded or exact as the mode has it */
-static int packed_dtype(const exc_model *m, const exc_weight *w) {
-    if (keeps_codes(w) || w->dtype == EXC_BF16) return w->dtype;
-    return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
-}
-
-static int role_dtype(const exc_model *m, exc_role role, int64_t layer) {
-    bool by_expert = exc_role_by_expert(role);
-    int dtype = packed_dtype(m, exc_atlas_find(m->atlas, role, layer, by_expert ? 0 : -1));
-    for (int64_t e = 1; by_expert && e < m->atlas->shape.experts; e++)
-        dtype = exc_carve_join(m, dtype, packed_dtype(m, exc_atlas_find(m->atlas, role, layer, e)));
-    return dtype;
-}
-
-/* one dtype for all experts, and for gate and up, because one call reads them all */
-int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer) {
-    static const exc_role pairs[][2] = {{EXC_ROLE_EXPERT_GATE, EXC_ROLE_EXPERT_UP},
-                                        {EXC_ROLE_SHARED_GATE, EXC_ROLE_SHARED_UP},
-                                        {EXC_ROLE_DENSE_GATE, EXC_ROLE_DENSE_UP}};
-    for (size_t i = 0; i < EXC_COUNT(pairs); i++)
-        if (role == pairs[i][0] || role == pairs[i][1])
-            return exc_carve_join(m, role_dtype(m, pairs[i][0], layer), role_dtype(m, pairs[i][1], layer));
-    return role_dtype(m, role, layer);
-}
-
-/* where the scales of a panel of moved rows lie among the weight's; MIXED: in several places, NONE: it has no rows */
-#define MIXED (-1)
-#define NONE (-2)
-static int64_t scales_of_panel(const exc_weight *w, const exc_moved *moved, size_t n, int64_t panel) {
-    int64_t first = panel * EXC_PANEL, end = first + EXC_PANEL, found = NONE;
-    for (const exc_moved *v = moved; v < moved + n; v++)
-        for (int64_t i = 0; i < v->count; i++) {
-            int64_t to = v->to + i * v->to_step, lo = to > first ? to : first, hi = to + v->rows < end ? to + v->rows : end;
-            if (lo >= hi) continue;
-            int64_t from = v->from + i * v->from_step - to, at = (int64_t)exc_scale_offset(w, from + lo);
-            if (at != (int64_t)exc_scale_offset(w, from + hi - 1) || (found != NONE && found != at)) return MIXED;
-            found = at;
-        }
-    return found;
-}
-
-int exc_carve_moved(const exc_model *m, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows) {
-    const exc_weight *w = exc_atlas_find(m->atlas, role, layer, -1);
-    int dtype = exc_carve_dtype(m, role, layer);
-    for (int64_t p = 0; exc_weight_coded(w) && p * EXC_PANEL < rows; p++)
-        if (scales_of_panel(w, moved, n, p) == MIXED) return exc_carve_join(m, EXC_BF16, dtype);
-    return dtype;
-}
-
-exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype) {
-    return (exc_packed){exc_carve_take(c, exc_packed_bytes(n, k, dtype), 1), n, k, dtype};
-}
-
-exc_packed exc_carve_role(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
-    int64_t n, k;
-    exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    return exc_carve_packed(c, n, k, exc_carve_dtype(m, role, layer));
-}
-
-float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
-    int64_t n, k;
-    if (!exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k)) return NULL;
-    if (exc_role_by_expert(role)) n *= m->atlas->shape.experts;
-    return exc_carve_take(c, (size_t)n, sizeof(float));
-}
-
-exc_table exc_carve_table(exc_carve *c, int64_t count, int64_t n, int64_t k, int dtype) {
-    exc_table t = {.count = count};
-    t.here = exc_carve_keep(c, (size_t)count, sizeof *t.here);
-    t.there = c->apart ? exc_carve_take(c, (size_t)count, sizeof *t.there) : t.here;
-    for (int64_t i = 0; i < count; i++) {
-        exc_packed one = exc_carve_packed(c, n, k, dtype);
-        if (t.here) t.here[i] = one;
-    }
-    return t;
-}
-
-exc_table exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
-    int64_t n, k, count = exc_role_by_expert(role) ? m->expert_end - m->expert_first : 1;
-    exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    return exc_carve_table(c, count, n, k, exc_carve_dtype(m, role, layer));
-}
-
-exc_table exc_carve_turns(exc_carve *c, const exc_model *m, exc_role role, int64_t layer, int64_t turn) {
-    int64_t n, k;
-    exc_table t = {.count = m->expert_end - m->expert_first};
-    exc_shape_role(&m->atlas->shape, m->atlas->family, role, layer, &n, &k);
-    t.here = t.there = exc_carve_keep(c, (size_t)t.count, sizeof *t.here);
-    for (int64_t i = 0; i < t.count; i++) {
-        exc_packed one = i < turn ? exc_carve_packed(c, n, k, exc_carve_dtype(m, role, layer)) : t.here ? t.here[i % turn] : (exc_packed){0};
-        if (t.here) t.here[i] = one;
-    }
-    return t;
-}
-
-/* what a virtual plan does to a writer, by its own arrays */
-static exc_virtual lens_of(const exc_model *m, exc_role role, int64_t layer) {
-    exc_virtual v = {0};
-    if (m->has_lens && m->is_virtual && m->lens.project)
-        v.on = m->lens.project(m->lens.user, role, layer, &v.basis, &v.rank, &v.strength, &v.scale);
-    return v;
-}
-
-/* the plan's arrays themselves on the CPU, else room for copies of them */
-exc_virtual exc_carve_lens(exc_carve *c, const exc_model *m, exc_role role, int64_t layer) {
-    exc_virtual v = lens_of(m, role, layer);
-    size_t n = exc_role_by_expert(role) ? (size_t)m->atlas->shape.experts : 1;
-    if (!v.on || !c->apart) return v;
-    if (v.basis) v.basis = exc_carve_take(c, (size_t)(v.rank * m->atlas->shape.hidden), sizeof *v.basis);
-    if (v.strength) v.strength = exc_carve_take(c, n, sizeof *v.strength);
-    if (v.scale) v.scale = exc_carve_take(c, n, sizeof *v.scale);
-    return v;
-}
-
 static bool edited(const exc_model *m, const exc_weight *w) {
     return m->has_lens && !m->is_virtual && m->lens.bake && m->lens.touches && m->lens.touches(m->lens.user, w);
 }
@@ -202,6 +35,9 @@ static bool lies_ready(const exc_model *m, const exc_weight *w) {
 static const exc_weight *head_of(const exc_model *m) {
     return exc_atlas_find(m->atlas, m->atlas->shape.tied ? EXC_ROLE_EMBED : EXC_ROLE_LM_HEAD, -1, -1);
 }
+
+/* ------------------------------------------------------------------------------------------------------
+ * layout */
 
 /* the weights that no layer owns */
 static void lay_out_ends(exc_carve *c, const exc_model *m, exc_loaded *l) {
@@ -433,7 +269,7 @@ static exc_status pack_rows(exc_loader *r, const exc_weight *w, const uint8_t *d
 static exc_status pack_weight(exc_loader *r, const exc_weight *w, int to, uint8_t *out) {
     const uint8_t *data, *scale, *scales;
     EXC_TRY(source(r, w, &data, &scale));
-    if (exc_weight_coded(w) && !keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
+    if (exc_weight_coded(w) && !exc_keeps_codes(w)) return pack_numbers(r, w, data, scale, to, out);
     EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(w), &scales));
     EXC_TRY(pack_rows(r, w, data, scale, scales, 0, w->out, to, out));
     return leave(r, w);
@@ -549,12 +385,12 @@ static exc_status pack_moved(exc_loader *r, const exc_matrix *m, const uint8_t *
     exc_ctx *ctx = r->ctx;
     size_t row = (size_t)into->k * exc_dtype_bits((exc_dtype)m->dtype) / 8, panel = exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
     for (int64_t first = 0, end; first < rows; first = end) {
-        int64_t at = scale ? scales_of_panel(m->weight, moved, n, first / EXC_PANEL) : NONE;
+        int64_t at = scale ? exc_scales_of_panel(m->weight, moved, n, first / EXC_PANEL) : EXC_SCALES_NONE;
         for (end = first + EXC_PANEL; end < rows && end < first + ROW_ALIGN && scale; end += EXC_PANEL)
-            if (scales_of_panel(m->weight, moved, n, end / EXC_PANEL) != at) break;
+            if (exc_scales_of_panel(m->weight, moved, n, end / EXC_PANEL) != at) break;
         if (end > rows || !scale) end = rows;
         struct exc_pack_args a = {.w = r->part.data + (size_t)first * row, .w_dtype = m->dtype, .n = end - first, .k = into->k, .to = into->dtype,
-                                  .out = out + (size_t)(first / EXC_PANEL) * panel, .scale = scale && at != NONE ? scale + at : scale,
+                                  .out = out + (size_t)(first / EXC_PANEL) * panel, .scale = scale && at != EXC_SCALES_NONE ? scale + at : scale,
                                   .scale_dtype = m->weight->scale_dtype};
         EXC_TRY(call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight));
     }
@@ -594,7 +430,7 @@ exc_status exc_fill_turned(exc_loader *r, exc_role role, int64_t layer, float *i
 exc_status exc_fill_close(exc_loader *r, const exc_matrix *m) { return leave(r, m->weight); }
 
 exc_status exc_fill_lens(exc_loader *r, exc_role role, int64_t layer, const exc_virtual *v) {
-    const exc_virtual from = lens_of(r->m, role, layer);
+    const exc_virtual from = exc_lens_of(r->m, role, layer);
     size_t n = exc_role_by_expert(role) ? (size_t)r->a->shape.experts : 1;
     size_t basis = (size_t)(v->rank * r->a->shape.hidden) * sizeof *v->basis;
     if (v->basis) EXC_TRY(exc_device_put(r->ctx, (void *)(uintptr_t)v->basis, from.basis, basis));

@@ -25,6 +25,7 @@ exc_carve exc_carve_measure(const exc_ctx *ctx);
 exc_status exc_slab_make(exc_ctx *ctx, exc_carve *c, const char *what, exc_slab *out);
 void exc_slab_free(exc_ctx *ctx, exc_slab *s);
 
+bool exc_keeps_codes(const exc_weight *w); /* quantised, and each of its panels lies within a block of scales */
 int exc_carve_dtype(const exc_model *m, exc_role role, int64_t layer); /* of the packed form of a role's weights in a layer */
 int exc_carve_join(const exc_model *m, int a, int b); /* of one matrix made of parts that by themselves would be a and b */
 exc_packed exc_carve_packed(exc_carve *c, int64_t n, int64_t k, int dtype);
@@ -35,6 +36,7 @@ exc_table exc_carve_group(exc_carve *c, const exc_model *m, exc_role role, int64
 exc_table exc_carve_turns(exc_carve *c, const exc_model *m, exc_role role, int64_t layer, int64_t turn);
 float *exc_carve_vector(exc_carve *c, const exc_model *m, exc_role role, int64_t layer);   /* f32, of all experts; NULL: none */
 exc_virtual exc_carve_lens(exc_carve *c, const exc_model *m, exc_role role, int64_t layer); /* what a virtual plan does there */
+exc_virtual exc_lens_of(const exc_model *m, exc_role role, int64_t layer); /* the same by the plan's own arrays */
 int64_t exc_whole_panels(int64_t n); /* n rounded up to EXC_PANEL */
 
 typedef struct exc_stage { uint8_t *data; size_t bytes; } exc_stage;
@@ -66,6 +68,10 @@ exc_status exc_fill_view(exc_loader *r, const exc_matrix *from, int64_t first, i
                          const exc_packed *into);
 /* `count` times `rows` rows of a matrix, from and to rows that many apart */
 typedef struct exc_moved { int64_t from, from_step, to, to_step, rows, count; } exc_moved;
+/* where the scales of a panel of moved rows lie among the weight's, or one of these: in several places; it has no rows */
+#define EXC_SCALES_MIXED (-1)
+#define EXC_SCALES_NONE (-2)
+int64_t exc_scales_of_panel(const exc_weight *w, const exc_moved *moved, size_t n, int64_t panel);
 int exc_carve_moved(const exc_model *m, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows); /* dtype of the result */
 /* packs a matrix [rows,in] of rows of the role's in another order, those that nothing moves to zero, from row `at` of `into` on */
 exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows,

@@ -267,6 +267,33 @@ static void two_models(void **state) {
     for (int i = 0; i < 2; i++) tiny_free(&t[i]);
 }
 
+/* two models that are resident both: what is left to their sessions counts too */
+static void two_residents(void **state) {
+    (void)state;
+    enum { MANY = 60 };
+    tiny t = tiny_odd(TINY_QWEN);
+    char *dir = test_tmpdir();
+    int64_t long_ones[MANY];
+    static exc_unit u[2][MANY];
+    for (int i = 0; i < MANY; i++) long_ones[i] = 70 + i % 11;
+    tiny_write(&t, dir);
+    exc_prompts p = make_prompts(MANY, long_ones, t.vocab, 5);
+    for (int k = 0; k < 2; k++) {
+        exc_ctx *ctx = context(1);
+        exc_model *a = open_model(ctx, dir, EXC_COMPUTE_BF16), *b = open_model(ctx, dir, EXC_COMPUTE_F32);
+        exc_room room = {.slots = MANY, .cache_tokens = 4096, .step_tokens = 4096};
+        if (k) ctx->memory = ctx->taken + exc_session_measure(b, &room);
+        if (exc_tandem(ctx, a, b, &p, false, 4096, "t", u[k])) fail_msg("%s", exc_ctx_error(ctx));
+        assert_true(ctx->most_taken <= ctx->memory);
+        assert_memory_equal(u[0], u[k], sizeof u[0]);
+        exc_model_free(a);
+        exc_model_free(b);
+        exc_ctx_free(ctx);
+    }
+    free_prompts(&p);
+    tiny_free(&t);
+}
+
 /* --------------------------------------------------------------------------------------------------- the first pass */
 
 /* what every writer of the layers that have experts puts out, the last layer first, experts in an order of their own */
@@ -592,7 +619,7 @@ static void little(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(peak), cmocka_unit_test(little), cmocka_unit_test(passes), cmocka_unit_test(broken_off),
                                        cmocka_unit_test(chunks), cmocka_unit_test(budgets),
-                                       cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(bad_layers),
+                                       cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(two_residents), cmocka_unit_test(bad_layers),
                                        cmocka_unit_test(allocations_fail), cmocka_unit_test(cancelled)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

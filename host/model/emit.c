@@ -102,10 +102,11 @@ static size_t longest_prompt(const exc_prompts *p) {
     return longest;
 }
 
-/* bytes of the buffers below */
-static uint64_t held(const sink *k) {
+/* bytes of the buffers below; on a device those that lie there */
+static uint64_t held(const exc_ctx *ctx, const sink *k) {
     const exc_shape *s = k->s;
-    int64_t values = (k->logits ? s->vocab : 0) + (k->hidden ? (s->layers + 1) * s->hidden : 0) + (k->ids ? 2 * s->moe_layers * s->top_k : 0);
+    int64_t values = k->logits ? s->vocab : 0;
+    if (!ctx->module) values += (k->hidden ? (s->layers + 1) * s->hidden : 0) + (k->ids ? 2 * s->moe_layers * s->top_k : 0);
     return longest_prompt(k->p) * (uint64_t)values * 4;
 }
 
@@ -138,7 +139,7 @@ static exc_status run_forward(exc_ctx *ctx, exc_model *m, sink *k) {
     exc_decode d = {.max_new = k->opt->generate,
                     .ignore_eos = true,
                     .batch_tokens = k->opt->batch_tokens,
-                    .held = held(k),
+                    .held = held(ctx, k),
                     .step = "forward",
                     .hidden = k->opt->emit_hidden,
                     .routing = k->opt->emit_routing,

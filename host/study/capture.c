@@ -187,8 +187,9 @@ static exc_sums sums_of(const capture *c, int label, int phase) {
                       .prompt_count = phase == EXC_PREFILL ? s->prompt_count[label] : NULL};
 }
 
-/* bytes of the sums */
-static uint64_t held(const capture *c) {
+/* bytes of the sums; on a device those that lie there */
+static uint64_t held(const capture *c, const exc_dock *there) {
+    if (c->ctx->module) return there->bytes;
     exc_field all[EXC_STATS_FIELDS];
     uint64_t bytes = 4 * (uint64_t)(c->s->moe_layers * c->m->atlas->shape.shared_inner) * sizeof(double);
     exc_stats_fields(c->s, all);
@@ -220,12 +221,12 @@ static exc_status run_set(capture *c, int label) {
                     .prefill_observe = c->observe_of[label],
                     .hidden_last = c->s->resid_last[label],
                     .batch_tokens = c->opt.batch_tokens,
-                    .held = held(c),
                     .step = label ? "capture baseline" : "capture target"};
     exc_reply *replies = NULL;
     dock_sums(c, label, &prefill, &sums);
     if (c->opt.decode) dock_sums(c, label, &decode, &sums);
     exc_status st = exc_dock_enter(&sums);
+    d.held = held(c, &sums);
     if (st == EXC_OK) st = exc_decode_run(c->ctx, c->m, p, &d, &replies);
     st = exc_dock_leave(&sums, st);
     for (int64_t i = 0; st == EXC_OK && i < p->count; i++) c->ended[label] += replies[i].stopped;

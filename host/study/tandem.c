@@ -58,25 +58,40 @@ static bool same_routers(const exc_model *a, const exc_model *b) {
         if (!(pointer)) return EXC_ERR_MEMORY;                                                               \
     } while (0)
 
-/* Resident models take steps of one chunk. Where a model is streamed, steps are as large as both models' memory lets them be;
- * the first one leaves to the second what it takes itself. */
+/* whether sessions of one size for both models fit, on every rank */
+static exc_status both_fit(tandem *t, const exc_room *room, const exc_wish *w, bool *fit) {
+    uint64_t need = 0;
+    for (int m = 0; m < 2; m++)
+        if (t->model[m])
+            need += exc_session_measure(t->model[m], room) + w->held + (uint64_t)room->slots * w->slot_bytes +
+                    (uint64_t)room->step_tokens * w->token_bytes;
+    int64_t fits = need <= exc_memory_left(t->ctx);
+    exc_status st = exc_ranks_least(t->ctx, "room for two models", &fits, 1);
+    *fit = fits;
+    return st;
+}
+
+/* Resident models take steps of one chunk where that fits. Else, and where a model is streamed, steps are as large as both models'
+ * memory lets them be; the first one leaves to the second what it takes itself. */
 static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_room room[2]) {
     const exc_model *first = t->model[0], *second = t->model[1];
     bool wide = exc_model_streamed(second) || (first && exc_model_streamed(first));
     uint64_t ids = t->routing ? (uint64_t)(t->layers * t->top_k) * sizeof(int32_t) : 0;
     exc_wish w = {.prompts = t->p->count, .slots = t->slots, .longest = longest, .capacity = longest, .tokens = total,
-                  .chunk = t->step_tokens, .slot_bytes = 48, .token_bytes = 12 + ids, .once = true, .whole = true};
+                  .chunk = t->step_tokens, .slot_bytes = 48, .token_bytes = 12 + ids, .once = true, .whole = true,
+                  .held = (uint64_t)t->piece * (uint64_t)(t->vocab * 4 + 32)};
     for (int m = 0; m < 2; m++) { /* what earlier runs left is in the way of the two sessions below */
         if (!t->model[m]) continue;
         exc_session_close(t->model[m]->spare);
         t->model[m]->spare = NULL;
     }
     room[0] = room[1] = (exc_room){.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
-    if (!wide || exc_ranks_count(t->ctx) > 1) return EXC_OK;
+    bool fit = false;
+    if (!wide || exc_ranks_count(t->ctx) > 1) EXC_TRY(both_fit(t, room, &w, &fit));
+    if (fit) return EXC_OK;
     w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
-        w.held = (uint64_t)t->piece * (uint64_t)(t->vocab * 4 + 32);
         w.sessions = 2 - m;
         EXC_TRY(exc_room_choose(t->ctx, t->model[m], &w, &room[m]));
         EXC_TRY(exc_session_open(t->ctx, t->model[m], &room[m], &t->session[m]));

@@ -488,7 +488,7 @@ def measure(r, row, best, limit):
                         break
         except Skip as e:
             return skipped(row, str(e), row["gpu"], row["quick"])
-        except r.torch.OutOfMemoryError if hasattr(r.torch, "OutOfMemoryError") else MemoryError:
+        except r.torch.cuda.OutOfMemoryError:
             return skipped(row, "out of memory", row["gpu"], row["quick"])
         if r.device == "cuda":
             r.torch.cuda.empty_cache()

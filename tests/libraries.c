@@ -366,13 +366,12 @@ static void foreign(void **state) {
 
 /* a file of the right name that is another library */
 static void others_file(void **state) {
-    char folder[] = "/tmp/excise-libraries-XXXXXX", self[PATH_MAX], path[64], target[PATH_MAX + 32], setting[128];
-    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    char folder[] = "/tmp/excise-libraries-XXXXXX", beside[PATH_MAX], path[64], target[PATH_MAX + 32], setting[128];
+    const char *module = getenv("EXCISE_CUDA_MODULE");
     if (!emulated) skip();
-    assert_true(n > 0);
-    self[n] = 0;
+    assert_non_null(realpath(module ? module : "/proc/self/exe", beside));
     assert_non_null(mkdtemp(folder));
-    snprintf(target, sizeof target, "%s/libcudaonhost.so", dirname(self));
+    snprintf(target, sizeof target, "%s/libcudaonhost.so", dirname(beside));
     snprintf(path, sizeof path, "%s/libcublasLt.so.12", folder);
     assert_int_equal(symlink(target, path), 0);
     snprintf(setting, sizeof setting, "EXCISE_CUDA_LIBRARIES=%s", folder);

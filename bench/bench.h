@@ -114,7 +114,7 @@ typedef struct spec {
     int64_t layers, hidden, heads, kv_heads, head_dim, vocab, experts, top_k, inner;
     int shards;
 } spec;
-extern const spec spec_random, spec_demo, spec_large;
+extern const spec spec_random, spec_demo, spec_cached, spec_large;
 const spec *spec_find(const char *name);
 char *make_model(bench *b, const spec *s, const char *dir); /* dir NULL: tmp/<name>; made once; path owned by the maker */
 uint64_t spec_bytes(const spec *s);
@@ -130,5 +130,6 @@ void coded_rows(bench *b);   /* coded.c: fp8 and fp4 weights, multiplied and edi
 void engine_rows(bench *b);  /* engine.c: whole models in memory */
 void disk_rows(bench *b);    /* disk.c: files, loading, tokenizer, peak memory */
 int capture_child(bench *b, const char *dir); /* engine.c: the capture whose peak memory a parent watches */
+int token_child(bench *b, const char *dir);   /* engine.c: a model's first token, printed; a parent watches the clock */
 
 #endif

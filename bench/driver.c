@@ -1,6 +1,6 @@
 /* driver.c - excise_bench: every hot operation beside its ceiling.
  *
- *   excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--reproducible] [--data DIR] [--make random|demo|large DIR]
+ *   excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--reproducible] [--data DIR] [--make random|demo|cached|large DIR]
  *
  * stdout gets one JSON object a row (stable names; README.md beside this file explains each), stderr a table for people.
  * Exit: 0; 1 when a check failed or the work could not be done; 2 for wrong usage. A missed target is shown, not an error. */
@@ -127,12 +127,12 @@ double bench_median(double *x, int n)
 
 static const char usage[] =
     "usage: excise_bench [--quick] [--only NAME,NAME..] [--threads N] [--reproducible] [--data DIR]\n"
-    "                    [--make random|demo|large DIR]\n"
+    "                    [--make random|demo|cached|large DIR]\n"
     "  --quick         smaller shapes and fewer rounds: to see that it works, not to quote\n"
     "  --only NAMES    rows whose names begin so (edit, prefill, decode, demo, route, moments, subspace, apply, ..)\n"
     "  --threads N     Default: all cores this process may use\n"
     "  --data DIR      tests/data of the source tree, for the tokenizer row\n"
-    "  --make M DIR    only write the checkpoint that the rows use: random, demo or large (4 GB)\n"
+    "  --make M DIR    only write the checkpoint that the rows use: random, demo, cached or large (4 GB each)\n"
     "Rows go to stdout as JSON lines, a table to stderr. bench/README.md explains every row.\n";
 
 /* The OpenMP threads of oneDNN must sleep between its matmuls, or they take the cores from the row beside; libgomp reads its
@@ -186,7 +186,7 @@ int main(int argc, char **argv)
 {
     exc_ctx_options options = EXC_CTX_OPTIONS;
     options.backend = "cpu"; /* the device's ops are excise_gpu's */
-    const char *make = NULL, *make_dir = NULL, *child = NULL;
+    const char *make = NULL, *make_dir = NULL, *child = NULL, *token = NULL;
     quiet_openmp(argv);
     for (int i = 1; i < argc; i++) {
         const char *o = argv[i];
@@ -201,15 +201,18 @@ int main(int argc, char **argv)
         } else if (!strcmp(o, "--threads")) options.threads = atoi(v);
         else if (!strcmp(o, "--data")) run.data = v;
         else if (!strcmp(o, "--capture-child")) child = v;
+        else if (!strcmp(o, "--token-child")) token = v;
+        else if (!strcmp(o, "--memory")) options.memory = strtoull(v, NULL, 10); /* of a child */
         else if (!strcmp(o, "--make") && i + 1 < argc) make = v, make_dir = argv[++i];
         else return wrong_usage("unknown option:", o);
     }
     exc_status st = exc_ctx_create(&options, &run.ctx);
     bench_must(&run, st, "context");
     if (child) return capture_child(&run, child);
+    if (token) return token_child(&run, token);
     if (make) {
         const spec *s = spec_find(make);
-        if (!s) return wrong_usage("--make: expected random, demo or large, found", make);
+        if (!s) return wrong_usage("--make: expected random, demo, cached or large, found", make);
         make_model(&run, s, make_dir);
         return 0;
     }

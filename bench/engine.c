@@ -1,5 +1,6 @@
 /* engine.c - rows of whole models in memory: prefill and decode of the random model with capture on and off in turns, the
- * demo-sized one, and the capture whose peak memory disk.c watches from outside.
+ * demo-sized one, a model within half the memory it asks for, and what disk.c watches from outside: the peak memory of a
+ * capture, and a first token.
  *
  * Floors. Prefill: the multiply-adds of every weight a token meets, and of attention, at the rate of a real bf16 matmul. Decode:
  * the bytes of the weights that the step must read (attention, router, head, and the experts that any sequence chose, counted
@@ -374,6 +375,93 @@ static void demo_row(bench *b)
     release_prompts(&p);
 }
 
+/* ----------------------------------------------------------------------------------------- within a budget of memory */
+
+typedef struct fed {
+    exc_ctx *ctx;
+    exc_model *m;
+    const exc_prompts *p;
+    int64_t new; /* tokens of each prompt */
+    exc_reply *replies;
+} fed;
+
+static double feed_seconds(fed *f)
+{
+    exc_decode d = {.step = "budget", .max_new = f->new, .ignore_eos = true};
+    exc_replies_free(f->replies, f->p->count);
+    f->replies = NULL;
+    double start = exc_seconds();
+    if (exc_decode_run(f->ctx, f->m, f->p, &d, &f->replies)) {
+        fprintf(stderr, "excise_bench: within a budget: %s\n", exc_ctx_error(f->ctx));
+        exit(1);
+    }
+    return exc_seconds() - start;
+}
+
+static void emit_rate(bench *b, const char *name, const char *shape, double tokens, double *seconds, int rounds, double error, const char *note)
+{
+    double middle = bench_median(seconds, rounds);
+    row r = {.name = name, .shape = shape, .unit = "tokens/s", .value = tokens / middle, .seconds = middle, .rounds = rounds, .error = error,
+             .limit = 0.5, .note = note, .fraction_low = tokens / seconds[rounds - 1], .fraction_high = tokens / seconds[0]};
+    bench_emit(b, &r);
+}
+
+/* The same prompts through two models in turns, one resident and one whose layers take turns in memory. `new` 1: prefill, else the
+ * tokens that are made count, each of which costs the second a pass over its weights. */
+static void budget_pair(bench *b, fed two[2], const char *what, int64_t new)
+{
+    enum { ROUNDS = 5 };
+    char name[64], shape[96], note[128];
+    double seconds[2][ROUNDS], ratio[ROUNDS], differ = 0, tokens = (double)(new > 1 ? two[0].p->count * new : two[0].p->begin[two[0].p->count]);
+    int rounds = b->quick ? 2 : ROUNDS;
+    for (int i = -2; i < rounds; i++) { /* the first passes put a resident model's weights in their places */
+        for (int k = 0; k < 2; k++) {
+            two[k].new = new;
+            double t = feed_seconds(&two[k]);
+            if (i >= 0) seconds[k][i] = t;
+        }
+        if (i >= 0) ratio[i] = seconds[0][i] / seconds[1][i];
+    }
+    for (int64_t i = 0; i < two[0].p->count; i++) differ += two[0].replies[i].tokens[0] != two[1].replies[i].tokens[0];
+    differ /= (double)two[0].p->count;
+    snprintf(shape, sizeof shape, "%lld prompts x %lld tokens, %lld new each, random model", (long long)two[0].p->count,
+             (long long)two[0].p->begin[1], (long long)new);
+    snprintf(name, sizeof name, "resident_%s", what);
+    emit_rate(b, name, shape, tokens, seconds[0], rounds, differ, NULL);
+    snprintf(name, sizeof name, "streamed_%s", what);
+    snprintf(note, sizeof note, "budget %.2f GB for %.2f GB of weights; %.3f of resident", (double)two[1].ctx->memory / 1e9,
+             (double)spec_bytes(&spec_random) / 1e9, bench_median(ratio, rounds));
+    emit_rate(b, name, shape, tokens, seconds[1], rounds, differ, note);
+}
+
+static void budget_rows(bench *b)
+{
+    static const char *const names[] = {"resident_prefill", "streamed_prefill", "resident_decode", "streamed_decode"};
+    bool wanted[2] = {bench_wanted(b, names[0]) || bench_wanted(b, names[1]), bench_wanted(b, names[2]) || bench_wanted(b, names[3])};
+    if (!wanted[0] && !wanted[1]) return;
+    const char *dir = make_model(b, &spec_random, NULL);
+    exc_ctx_options o = EXC_CTX_OPTIONS;
+    bench tight = *b;
+    o.backend = "cpu";
+    o.threads = b->ctx->queue.workers;
+    o.reproducible = b->ctx->opt.reproducible;
+    o.memory = spec_bytes(&spec_random) / 2;
+    bench_must(b, exc_ctx_create(&o, &tight.ctx), "a context with a budget");
+    exc_prompts p = random_prompts(b, 16, b->quick ? 32 : 128, spec_random.vocab, 11), q = random_prompts(b, 16, 16, spec_random.vocab, 12);
+    fed two[2] = {{.ctx = b->ctx, .m = open_model(b, dir, EXC_COMPUTE_BF16), .p = &p},
+                  {.ctx = tight.ctx, .m = open_model(&tight, dir, EXC_COMPUTE_BF16), .p = &p}};
+    if (wanted[0]) budget_pair(b, two, "prefill", 1);
+    two[0].p = two[1].p = &q;
+    if (wanted[1]) budget_pair(b, two, "decode", b->quick ? 2 : 8);
+    for (int k = 0; k < 2; k++) {
+        exc_replies_free(two[k].replies, two[k].p->count);
+        exc_model_free(two[k].m);
+    }
+    exc_ctx_free(tight.ctx);
+    release_prompts(&p);
+    release_prompts(&q);
+}
+
 void engine_rows(bench *b)
 {
     static const char *const names[] = {"prefill", "prefill_captured", "capture_prefill_overhead", "decode_1", "decode_1_captured",
@@ -389,6 +477,7 @@ void engine_rows(bench *b)
         exc_model_free(m);
     }
     demo_row(b);
+    budget_rows(b);
 }
 
 /* ------------------------------------------------------------------------------------- the capture seen from outside */
@@ -407,5 +496,17 @@ int capture_child(bench *b, const char *dir)
     printf("%.0f %.0f %.0f\n", (double)m->weight_bytes, m->spare ? (double)exc_session_bytes(m->spare) : 0, groups + prompts);
     exc_stats_free(stats);
     exc_model_free(m);
+    return 0;
+}
+
+/* Opens a model, takes eight tokens through it and prints the one that follows. */
+int token_child(bench *b, const char *dir)
+{
+    exc_prompts p = random_prompts(b, 1, 8, 8192, 13); /* the vocabulary of either model */
+    exc_model *m = open_model(b, dir, EXC_COMPUTE_BF16);
+    exc_decode d = {.step = "first token", .max_new = 1, .ignore_eos = true};
+    exc_reply *replies = NULL;
+    bench_must(b, exc_decode_run(b->ctx, m, &p, &d, &replies), "first token");
+    printf("%d\n", replies[0].tokens[0]);
     return 0;
 }

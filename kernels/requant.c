@@ -12,58 +12,13 @@
 #include <math.h>
 #include <string.h>
 
+#include "band.h"
 #include "grid.h"
-#include "lanes.h"
+#include "recode.h"
 #include "requant.h"
 
-#define BAND EXC_BLOCK
-#define PIECE 32        /* along R: one group of fp4 */
-#define MOST_RANK 64
 #define TRIALS 12
 #define CARVED ((size_t)1 << 20) /* of the scratch of worker 0: sums of bands, gains of rows */
-
-typedef struct tally {
-    double before, after, moved, error, size;
-    int64_t changed, nonfinite;
-} tally;
-
-typedef struct job {
-    const struct exc_project_args *a;
-    exc_queue *q;
-    int out;                          /* EXC_SIDE_OUT */
-    int64_t along, whole, bands;      /* sizes along R and across; bands of a matrix */
-    int64_t first;                    /* matrix of task 0 */
-    tally *sums;                      /* [matrices of a round, bands] */
-    float *row_gain;                  /* [along] or NULL: lengths of rows across bands */
-    const double *factor;             /* [count] or NULL: W' = factor W instead */
-} job;
-
-typedef float lane[BAND];
-
-typedef struct band {
-    const job *j;
-    int64_t matrix, at; /* first line */
-    int lines;
-    const uint8_t *src, *scale;
-    uint8_t *dst, *scale_to;
-    uint32_t key;
-    int coded, bare;    /* bare: no trials, lambda is zero */
-    float base;         /* old scales times this are kept where they can be */
-    float *kept;        /* new scales in order of the sweep */
-    tally *t;
-    double acc[MOST_RANK][BAND];
-    lane coef[MOST_RANK]; /* strength * R W */
-    lane gain, ones, most;
-    double length[BAND], left[BAND];
-    /* solver: by direction and line */
-    double target[MOST_RANK][BAND];
-    lane lambda[MOST_RANK], past[MOST_RANK], best[MOST_RANK];
-    lane gap[MOST_RANK], past_gap[MOST_RANK], low[2], high[2]; /* low, high: lambda and gap that bracket the zero, rank 1 */
-    double best_gap[BAND];
-    /* a piece */
-    lane x[PIECE], ideal[PIECE], value[PIECE], old_scale[PIECE], new_scale[PIECE], inverse[PIECE];
-    uint16_t raw[PIECE][BAND], code[PIECE][BAND];
-} band;
 
 /* ------------------------------------------------------------------------------------------------------------- bodies */
 
@@ -243,20 +198,6 @@ static void store_codes(band *b, int64_t h0, int rows) {
     }
 }
 
-/* where in the matrix's array lies the scale of line l and place h along R */
-static int64_t scale_place(const band *b, int64_t h, int l) {
-    const struct exc_project_args *a = b->j->a;
-    int64_t row = b->j->out ? h : b->at + l, col = b->j->out ? b->at + l : h;
-    if (a->dtype == EXC_F4) return row * (a->cols / EXC_GROUP) + col / EXC_GROUP;
-    return row / EXC_BLOCK * ((a->cols + EXC_BLOCK - 1) / EXC_BLOCK) + col / EXC_BLOCK;
-}
-
-/* and where its successor in kept: e4m3 one a block, fp4 four a row (EXC_SIDE_OUT) or one a line and piece */
-static int64_t kept_place(const band *b, int64_t h, int l) {
-    if (b->j->a->dtype == EXC_F8_E4M3) return h / EXC_BLOCK;
-    return b->j->out ? h * (BAND / EXC_GROUP) + l / EXC_GROUP : h / EXC_GROUP * BAND + l;
-}
-
 static float inverse_of(float scale) { return scale != 0.0f ? 1.0f / scale : 0.0f; }
 
 /* one row of scales, each found once for the lines that share it */
@@ -292,47 +233,6 @@ static void load_piece(band *b, int64_t h0, int rows, int known) {
     decode_for()(b->raw[0], b->j->a->dtype, b->old_scale[0], b->j->a->dtype == EXC_F4 ? BAND : 0, rows, b->x[0]);
 }
 
-/* ------------------------------------------------------------------------------------------------------ scale policy */
-
-static int powers_only(const struct exc_project_args *a) { return a->scale_power || a->scale_dtype == EXC_F8_E8M0; }
-
-static float power_above(float x) {
-    uint32_t u = (exc_to_bits(x) + 0x7fffffu) & 0x7f800000u;
-    return exc_from_bits(u < 0x00800000u ? 0x00800000u : u);
-}
-
-/* the scale that a factor on all weights asks for, as its dtype has it */
-static float scaled(const band *b, float old) {
-    const struct exc_project_args *a = b->j->a;
-    float s = old * b->base;
-    if (b->base == 1.0f) return old;
-    if (powers_only(a)) return s > 0x1p-127f ? s : 0x1p-127f;
-    return a->scale_dtype == EXC_BF16 ? exc_from_bits(exc_round_bf16(s) << 16) : s;
-}
-
-/* A block keeps its scale while its numbers fit; else e4m3 gets the least that makes the largest 448 (upwards where its dtype is
- * coarse), fp4 the power by which the largest lies between 4 and 8. */
-static float next_scale(const band *b, float was, float most) {
-    const struct exc_project_args *a = b->j->a;
-    float old = scaled(b, was);
-    if (!(most < __builtin_inff()) || old != old) return was;
-    if (a->dtype == EXC_F4) {
-        if (most < 8.0f * old || most < 0x1p-124f) return old;
-        return exc_from_bits((exc_to_bits(most) & 0x7f800000u) - (2u << 23));
-    }
-    if (most <= 448.0f * __builtin_fabsf(old)) return old;
-    float s = most / 448.0f;
-    if (s < 0x1p-126f) s = 0x1p-126f;
-    if (powers_only(a)) return power_above(s);
-    return a->scale_dtype == EXC_BF16 ? exc_from_bits((exc_to_bits(s) + 0xffffu) & 0xffff0000u) : s;
-}
-
-static float most_of(const float *x, int n) {
-    float m = 0;
-    for (int i = 0; i < n; i++) m = x[i] > m ? x[i] : m;
-    return m;
-}
-
 /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block */
 static void choose_scales(band *b, int64_t h0, int rows) {
     const struct exc_project_args *a = b->j->a;
@@ -357,21 +257,6 @@ static void choose_scales(band *b, int64_t h0, int rows) {
     for (int l = 0; l < b->lines; l++) b->kept[kept_place(b, h0, l)] = next_scale(b, b->old_scale[0][l], b->most[l]);
 }
 
-static void store_scales(const band *b, int mend) {
-    const struct exc_project_args *a = b->j->a;
-    int64_t step = a->dtype == EXC_F8_E4M3 ? EXC_BLOCK : b->j->out ? 1 : EXC_GROUP;
-    int lines = a->dtype == EXC_F8_E4M3 ? 1 : b->lines, by = a->dtype == EXC_F4 && b->j->out ? EXC_GROUP : 1;
-    for (int64_t h = 0; h < b->j->along; h += step)
-        for (int l = 0; l < lines; l += by) {
-            int64_t at = scale_place(b, h, l);
-            float s = b->kept[kept_place(b, h, l)], old = exc_scale_at(b->scale, a->scale_dtype, at);
-            size_t unit = a->scale_dtype == EXC_F32 ? 4 : a->scale_dtype == EXC_BF16 ? 2 : 1;
-            uint32_t u = exc_to_bits(s), bits = a->scale_dtype == EXC_F32 ? u : a->scale_dtype == EXC_BF16 ? u >> 16 : u >> 23;
-            if (exc_to_bits(old) == u || (old != old && !mend)) memmove(b->scale_to + (size_t)at * unit, b->scale + (size_t)at * unit, unit);
-            else memcpy(b->scale_to + (size_t)at * unit, &bits, unit); /* little-endian, as the files are */
-        }
-}
-
 /* ------------------------------------------------------------------------------------------------------------- sweeps */
 
 static double total(const double *x, int n) {
@@ -393,6 +278,18 @@ static void clear_acc(band *b) { memset(b->acc, 0, (size_t)b->j->a->rank * sizeo
     for (int64_t h0 = 0, rows = exc_least(PIECE, b->j->along); h0 < b->j->along;                                  \
          h0 += PIECE, rows = exc_least(PIECE, b->j->along - h0))
 
+/* what R W is for */
+static void keep_dots(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    b->t->before = acc_square(b);
+    b->t->size = total(b->length, b->lines);
+    for (int64_t r = 0; r < a->rank; r++)
+        for (int l = 0; l < BAND; l++) {
+            b->coef[r][l] = a->strength[b->matrix] * (float)b->acc[r][l];
+            if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
+        }
+}
+
 /* R W, and the length of lines */
 static void sweep_dots(band *b) {
     const struct exc_project_args *a = b->j->a;
@@ -405,13 +302,7 @@ static void sweep_dots(band *b) {
         for (int h = 0; a->nonfinite && h < rows; h++)
             for (int l = 0; l < b->lines; l++) b->t->nonfinite += !(__builtin_fabsf(b->x[h][l]) < __builtin_inff());
     }
-    b->t->before = acc_square(b);
-    b->t->size = total(b->length, b->lines);
-    for (int64_t r = 0; r < a->rank; r++)
-        for (int l = 0; l < BAND; l++) {
-            b->coef[r][l] = a->strength[b->matrix] * (float)b->acc[r][l];
-            if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
-        }
+    keep_dots(b);
 }
 
 /* the ideal result of a piece that is loaded */
@@ -544,6 +435,175 @@ static void sweep_result(band *b) {
     b->t->after = acc_square(b);
 }
 
+/* ----------------------------------------------------------------------------------------------- ordinary bands, whole */
+
+/* scales of a band, at most */
+static size_t kept_floats(const job *j) { return (size_t)(j->along + BAND) * (BAND / EXC_GROUP); }
+
+/* room for the whole of a band */
+static int has_room(const job *j) {
+    size_t bytes = CARVED + sizeof(band) + (2 * kept_floats(j) + (size_t)j->along) * sizeof(float) + (size_t)j->along / EXC_BLOCK + 1;
+    return bytes + (j->out ? 0 : (size_t)j->along * BAND) <= j->q->scratch_bytes;
+}
+
+#define SLACK 1e-5f /* more than the arithmetic's roundings */
+
+/* scales as numbers, by block of e4m3 or by row and group of fp4; 0: some are out of the ordinary */
+static int ordinary_scales(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    const int f4 = a->dtype == EXC_F4, n = f4 ? b->lines / EXC_GROUP : 1;
+    int fine = 1;
+    for (int64_t h = 0; h < b->j->along; h += f4 ? 1 : EXC_BLOCK) {
+        const int64_t at = scale_place(b, h, 0);
+        float *old = b->old + kept_place(b, h, 0);
+        for (int g = 0; g < n; g++) old[g] = exc_scale_at(b->scale, a->scale_dtype, at + g), fine &= exc_scale_is_ordinary(old[g]);
+    }
+    return fine;
+}
+
+static float ideal_at(const band *b, int64_t h, int l) {
+    const struct exc_project_args *a = b->j->a;
+    const uint8_t *row = b->whole.from + h * b->whole.stride;
+    float scale = b->old[kept_place(b, h, l)], d = 0;
+    float x = a->dtype == EXC_F4 ? exc_from_e2m1(row[l / 2] >> (l % 2 ? 4 : 0)) : exc_from_e4m3(row[l]);
+    for (int64_t r = 0; r < a->rank; r++) d = __builtin_fmaf(a->basis[r * b->j->along + h], b->coef[r][l], d);
+    return (x * scale - d) * b->gain[l];
+}
+
+/* the largest of n lines of a row, of those whose code is at least `code` */
+static float most_from(const band *b, int64_t h, int first, int n, int code) {
+    const uint8_t *row = b->whole.from + h * b->whole.stride;
+    float most = 0;
+    for (int l = first; l < first + n; l++) {
+        if (code > 0 && (row[l] & 0x7f) < code) continue;
+        float x = __builtin_fabsf(ideal_at(b, h, l));
+        most = x > most ? x : most;
+    }
+    return most;
+}
+
+static int any_from(const uint8_t *row, int n, int code) {
+    uint8_t any = 0;
+    for (int l = 0; l < n; l++) any |= (row[l] & 0x7f) >= code;
+    return any;
+}
+
+/* how far an edit moves the weights of a row, before the gain */
+static void reaches(const band *b) {
+    const job *j = b->j;
+    float *reach = b->reach;
+    memset(reach, 0, (size_t)j->along * sizeof *reach);
+    for (int64_t r = 0; r < j->a->rank; r++) {
+        float most = 0;
+        for (int l = 0; l < b->lines; l++) most = __builtin_fabsf(b->coef[r][l]) > most ? __builtin_fabsf(b->coef[r][l]) : most;
+        for (int64_t h = 0; h < j->along; h++) reach[h] += __builtin_fabsf(j->a->basis[r * j->along + h]) * most * (1 + SLACK);
+    }
+}
+
+/* A block keeps its scale if nothing grows beyond it. Only what was near the end of the range can have: it is looked at, no other. */
+static void choose_of_block(band *b, int64_t h0, const float *reach, float gain) {
+    const float old = b->old[h0 / EXC_BLOCK], end = 448.0f * old * (1 - SLACK) / gain;
+    const int64_t last = exc_least(h0 + EXC_BLOCK, b->j->along);
+    float farthest = 0, most = 0;
+    for (int64_t h = h0; h < last; h++) farthest = reach[h] > farthest ? reach[h] : farthest;
+    b->kept[h0 / EXC_BLOCK] = old;
+    if (exc_from_e4m3(b->largest[h0 / EXC_BLOCK]) * old + farthest < end) return;
+    for (int64_t h = h0; h < last; h++) {
+        float from = (end - reach[h]) / old;
+        int code = from < 0x1p-6f ? 0 : (int)(exc_to_bits(from) >> 20) - (120 << 3); /* rounded down */
+        if (!any_from(b->whole.from + h * b->whole.stride, b->lines, code)) continue;
+        float x = most_from(b, h, 0, b->lines, code);
+        most = x > most ? x : most;
+    }
+    b->kept[h0 / EXC_BLOCK] = next_scale(b, old, most);
+}
+
+static int choose_all(band *b) {
+    float gain = 1;
+    int fine = 1;
+    for (int l = 0; l < b->lines; l++) gain = b->gain[l] > gain ? b->gain[l] : gain;
+    float *reach = b->reach;
+    reaches(b);
+    if (b->j->a->dtype == EXC_F8_E4M3) {
+        for (int64_t h = 0; h < b->j->along; h += EXC_BLOCK) {
+            choose_of_block(b, h, reach, gain);
+            fine &= exc_scale_is_ordinary(b->kept[h / EXC_BLOCK]);
+        }
+        return fine;
+    }
+    for (int64_t h = 0; h < b->j->along; h++)
+        for (int g = 0; g < b->lines / EXC_GROUP; g++) {
+            float old = b->old[4 * h + g], *now = &b->kept[4 * h + g];
+            *now = old;
+            if ((6.0f * old + reach[h]) * gain < 8.0f * old * (1 - SLACK)) continue;
+            *now = next_scale(b, old, most_from(b, h, g * EXC_GROUP, EXC_GROUP, 0));
+            fine &= exc_scale_is_ordinary(*now);
+        }
+    return fine;
+}
+
+static void write_scales(const band *b) {
+    if (b->j->a->dtype == EXC_F8_E4M3) {
+        store_scales(b, 0);
+        return;
+    }
+    for (int64_t h = 0; h < b->j->along; h++) {
+        uint8_t *to = b->scale_to + scale_place(b, h, 0);
+        for (int g = 0; g < b->lines / EXC_GROUP; g++) to[g] = (uint8_t)(exc_to_bits(b->kept[4 * h + g]) >> 23);
+    }
+}
+
+/* where its codes are, and room */
+static void open_whole(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    const int64_t stride = row_bytes(a), at = a->dtype == EXC_F4 ? b->at / 2 : b->at;
+    b->whole = (exc_recode){.dtype = a->dtype, .lines = b->lines, .rows = b->j->along, .rank = a->rank, .basis = a->basis, .coef = b->coef[0],
+                            .old = b->old, .now = b->kept, .most = b->largest, .sums = b->acc[0], .wide = b->wide[0], .held = b->held[0]};
+    if (b->j->out) {
+        b->whole.from = b->src + at, b->whole.to = b->dst + at, b->whole.stride = stride;
+        return;
+    }
+    exc_turn(b->src + at * stride, stride, b->lines, stride, b->turned, BAND);
+    b->whole.from = b->whole.to = b->turned, b->whole.stride = BAND;
+}
+
+/* 0: not an ordinary band, nothing was written */
+static int edit_whole(band *b) {
+    const job *j = b->j;
+    const struct exc_project_args *a = j->a;
+    const exc_recoder *by = b->bare && b->coded && a->rounding == EXC_ROUND_RN ? exc_recoder_for(a->dtype, b->lines) : NULL;
+    if (!by || j->factor || j->row_gain || a->strength[b->matrix] == 0.0f || (a->dtype == EXC_F4 && !j->out)) return 0;
+    if (!has_room(j) || !ordinary_scales(b)) return 0;
+    open_whole(b);
+    memset(b->largest, 0, (size_t)(j->along + EXC_BLOCK) / EXC_BLOCK);
+    memset(b->length, 0, sizeof b->length);
+    b->whole.length = a->size || a->norm != EXC_NORM_NONE ? b->length : NULL;
+    by->dots(&b->whole);
+    for (int64_t i = 0; i < (j->along + EXC_BLOCK - 1) / EXC_BLOCK; i++)
+        if (b->largest[i] >= EXC_NAN_E4M3) return 0;
+    keep_dots(b);
+    for (int64_t r = 0; r < a->rank; r++)
+        for (int l = 0; l < b->lines; l++)
+            if (!(__builtin_fabsf(b->coef[r][l]) < 0x1p100f)) return 0;
+    if (a->norm != EXC_NORM_NONE) {
+        b->whole.length = b->left;
+        by->left(&b->whole);
+        for (int l = 0; l < b->lines; l++) b->gain[l] = gain_of(b->length[l], b->left[l]);
+        b->whole.gain = b->gain;
+    }
+    if (!choose_all(b)) return 0;
+    double moved[BAND] = {0}, error[BAND] = {0};
+    if (a->moved || a->error) b->whole.moved = moved, b->whole.error = error;
+    by->result(&b->whole);
+    write_scales(b);
+    if (!j->out) exc_turn(b->turned, BAND, j->along, b->lines, b->dst + b->at * a->cols, a->cols);
+    b->t->moved = total(moved, b->lines);
+    b->t->error = total(error, b->lines);
+    b->t->after = acc_square(b);
+    b->t->changed = b->whole.changed;
+    return 1;
+}
+
 /* ------------------------------------------------------------------------------------------------------------- the op */
 
 /* strength 0: bytes as they are, sums all the same */
@@ -576,6 +636,10 @@ static void open_band(band *b, const job *j, size_t task) {
     b->bare = a->rounding != EXC_ROUND_EXACT;
     b->base = j->factor ? base_of(a, j->factor[b->matrix]) : 1.0f;
     b->kept = (float *)(b + 1);
+    b->old = b->kept + kept_floats(j);
+    b->reach = b->old + kept_floats(j);
+    b->largest = (uint8_t *)(b->reach + j->along);
+    b->turned = b->largest + j->along / EXC_BLOCK + 1;
     b->t = &j->sums[task];
     for (int l = 0; l < BAND; l++) b->gain[l] = b->ones[l] = 1.0f;
 }
@@ -614,6 +678,7 @@ static void run(void *arg, size_t task, int worker) {
     band *b = band_of(j, worker);
     open_band(b, j, task);
     *b->t = (tally){0};
+    if (edit_whole(b)) return;
     sweep_dots(b);
     b->t->after = b->t->before;
     if (j->factor ? j->factor[b->matrix] == 1 : a->strength[b->matrix] == 0.0f) {
@@ -715,8 +780,7 @@ static exc_status run_all(exc_queue *q, const struct exc_project_args *a, const 
     job j = {.a = a, .q = q, .out = out, .along = out ? a->rows : a->cols, .whole = out ? a->cols : a->rows,
              .sums = q->scratch[0], .factor = factor};
     j.bands = (j.whole + BAND - 1) / BAND;
-    size_t kept = (size_t)(j.along + BAND) * (BAND / EXC_GROUP) * sizeof(float);
-    if (CARVED + sizeof(band) + kept > q->scratch_bytes) return EXC_ERR_USAGE;
+    if (CARVED + sizeof(band) + kept_floats(&j) * sizeof(float) > q->scratch_bytes) return EXC_ERR_USAGE;
     if (out && a->norm == EXC_NORM_ROW) return row_norms(&j);
     int64_t at_once = j.bands ? (int64_t)(CARVED / sizeof(tally)) / j.bands : a->count;
     if (at_once < 1 && a->count > 0) return EXC_ERR_USAGE;

@@ -3,6 +3,7 @@
 #ifndef EXC_BAND_H
 #define EXC_BAND_H
 
+#include <math.h>
 #include <string.h>
 
 #include "lanes.h"
@@ -11,6 +12,7 @@
 #define BAND EXC_BAND
 #define PIECE EXC_BAND_PIECE /* along R: one group of fp4 */
 #define MOST_RANK 64
+#define CARVED ((size_t)1 << 20) /* of the scratch of worker 0: sums of bands, gains of rows */
 
 typedef struct tally {
     double before, after, moved, error, size;
@@ -23,6 +25,7 @@ typedef struct job {
     int out;                          /* EXC_SIDE_OUT */
     int64_t along, whole, bands;      /* sizes along R and across; bands of a matrix */
     int64_t first;                    /* matrix of task 0 */
+    int64_t total, per_task;          /* bands of a round, of a task */
     tally *sums;                      /* [matrices of a round, bands] */
     float *row_gain;                  /* [along] or NULL: lengths of rows across bands */
     const double *factor;             /* [count] or NULL: W' = factor W instead */
@@ -44,6 +47,7 @@ typedef struct band {
     /* an ordinary band is swept as a whole: scales as they were in the order of kept, rows of EXC_SIDE_IN turned into columns,
      * [along, BAND], largest codes of blocks, how far rows move, and its own room */
     exc_recode whole;
+    int last, asked, was_asked; /* of its task; it has asked for the next one; the one before has asked for it */
     float *old, *reach;
     uint8_t *turned, *largest;
     double wide[MOST_RANK][BAND];
@@ -129,5 +133,43 @@ static inline void store_scales(const band *b, int mend) {
             else memcpy(b->scale_to + (size_t)at * unit, &bits, unit); /* little-endian, as the files are */
         }
 }
+
+/* bytes from a stored row to the next */
+static inline int64_t row_bytes(const struct exc_project_args *a) {
+    return a->dtype == EXC_F8_E4M3 ? a->cols : a->dtype == EXC_F4 ? a->cols / 2 : a->cols * 2;
+}
+
+/* scales of a band, at most */
+static inline size_t kept_floats(const job *j) { return (size_t)(j->along + BAND) * (BAND / EXC_GROUP); }
+
+static inline double total(const double *x, int n) {
+    double s = 0;
+    for (int i = 0; i < n; i++) s += x[i];
+    return s;
+}
+
+static inline double acc_square(const band *b) {
+    double s = 0;
+    for (int64_t r = 0; r < b->j->a->rank; r++)
+        for (int l = 0; l < b->lines; l++) s += b->acc[r][l] * b->acc[r][l];
+    return s;
+}
+
+static inline float gain_of(double before, double after) { return after > 1e-10 * before ? (float)sqrt(before / after) : 1.0f; }
+
+/* what R W is for */
+static inline void keep_dots(band *b) {
+    const struct exc_project_args *a = b->j->a;
+    b->t->before = acc_square(b);
+    b->t->size = total(b->length, b->lines);
+    for (int64_t r = 0; r < a->rank; r++)
+        for (int l = 0; l < BAND; l++) {
+            b->coef[r][l] = a->strength[b->matrix] * (float)b->acc[r][l];
+            if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
+        }
+}
+
+/* ordinary.c: the edit of a band in registers; 0: it is not an ordinary one, nothing was written */
+int exc_edit_whole(band *b);
 
 #endif

@@ -2,7 +2,7 @@
  *
  * e4m3 is f16 with fewer bits: moved there by two byte operations, it is 2^-8 times what it was, and the processor's conversions
  * do the rest, both ways, subnormal numbers included. fp4 is a table of sixteen. Rounding to nearest even adds and subtracts a number
- * whose last bit is worth as much as the last bit that is to stay. Only the arithmetic has roundings that count,
+ * whose last bit is worth as much as the last bit that is to stay: the power of two in a number, times 1.5 * 2^bits. Only the arithmetic has roundings that count,
  * and it does them as requant.c does; powers of two in between are exact. */
 #include <string.h>
 
@@ -36,10 +36,10 @@ static int64_t count_rescaled(const uint8_t *now, const uint8_t *was, int bytes,
 #define AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 AVX2 EXC_INLINE __m256 avx2_signs(__m256 a) { return _mm256_and_ps(a, _mm256_set1_ps(-0.0f)); }
 AVX2 EXC_INLINE __m256 avx2_size(__m256 a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
-AVX2 EXC_INLINE __m256 avx2_rounded(__m256 a, float least, int drop) {
-    __m256 power = _mm256_and_ps(_mm256_max_ps(avx2_size(a), _mm256_set1_ps(least)), _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)));
-    __m256 by = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), _mm256_set1_epi32(drop << 23 | 0x400000)));
-    return _mm256_sub_ps(_mm256_add_ps(a, by), by);
+AVX2 EXC_INLINE __m256 avx2_rounded(__m256 a, float least, float by) {
+    __m256i power = _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7f800000));
+    __m256 unit = _mm256_castsi256_ps(_mm256_max_epu32(power, _mm256_castps_si256(_mm256_set1_ps(least)))), times = _mm256_set1_ps(by);
+    return _mm256_fnmadd_ps(unit, times, _mm256_fmadd_ps(unit, times, a));
 }
 AVX2 EXC_INLINE void avx2_add_wide(double *sum, __m256 v) {
     _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_cvtps_pd(_mm256_castps256_ps128(v))));
@@ -123,7 +123,7 @@ AVX2 EXC_INLINE __m256 avx2_inverses(__m256 s) {
 #define ZERO _mm256_setzero_ps()
 #define STOREU(p, u) _mm256_storeu_si256((__m256i *)(p), u)
 #define NO_CODES _mm256_setzero_si256()
-#define ROUNDED(a, least, drop) avx2_rounded(a, least, drop)
+#define ROUNDED(a, least, by) avx2_rounded(a, least, by)
 #define SIGNED(x, a) _mm256_or_ps(x, avx2_signs(a))
 #define AT_MOST(a, x) _mm256_or_ps(_mm256_min_ps(avx2_size(a), _mm256_set1_ps(x)), avx2_signs(a))
 #define ADD_WIDE(sum, v) avx2_add_wide(sum, v)
@@ -134,14 +134,12 @@ AVX2 EXC_INLINE __m256 avx2_inverses(__m256 s) {
 /* ---- 16 lanes */
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,f16c,popcnt,prefer-vector-width=512")))
 #define MIN_SIZE 2   /* vrangeps: the smaller in size, sign of the first */
-#define MAX_SIZE 11  /* the size of the larger */
 #define A_OR_B_AND_C 0xf8
 #define C_OF_A_ELSE_B 0xac
-AVX512 EXC_INLINE __m512 avx512_rounded(__m512 a, float least, int drop) {
-    __m512i size = _mm512_castps_si512(_mm512_range_ps(a, _mm512_set1_ps(least), MAX_SIZE));
-    __m512i power = _mm512_and_si512(size, _mm512_set1_epi32(0x7f800000));
-    __m512 by = _mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_set1_epi32(drop << 23 | 0x400000)));
-    return _mm512_sub_ps(_mm512_add_ps(a, by), by);
+AVX512 EXC_INLINE __m512 avx512_rounded(__m512 a, float least, float by) {
+    __m512i power = _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000));
+    __m512 unit = _mm512_castsi512_ps(_mm512_max_epu32(power, _mm512_castps_si512(_mm512_set1_ps(least)))), times = _mm512_set1_ps(by);
+    return _mm512_fnmadd_ps(unit, times, _mm512_fmadd_ps(unit, times, a));
 }
 AVX512 EXC_INLINE __m512 avx512_signed(__m512 x, __m512 a) {
     return _mm512_castsi512_ps(
@@ -223,7 +221,7 @@ AVX512 EXC_INLINE __m512 avx512_inverses(__m512 s) {
 #define ZERO _mm512_setzero_ps()
 #define STOREU(p, u) _mm512_storeu_si512(p, u)
 #define NO_CODES _mm512_setzero_si512()
-#define ROUNDED(a, least, drop) avx512_rounded(a, least, drop)
+#define ROUNDED(a, least, by) avx512_rounded(a, least, by)
 #define SIGNED(x, a) avx512_signed(x, a)
 #define AT_MOST(a, x) _mm512_range_ps(a, _mm512_set1_ps(x), MIN_SIZE)
 #define ADD_WIDE(sum, v) avx512_add_wide(sum, v)

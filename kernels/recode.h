@@ -18,6 +18,9 @@ typedef struct exc_recode {
     const uint8_t *from;
     uint8_t *to;
     int64_t stride;        /* bytes from row to row, of both */
+    const uint8_t *next;   /* the codes of the band to come, or NULL: asked for while this one is rounded */
+    int64_t next_stride;
+    int fetched;           /* this band has been asked for */
     const float *basis;    /* [rank, rows] */
     const float *coef;     /* [rank, EXC_BAND] */
     const float *gain;     /* [EXC_BAND] or NULL: lengths are not restored */

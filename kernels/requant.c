@@ -18,7 +18,7 @@
 #include "requant.h"
 
 #define TRIALS 12
-#define CARVED ((size_t)1 << 20) /* of the scratch of worker 0: sums of bands, gains of rows */
+#define TASKS 64 /* at most, so that a task has bands to look ahead to */
 
 /* ------------------------------------------------------------------------------------------------------------- bodies */
 
@@ -140,11 +140,6 @@ EXC_DISPATCH(settle, (int dtype, const float *v, const float *inverse, const flo
 
 /* ------------------------------------------------------------------------------------------------------- load, store */
 
-/* bytes from a stored row to the next */
-static int64_t row_bytes(const struct exc_project_args *a) {
-    return a->dtype == EXC_F8_E4M3 ? a->cols : a->dtype == EXC_F4 ? a->cols / 2 : a->cols * 2;
-}
-
 /* a stretch of a stored row; fp4 begins at an even place */
 static void read_row(const uint8_t *row, int dtype, int64_t at, int n, uint16_t *raw) {
     if (dtype == EXC_F8_E4M3)
@@ -259,36 +254,11 @@ static void choose_scales(band *b, int64_t h0, int rows) {
 
 /* ------------------------------------------------------------------------------------------------------------- sweeps */
 
-static double total(const double *x, int n) {
-    double s = 0;
-    for (int i = 0; i < n; i++) s += x[i];
-    return s;
-}
-
-static double acc_square(const band *b) {
-    double s = 0;
-    for (int64_t r = 0; r < b->j->a->rank; r++)
-        for (int l = 0; l < b->lines; l++) s += b->acc[r][l] * b->acc[r][l];
-    return s;
-}
-
 static void clear_acc(band *b) { memset(b->acc, 0, (size_t)b->j->a->rank * sizeof *b->acc); }
 
 #define EACH_PIECE(h0, rows)                                                                                      \
     for (int64_t h0 = 0, rows = exc_least(PIECE, b->j->along); h0 < b->j->along;                                  \
          h0 += PIECE, rows = exc_least(PIECE, b->j->along - h0))
-
-/* what R W is for */
-static void keep_dots(band *b) {
-    const struct exc_project_args *a = b->j->a;
-    b->t->before = acc_square(b);
-    b->t->size = total(b->length, b->lines);
-    for (int64_t r = 0; r < a->rank; r++)
-        for (int l = 0; l < BAND; l++) {
-            b->coef[r][l] = a->strength[b->matrix] * (float)b->acc[r][l];
-            if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
-        }
-}
 
 /* R W, and the length of lines */
 static void sweep_dots(band *b) {
@@ -310,8 +280,6 @@ static void make_ideal(band *b, int64_t h0, int rows) {
     const struct exc_project_args *a = b->j->a;
     shift_for()(b->x[0], rows, a->basis + h0, b->j->along, a->rank, b->coef[0], b->gain, b->j->row_gain ? b->j->row_gain + h0 : NULL, b->ideal[0]);
 }
-
-static float gain_of(double before, double after) { return after > 1e-10 * before ? (float)sqrt(before / after) : 1.0f; }
 
 static void sweep_lengths(band *b) {
     memset(b->left, 0, sizeof b->left);
@@ -435,175 +403,6 @@ static void sweep_result(band *b) {
     b->t->after = acc_square(b);
 }
 
-/* ----------------------------------------------------------------------------------------------- ordinary bands, whole */
-
-/* scales of a band, at most */
-static size_t kept_floats(const job *j) { return (size_t)(j->along + BAND) * (BAND / EXC_GROUP); }
-
-/* room for the whole of a band */
-static int has_room(const job *j) {
-    size_t bytes = CARVED + sizeof(band) + (2 * kept_floats(j) + (size_t)j->along) * sizeof(float) + (size_t)j->along / EXC_BLOCK + 1;
-    return bytes + (j->out ? 0 : (size_t)j->along * BAND) <= j->q->scratch_bytes;
-}
-
-#define SLACK 1e-5f /* more than the arithmetic's roundings */
-
-/* scales as numbers, by block of e4m3 or by row and group of fp4; 0: some are out of the ordinary */
-static int ordinary_scales(band *b) {
-    const struct exc_project_args *a = b->j->a;
-    const int f4 = a->dtype == EXC_F4, n = f4 ? b->lines / EXC_GROUP : 1;
-    int fine = 1;
-    for (int64_t h = 0; h < b->j->along; h += f4 ? 1 : EXC_BLOCK) {
-        const int64_t at = scale_place(b, h, 0);
-        float *old = b->old + kept_place(b, h, 0);
-        for (int g = 0; g < n; g++) old[g] = exc_scale_at(b->scale, a->scale_dtype, at + g), fine &= exc_scale_is_ordinary(old[g]);
-    }
-    return fine;
-}
-
-static float ideal_at(const band *b, int64_t h, int l) {
-    const struct exc_project_args *a = b->j->a;
-    const uint8_t *row = b->whole.from + h * b->whole.stride;
-    float scale = b->old[kept_place(b, h, l)], d = 0;
-    float x = a->dtype == EXC_F4 ? exc_from_e2m1(row[l / 2] >> (l % 2 ? 4 : 0)) : exc_from_e4m3(row[l]);
-    for (int64_t r = 0; r < a->rank; r++) d = __builtin_fmaf(a->basis[r * b->j->along + h], b->coef[r][l], d);
-    return (x * scale - d) * b->gain[l];
-}
-
-/* the largest of n lines of a row, of those whose code is at least `code` */
-static float most_from(const band *b, int64_t h, int first, int n, int code) {
-    const uint8_t *row = b->whole.from + h * b->whole.stride;
-    float most = 0;
-    for (int l = first; l < first + n; l++) {
-        if (code > 0 && (row[l] & 0x7f) < code) continue;
-        float x = __builtin_fabsf(ideal_at(b, h, l));
-        most = x > most ? x : most;
-    }
-    return most;
-}
-
-static int any_from(const uint8_t *row, int n, int code) {
-    uint8_t any = 0;
-    for (int l = 0; l < n; l++) any |= (row[l] & 0x7f) >= code;
-    return any;
-}
-
-/* how far an edit moves the weights of a row, before the gain */
-static void reaches(const band *b) {
-    const job *j = b->j;
-    float *reach = b->reach;
-    memset(reach, 0, (size_t)j->along * sizeof *reach);
-    for (int64_t r = 0; r < j->a->rank; r++) {
-        float most = 0;
-        for (int l = 0; l < b->lines; l++) most = __builtin_fabsf(b->coef[r][l]) > most ? __builtin_fabsf(b->coef[r][l]) : most;
-        for (int64_t h = 0; h < j->along; h++) reach[h] += __builtin_fabsf(j->a->basis[r * j->along + h]) * most * (1 + SLACK);
-    }
-}
-
-/* A block keeps its scale if nothing grows beyond it. Only what was near the end of the range can have: it is looked at, no other. */
-static void choose_of_block(band *b, int64_t h0, const float *reach, float gain) {
-    const float old = b->old[h0 / EXC_BLOCK], end = 448.0f * old * (1 - SLACK) / gain;
-    const int64_t last = exc_least(h0 + EXC_BLOCK, b->j->along);
-    float farthest = 0, most = 0;
-    for (int64_t h = h0; h < last; h++) farthest = reach[h] > farthest ? reach[h] : farthest;
-    b->kept[h0 / EXC_BLOCK] = old;
-    if (exc_from_e4m3(b->largest[h0 / EXC_BLOCK]) * old + farthest < end) return;
-    for (int64_t h = h0; h < last; h++) {
-        float from = (end - reach[h]) / old;
-        int code = from < 0x1p-6f ? 0 : (int)(exc_to_bits(from) >> 20) - (120 << 3); /* rounded down */
-        if (!any_from(b->whole.from + h * b->whole.stride, b->lines, code)) continue;
-        float x = most_from(b, h, 0, b->lines, code);
-        most = x > most ? x : most;
-    }
-    b->kept[h0 / EXC_BLOCK] = next_scale(b, old, most);
-}
-
-static int choose_all(band *b) {
-    float gain = 1;
-    int fine = 1;
-    for (int l = 0; l < b->lines; l++) gain = b->gain[l] > gain ? b->gain[l] : gain;
-    float *reach = b->reach;
-    reaches(b);
-    if (b->j->a->dtype == EXC_F8_E4M3) {
-        for (int64_t h = 0; h < b->j->along; h += EXC_BLOCK) {
-            choose_of_block(b, h, reach, gain);
-            fine &= exc_scale_is_ordinary(b->kept[h / EXC_BLOCK]);
-        }
-        return fine;
-    }
-    for (int64_t h = 0; h < b->j->along; h++)
-        for (int g = 0; g < b->lines / EXC_GROUP; g++) {
-            float old = b->old[4 * h + g], *now = &b->kept[4 * h + g];
-            *now = old;
-            if ((6.0f * old + reach[h]) * gain < 8.0f * old * (1 - SLACK)) continue;
-            *now = next_scale(b, old, most_from(b, h, g * EXC_GROUP, EXC_GROUP, 0));
-            fine &= exc_scale_is_ordinary(*now);
-        }
-    return fine;
-}
-
-static void write_scales(const band *b) {
-    if (b->j->a->dtype == EXC_F8_E4M3) {
-        store_scales(b, 0);
-        return;
-    }
-    for (int64_t h = 0; h < b->j->along; h++) {
-        uint8_t *to = b->scale_to + scale_place(b, h, 0);
-        for (int g = 0; g < b->lines / EXC_GROUP; g++) to[g] = (uint8_t)(exc_to_bits(b->kept[4 * h + g]) >> 23);
-    }
-}
-
-/* where its codes are, and room */
-static void open_whole(band *b) {
-    const struct exc_project_args *a = b->j->a;
-    const int64_t stride = row_bytes(a), at = a->dtype == EXC_F4 ? b->at / 2 : b->at;
-    b->whole = (exc_recode){.dtype = a->dtype, .lines = b->lines, .rows = b->j->along, .rank = a->rank, .basis = a->basis, .coef = b->coef[0],
-                            .old = b->old, .now = b->kept, .most = b->largest, .sums = b->acc[0], .wide = b->wide[0], .held = b->held[0]};
-    if (b->j->out) {
-        b->whole.from = b->src + at, b->whole.to = b->dst + at, b->whole.stride = stride;
-        return;
-    }
-    exc_turn(b->src + at * stride, stride, b->lines, stride, b->turned, BAND);
-    b->whole.from = b->whole.to = b->turned, b->whole.stride = BAND;
-}
-
-/* 0: not an ordinary band, nothing was written */
-static int edit_whole(band *b) {
-    const job *j = b->j;
-    const struct exc_project_args *a = j->a;
-    const exc_recoder *by = b->bare && b->coded && a->rounding == EXC_ROUND_RN ? exc_recoder_for(a->dtype, b->lines) : NULL;
-    if (!by || j->factor || j->row_gain || a->strength[b->matrix] == 0.0f || (a->dtype == EXC_F4 && !j->out)) return 0;
-    if (!has_room(j) || !ordinary_scales(b)) return 0;
-    open_whole(b);
-    memset(b->largest, 0, (size_t)(j->along + EXC_BLOCK) / EXC_BLOCK);
-    memset(b->length, 0, sizeof b->length);
-    b->whole.length = a->size || a->norm != EXC_NORM_NONE ? b->length : NULL;
-    by->dots(&b->whole);
-    for (int64_t i = 0; i < (j->along + EXC_BLOCK - 1) / EXC_BLOCK; i++)
-        if (b->largest[i] >= EXC_NAN_E4M3) return 0;
-    keep_dots(b);
-    for (int64_t r = 0; r < a->rank; r++)
-        for (int l = 0; l < b->lines; l++)
-            if (!(__builtin_fabsf(b->coef[r][l]) < 0x1p100f)) return 0;
-    if (a->norm != EXC_NORM_NONE) {
-        b->whole.length = b->left;
-        by->left(&b->whole);
-        for (int l = 0; l < b->lines; l++) b->gain[l] = gain_of(b->length[l], b->left[l]);
-        b->whole.gain = b->gain;
-    }
-    if (!choose_all(b)) return 0;
-    double moved[BAND] = {0}, error[BAND] = {0};
-    if (a->moved || a->error) b->whole.moved = moved, b->whole.error = error;
-    by->result(&b->whole);
-    write_scales(b);
-    if (!j->out) exc_turn(b->turned, BAND, j->along, b->lines, b->dst + b->at * a->cols, a->cols);
-    b->t->moved = total(moved, b->lines);
-    b->t->error = total(error, b->lines);
-    b->t->after = acc_square(b);
-    b->t->changed = b->whole.changed;
-    return 1;
-}
-
 /* ------------------------------------------------------------------------------------------------------------- the op */
 
 /* strength 0: bytes as they are, sums all the same */
@@ -672,13 +471,13 @@ static void clear_band(band *b) {
     b->t->after = 0;
 }
 
-static void run(void *arg, size_t task, int worker) {
-    const job *j = arg;
+static void edit_band(band *b) {
+    const job *j = b->j;
     const struct exc_project_args *a = j->a;
-    band *b = band_of(j, worker);
-    open_band(b, j, task);
     *b->t = (tally){0};
-    if (edit_whole(b)) return;
+    b->was_asked = b->asked;
+    b->asked = 0;
+    if (exc_edit_whole(b)) return;
     sweep_dots(b);
     b->t->after = b->t->before;
     if (j->factor ? j->factor[b->matrix] == 1 : a->strength[b->matrix] == 0.0f) {
@@ -695,6 +494,25 @@ static void run(void *arg, size_t task, int worker) {
     sweep_ideal(b);
     if (!b->bare) solve(b);
     sweep_result(b);
+}
+
+/* bands of a task lie one after the other in memory */
+static void run(void *arg, size_t task, int worker) {
+    const job *j = arg;
+    band *b = band_of(j, worker);
+    int64_t first = (int64_t)task * j->per_task, last = exc_least(first + j->per_task, j->total);
+    b->asked = 0;
+    for (int64_t i = first; i < last; i++) {
+        open_band(b, j, (size_t)i);
+        b->last = i + 1 == last;
+        edit_band(b);
+    }
+}
+
+static void run_bands(job *j, int64_t total) {
+    j->total = total;
+    j->per_task = total > TASKS ? (total + TASKS - 1) / TASKS : 1;
+    j->q->parallel(j->q, exc_task_count(total, j->per_task), run, j);
 }
 
 /* lengths of rows that cross all bands: sums of a piece of rows over the bands, one after the other */
@@ -768,7 +586,7 @@ static exc_status row_norms(job *j) {
             j->row_gain = (float *)(void *)((char *)j->sums + (sums + 63) / 64 * 64);
             j->q->parallel(j->q, exc_task_count(j->along, PIECE), row_lengths, j);
         }
-        j->q->parallel(j->q, (size_t)j->bands, run, j);
+        run_bands(j, j->bands);
         collect(j, 1);
     }
     return EXC_OK;
@@ -786,7 +604,7 @@ static exc_status run_all(exc_queue *q, const struct exc_project_args *a, const 
     if (at_once < 1 && a->count > 0) return EXC_ERR_USAGE;
     for (j.first = 0; j.first < a->count; j.first += at_once) {
         int64_t n = exc_least(at_once, a->count - j.first);
-        q->parallel(q, (size_t)(n * j.bands), run, &j);
+        run_bands(&j, n * j.bands);
         collect(&j, n);
     }
     return EXC_OK;

@@ -1,7 +1,7 @@
 /* spans.h - recode.h for one instruction set. recode.c includes this once for each, after defining
  *     V, U, WIDE           vectors of WIDE floats and of as many 32-bit integers
  *     FMA, SET1, ADD, SUB, MUL, LOADF, STOREF, ZERO
- *     ROUNDED(a, least, shift)   a to nearest even, to `23 - shift` bits behind the leading one, or to what those are at `least`
+ *     ROUNDED(a, least, by)   a to nearest even; by = 1.5 * 2^(bits that go), or as many as go of the power of two `least`
  *     SIGNED(x, a)         x with the sign of a
  *     AT_MOST(a, x)        a, its size held below x
  *     ADD_WIDE(sum, v)     f64 [WIDE] += v
@@ -91,6 +91,7 @@ TARGET EXC_INLINE void NAME(share)(const exc_recode *a, const V *held, const flo
 
 TARGET EXC_INLINE void NAME(dots_of)(exc_recode *a, int dtype, int one, int sized) {
     const int n = VECTORS(dtype);
+    const int64_t stride = a->stride;
     double *wide = a->wide;
     EACH_SPAN(span) {
         NAME(sum) size = {{0}};
@@ -104,9 +105,9 @@ TARGET EXC_INLINE void NAME(dots_of)(exc_recode *a, int dtype, int one, int size
             EACH(v) part[v] = square[v] = ZERO;
             V scale = NAME(scales)(a->old, dtype, h0, span);
             if (dtype != EXC_F4) scale = MUL(scale, SET1(0x1p8f));
-            for (int h = 0; h < rows; h++, row += a->stride) {
+            for (int h = 0; h < rows; h++, row += stride) {
                 V x[MOST], b = SET1(a->basis[h0 + h]);
-                __builtin_prefetch(row + AHEAD * a->stride, 0, 2);
+                if (!a->fetched) __builtin_prefetch(row + AHEAD * stride, 0, 2);
                 if (dtype == EXC_F4) scale = NAME(scales)(a->old, dtype, h0 + h, span);
                 else top = NAME(larger)(top, row);
                 NAME(weights)(row, dtype, scale, x);
@@ -157,7 +158,8 @@ TARGET EXC_INLINE void NAME(left_of)(exc_recode *a, int dtype) {
 
 /* `one`: a direction and no gain; `summed`: moved and error are wanted */
 TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int summed) {
-    const int n = VECTORS(dtype);
+    const int n = VECTORS(dtype), apart = a->to != a->from;
+    const int64_t stride = a->stride, next_stride = a->next ? a->next_stride : 0;
     double *wide = a->wide;
     float *coef = a->held;
     int64_t changed = 0;
@@ -171,6 +173,7 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
         memset(wide, 0, (size_t)a->rank * MOST * WIDE * sizeof *wide);
         const uint8_t *row = a->from + span * SPAN_BYTES;
         uint8_t *to = a->to + span * SPAN_BYTES;
+        const uint8_t *next = a->next + span * SPAN_BYTES;
         for (int64_t h0 = 0; h0 < a->rows; h0 += EXC_BAND_PIECE) {
             const int rows = (int)(a->rows - h0 < EXC_BAND_PIECE ? a->rows - h0 : EXC_BAND_PIECE);
             V part[MOST], moves[MOST], errors[MOST];
@@ -179,8 +182,10 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
             V old = NAME(scales)(a->old, dtype, h0, span), now = NAME(scales)(a->now, dtype, h0, span);
             V inverse = NAME(inverse)(a->now, dtype, h0, span);
             if (dtype != EXC_F4) old = MUL(old, SET1(0x1p8f)), now = MUL(now, SET1(0x1p8f));
-            for (int h = 0; h < rows; h++, row += a->stride, to += a->stride) {
+            for (int h = 0; h < rows; h++, row += stride, to += stride, next += next_stride) {
                 V x[MOST], d[MOST], b = SET1(a->basis[h0 + h]);
+                if (next_stride) __builtin_prefetch(next, 0, 2);
+                if (apart) __builtin_prefetch(to + AHEAD * stride, 1, 2);
                 if (dtype == EXC_F4) {
                     old = NAME(scales)(a->old, dtype, h0 + h, span), now = NAME(scales)(a->now, dtype, h0 + h, span);
                     inverse = NAME(inverse)(a->now, dtype, h0 + h, span);
@@ -191,8 +196,8 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
                     V y = SUB(x[v], d[v]);
                     if (!one) y = MUL(y, gain[v]);
                     V s = MUL(y, inverse), near;
-                    if (dtype == EXC_F4) near = ROUNDED(AT_MOST(s, 6.0f), 1.0f, 22);
-                    else near = ROUNDED(s, 0x1p-14f, 20);
+                    if (dtype == EXC_F4) near = ROUNDED(AT_MOST(s, 6.0f), 1.0f, 0x1.8p22f);
+                    else near = ROUNDED(s, 0x1p-14f, 0x1.8p20f);
                     V value = MUL(near, now);
                     if (one) part[v] = FMA(b, value, part[v]);
                     else STOREF(buffer + (h * n + v) * WIDE, value);

@@ -23,8 +23,10 @@ static void keep_best(double *best, double rate) {
 static void copies(gauge *g) {
     enum { ROW_BYTES = 1 << 16 };
     size_t most = g->info.free / 8 / ROW_BYTES * ROW_BYTES, bytes = (size_t)2 << 30;
-    if (g->quick) bytes = (size_t)1 << 18;
-    else if (bytes > most) bytes = most;
+    if (g->quick)
+        bytes = (size_t)1 << 18;
+    else if (bytes > most)
+        bytes = most;
     int64_t rows = (int64_t)(bytes / ROW_BYTES);
     char size[32];
     copying c = {gauge_numbers(g, (int64_t)(bytes / 2), EXC_BF16, 1), gauge_room(g, bytes), bytes};
@@ -65,18 +67,8 @@ static exc_status product_once(gauge *g, const void *arg) {
 
 static void peak(gauge *g) {
     int64_t n = g->quick ? 64 : 8192;
-    exc_library_product p = {.a = gauge_numbers(g, n * n, EXC_BF16, 1),
-                             .b = gauge_numbers(g, n * n, EXC_BF16, 1),
-                             .d = gauge_room(g, (size_t)(n * n) * 2),
-                             .m = n,
-                             .n = n,
-                             .k = n,
-                             .lda = n,
-                             .ldb = n,
-                             .ldd = n,
-                             .turn_a = 1,
-                             .batch = 1,
-                             .narrow = 1};
+    exc_library_product p = {
+        .m = n, .n = n, .k = n, .lda = n, .ldb = n, .ldd = n, .turn_a = 1, .batch = 1, .narrow = 1};
     row r = {.name = "peak", .by = "cuBLASLt", .flop = 2.0 * (double)n * (double)n * (double)n};
     snprintf(r.shape, sizeof r.shape, "%lld x %lld x %lld bf16", (long long)n, (long long)n, (long long)n);
     g->ctx->queue.measuring = 1;
@@ -84,10 +76,13 @@ static void peak(gauge *g) {
     g->ctx->queue.measuring = 0;
     if (st == EXC_ERR_INPUT) {
         gauge_skip(g, &r, "cuBLASLt is not at hand: no share of the peak is told");
-    } else {
-        gauge_row(g, &r, product_once, &p, 0, 1);
-        g->peak = r.flop / r.seconds;
+        return;
     }
+    p.a = gauge_numbers(g, n * n, EXC_BF16, 1);
+    p.b = gauge_numbers(g, n * n, EXC_BF16, 1);
+    p.d = gauge_room(g, (size_t)(n * n) * 2);
+    gauge_row(g, &r, product_once, &p, 0, 1);
+    g->peak = r.flop / r.seconds;
     gauge_clear(g);
 }
 

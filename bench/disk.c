@@ -145,7 +145,7 @@ static void run_open(bench *b, void *arg)
     bench_must(b, exc_model_open(b->ctx, arg, &o, &m), "open");
     const exc_layer *y;
     for (int64_t pass = 0; pass < 2; pass++) /* the second fills the layers' places */
-        for (int64_t i = 0; i < m->atlas->shape.layers; i++) bench_must(b, exc_layer_at(b->ctx, m, i, &y), "a layer");
+        for (int64_t i = 0; i < m->atlas->shape.layers; i++) bench_must(b, exc_layer_at(b->ctx, m, i, 1, &y), "a layer");
     exc_model_free(m);
 }
 

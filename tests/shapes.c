@@ -239,7 +239,7 @@ static void all_codes(exc_ctx *ctx, const char *dir) {
     const exc_shape *s = &m->atlas->shape;
     for (int64_t i = 0; i < s->layers; i++) {
         const exc_layer *y;
-        assert_int_equal(exc_layer_at(ctx, m, i, &y), EXC_OK);
+        assert_int_equal(exc_layer_at(ctx, m, i, 1, &y), EXC_OK);
         const exc_packed *in = s->mix[i] == EXC_MIX_LINEAR ? &y->mix.linear.in : s->mix[i] == EXC_MIX_LATENT ? &y->mix.latent.first : &y->mix.softmax.qkv;
         assert_int_equal(in->dtype, EXC_F8_E4M3);
         if (s->mix[i] == EXC_MIX_LINEAR) assert_int_equal(y->mix.linear.gates.dtype, EXC_F8_E4M3);

@@ -357,6 +357,10 @@ static void passes(void **state) {
         assert_int_equal(exc_decode_run(ctx, m, &p, &twice, NULL), EXC_OK);
         assert_int_equal(kept(m), t.layers);
         same(&first, two_steps(ctx, m, 0), "a pass behind others", kinds[i]);
+        exc_model_free(m);
+        m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+        same(&first, two_steps(ctx, m, 7), "a first pass of many chunks", kinds[i]);
+        assert_int_equal(m->loaded->fills, t.layers); /* it keeps what it would have to read again */
         free(before.data);
         free(first.data);
         free_prompts(&p);

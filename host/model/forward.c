@@ -436,7 +436,7 @@ exc_status exc_session_step(exc_session *s, const exc_step *t) {
 
 static exc_status run_layer(exc_session *s, int64_t layer, const exc_step *t) {
     const exc_layer *y;
-    EXC_TRY(exc_layer_at(s->ctx, s->m, layer, &y));
+    EXC_TRY(exc_layer_at(s->ctx, s->m, layer, s->whole.chunks, &y));
     for (int64_t i = 0; i < s->whole.chunks; i++) {
         int64_t rows = s->whole.chunk[i].rows;
         exc_step part = enter(s, t, &s->whole.chunk[i]);

@@ -345,8 +345,8 @@ typedef struct exc_loaded {
 exc_status exc_load(exc_ctx *ctx, exc_model *m); /* fills m->loaded and m->weight_bytes */
 void exc_unload(exc_ctx *ctx, exc_model *m);
 exc_status exc_head_at(exc_ctx *ctx, exc_model *m, int64_t first, exc_packed *out); /* rows first.. of lm_head: out->n of them */
-/* window.c: weights of a layer, for the pass that has come to it; they hold until the next call */
-exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out);
+/* window.c: weights of a layer, for the pass that has come to it with so many chunks of rows; they hold until the next call */
+exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, int64_t chunks, const exc_layer **out);
 /* what exc_model_down reads of it, of the experts at least this one (counted from the rank's first) */
 exc_status exc_layer_down(exc_ctx *ctx, const exc_model *m, int64_t layer, int64_t expert, const exc_layer **out);
 exc_status exc_layer_turn(const exc_model *m, int64_t first); /* experts first.. of the layer at hand, where they take turns */

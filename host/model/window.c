@@ -238,8 +238,10 @@ static exc_status turn(exc_ctx *ctx, const exc_model *m, int64_t layer, exc_exte
     return exc_progress(ctx, "layers", (uint64_t)layer, (uint64_t)l->layers, "layers");
 }
 
-/* Of a resident model: the layer's own place, or the first time the one that all take turns in. */
-static exc_status come(exc_ctx *ctx, exc_loaded *l, int64_t layer, exc_place **out) {
+/* Of a resident model: the layer's own place, or the first time the one that all take turns in, unless that would be read again
+ * for every chunk of the step. */
+static exc_status come(exc_ctx *ctx, exc_loaded *l, int64_t layer, int64_t chunks, exc_place **out) {
+    if (chunks > 1 && l->seen < l->layers) l->seen = l->layers;
     exc_place *p = *out = l->seen == layer ? &l->passing : &l->place[layer];
     if (l->seen < l->layers && l->seen != layer) l->seen = l->layers; /* a pass that was broken off is not taken up */
     l->passing.layer = -1;
@@ -252,9 +254,9 @@ static exc_status come(exc_ctx *ctx, exc_loaded *l, int64_t layer, exc_place **o
 }
 
 /* Weights that one rank refuses hold all of them up; so that they go on alike, none has read the layer then. */
-static exc_status come_together(exc_ctx *ctx, exc_loaded *l, int64_t layer, const exc_layer **out) {
+static exc_status come_together(exc_ctx *ctx, exc_loaded *l, int64_t layer, int64_t chunks, const exc_layer **out) {
     exc_place *p;
-    exc_status st = exc_ranks_agree(ctx, "layer", come(ctx, l, layer, &p));
+    exc_status st = exc_ranks_agree(ctx, "layer", come(ctx, l, layer, chunks, &p));
     if (st != EXC_OK) {
         p->layer = -1;
         return st;
@@ -270,10 +272,10 @@ static exc_status lost(exc_ctx *ctx, const exc_model *m, int64_t layer) {
                     (long long)layer);
 }
 
-exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, const exc_layer **out) {
+exc_status exc_layer_at(exc_ctx *ctx, const exc_model *m, int64_t layer, int64_t chunks, const exc_layer **out) {
     exc_loaded *l = m->loaded;
     *out = NULL;
-    if (l->loader) return come_together(ctx, l, layer, out);
+    if (l->loader) return come_together(ctx, l, layer, chunks, out);
     if (l->ahead) {
         exc_status st = turn(ctx, m, layer, EXC_LAYER_WHOLE);
         *out = &l->place[l->current].y;

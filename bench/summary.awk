@@ -8,6 +8,7 @@ function percent(share) { return share == "" ? "" : sprintf("%.1f", 100 * share)
 function times(key, by) { return (key, by) in us && us[key, "excise"] > 0 ? sprintf("%.2f", us[key, by] / us[key, "excise"]) : (key, by) in why ? "-" : "" }
 /^{/ {
     by = text("by")
+    if (text("row") == "machine") { machine = text("shape"); libraries = text("note"); next }
     key = text("row") "|" text("shape")
     if (gpu == "") gpu = text("gpu")
     if (index($0, "\"quick\":true")) quick = 1
@@ -22,7 +23,8 @@ function times(key, by) { return (key, by) in us && us[key, "excise"] > 0 ? spri
     }
 }
 END {
-    printf "%s%s\n", gpu, quick ? ", --quick: no figure means anything" : ""
+    gsub(/;(cu|wg)/, "\n&", libraries); gsub(/\n;/, "\n", libraries)
+    printf "%s, %s%s\n%s\n", gpu, machine, quick ? ", --quick: no figure means anything" : "", libraries
     printf "%-17s %-60s %12s %9s %6s %9s %6s %9s %8s\n", "row", "shape", "us", "GB/s", "% copy", "TFLOP/s", "% peak", "x library", "x torch"
     for (i = 1; i <= n; i++) {
         key = order[i]

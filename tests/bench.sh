@@ -17,10 +17,11 @@ rows=$out/rows.jsonl
 "$build/excise_gpu" --quick >"$rows" 2>"$out/log" || echo "exit $?" >>"$out/exit"
 result "it runs, and its checks hold" "$(cat "$out/exit" 2>/dev/null && tail -3 "$out/log")"
 result "every row has a name, a shape, who did it and where" "$(grep -vE '^\{"row":"[a-z_]+","shape":"[^"]+","by":"(excise|driver|cuBLASLt|cuSOLVER)",.*"gpu":"[^"]+","quick":true\}$' "$rows")"
-result "a positive time with its spread, or an overhead" "$(grep -vE '"us":[0-9]+\.[0-9]+,"low_us":[0-9.]+,"high_us":[0-9.]+[,}]|"overhead_percent":-?[0-9.]+,"low_percent":-?[0-9.]+,"high_percent":' "$rows"; grep -E '"us":0\.000|nan|inf' "$rows")"
+result "a positive time with its spread, or an overhead" "$(grep -vE '"row":"machine"|"us":[0-9]+\.[0-9]+,"low_us":[0-9.]+,"high_us":[0-9.]+[,}]|"overhead_percent":-?[0-9.]+,"low_percent":-?[0-9.]+,"high_percent":' "$rows"; grep -E '"us":0\.000|nan|inf' "$rows")"
 result "nothing is skipped here" "$(grep '"skipped"' "$rows")"
 result "no row stands twice" "$(sed -E 's/"us".*//' "$rows" | sort | uniq -d)"
 result "every op has a row" "$(for op in $(sed -nE 's/^EXC_OP\(([a-z0-9]+),.*/\1/p' kernels/ops.def); do grep -q "\"row\":\"$op\",.*\"by\":\"excise\"" "$rows" || echo "$op"; done)"
+result "the machine and its libraries" "$(grep -q '"row":"machine","shape":"compute capability 8.0, 4 processors.*cuBLASLt: 13.1.0' "$rows" || head -1 "$rows")"
 result "the limits: two copies, reading, writing, a matmul" "$(
     has '"row":"copy","shape":"256.0 KiB","by":"driver"'; has '"row":"copy","shape":"256.0 KiB","by":"excise"'; has '"row":"read"'; has '"row":"write"'; has '"row":"peak"')"
 result "rates beside the copy and the peak" "$(grep -E '"gb_s"' "$rows" | grep -vE '"of_copy":[0-9.]+|"row":"copy"'; grep -E '"tflop_s"' "$rows" | grep -vE '"of_peak":[0-9.]+|"row":"peak"')"
@@ -45,9 +46,9 @@ result "the whole model: prefill and decode, with capture and without" "$(
         for kind in "" _captured; do grep "\"row\":\"${name%% *}$kind\",\"shape\":\"${name#* }" "$rows" | grep -qE '"tokens_s":[0-9.]+' || echo "$name$kind"; done
         grep "\"row\":\"${name%% *}_overhead\",\"shape\":\"${name#* }" "$rows" | grep -q overhead_percent || echo "$name overhead"
     done)"
-result "the table of the run has a line for each row" "$(grep -oE '"row":"[a-z_]+"' "$rows" | cut -d'"' -f4 | sort -u | while read -r name; do grep -q "^$name " "$out/log" || echo "$name"; done)"
+result "the table of the run has a line for each row" "$(grep -oE '"row":"[a-z_]+"' "$rows" | cut -d'"' -f4 | sort -u | grep -v machine | while read -r name; do grep -q "^$name " "$out/log" || echo "$name"; done)"
 awk -f bench/summary.awk "$rows" >"$out/summary"
-result "the summary has a line for each op and shape" "$([ "$(tail -n +3 "$out/summary" | wc -l)" = "$(sed -E 's/,"by".*//' "$rows" | sort -u | wc -l)" ] || echo "found $(wc -l <"$out/summary") lines")"
+result "the summary has a line for each op and shape" "$([ "$(sed '1,/^row /d' "$out/summary" | wc -l)" = "$(grep -v '"machine"' "$rows" | sed -E 's/,"by".*//' | sort -u | wc -l)" ] || echo "found $(wc -l <"$out/summary") lines")"
 result "and tells how long cuBLASLt takes" "$(grep -E '^project .*bf16 k=3 +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9]+\.[0-9]{2} *$' "$out/summary" | grep -q . || head -8 "$out/summary")"
 rows=$out/few.jsonl
 EXCISE_CUDA_LIBRARIES=/nowhere "$build/excise_gpu" --quick --only gram,subspace >"$rows" 2>"$out/log" || echo "exit $?" >>"$out/log"

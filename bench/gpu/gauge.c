@@ -309,6 +309,19 @@ static void open_contexts(gauge *g, exc_ctx_options *o) {
     exit(1);
 }
 
+/* the first row: the GPU, and the libraries that the module found */
+static void machine(gauge *g) {
+    char note[sizeof g->libraries];
+    row r = {.name = "machine", .note = note};
+    snprintf(r.shape, sizeof r.shape, "compute capability %d.%d, %d processors, %.1f GiB", g->info.major, g->info.minor,
+             g->info.processors, (double)g->info.memory / (1 << 30));
+    snprintf(note, sizeof note, "%s", g->libraries);
+    for (char *c = note; *c; c++)
+        if (*c == '\n') *c = ';';
+    fprintf(stderr, "%s\n%s\n", g->info.name, g->libraries);
+    gauge_print(g, &r);
+}
+
 int main(int argc, char **argv) {
     static gauge g;
     exc_ctx_options o = EXC_CTX_OPTIONS;
@@ -328,8 +341,7 @@ int main(int argc, char **argv) {
     open_contexts(&g, &o);
     gauge_must(&g, g.ctx->module->describe(o.device, &g.info), "describe");
     g.ctx->module->libraries(g.libraries, sizeof g.libraries);
-    fprintf(stderr, "%s, compute capability %d.%d, %d processors, %.1f GiB\n%s\n", g.info.name, g.info.major,
-            g.info.minor, g.info.processors, (double)g.info.memory / (1 << 30), g.libraries);
+    machine(&g);
     for (size_t i = 0; i < EXC_COUNT(groups); i++) {
         groups[i](&g);
         gauge_clear(&g);

@@ -321,6 +321,29 @@ static void ids_without_rows_are_refused(void **state) {
     exc_ctx_free(ctx);
 }
 
+/* as a file of its own a text often ends in a newline that it lacks in tokenizer_config.json */
+static void known_with_a_last_newline(void **state) {
+    exc_ctx *ctx = test_ctx(1);
+    const char *dir = test_tmpdir();
+    json_t *config = NULL;
+    assert_int_equal(exc_json_load(ctx, test_data("demo/tokenizer_config.json"), 0, &config), EXC_OK);
+    const char *text = json_string_value(json_object_get(config, "chat_template"));
+    size_t n = strlen(text);
+    char *more = malloc(n + 2);
+    memcpy(more, text, n);
+    memcpy(more + n, "\n\n", 2);
+    for (size_t extra = 0; extra <= 2; extra++) {
+        exc_chat *c = NULL;
+        test_write(test_path(dir, "chat_template.jinja"), more, n + extra);
+        assert_int_equal(exc_chat_load(ctx, dir, NULL, &c) == EXC_OK, extra < 2); /* jinja drops one */
+        exc_chat_free(c);
+        exc_clear(ctx);
+    }
+    free(more);
+    json_decref(config);
+    exc_ctx_free(ctx);
+}
+
 static void unknown_templates_are_refused(void **state) {
     exc_ctx *ctx = test_ctx(1);
     const char *dir = test_tmpdir(), *prompt = test_path(dir, "p.txt");
@@ -381,7 +404,7 @@ int main(void) {
         cmocka_unit_test(formats_match_templates),
         cmocka_unit_test(a_tokenizer_is_kept),
         cmocka_unit_test(ids_without_rows_are_refused),
-        cmocka_unit_test(unknown_templates_are_refused),
+        cmocka_unit_test(known_with_a_last_newline), cmocka_unit_test(unknown_templates_are_refused),
         cmocka_unit_test(every_allocation_may_fail),
     };
     return cmocka_run_group_tests_name("conversation", tests, NULL, NULL);

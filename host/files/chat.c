@@ -23,6 +23,7 @@ static const struct {
     {"4457e3d12b367a860283f874ff58d644", "qwen3"},       /* Qwen3 */
     {"cb53a145cfc5e326bdee364f122d2352", "qwen3_thinking"}, /* Qwen3-..-Thinking-2507 */
     {"ddff5cae9738234efa64bd8e686c0f33", "qwen3_instruct"}, /* Qwen3-..-Instruct-2507, as Unsloth has it */
+    {"427b80bb3dda26b10ed0a1d8b9d7e0be", "qwen3_5"},     /* Qwen3.5, a public copy less the condition it adds to a line */
     {"4539344e06ec0b776878d9ac13b3ef51", "deepseek_v3"}, /* DeepSeek-V3 */
     {"577a7fce73f72e1ee2be9fd6966bb5eb", "chatml"},      /* plain ChatML, no default system line: the demo */
     {"d35407b48a8e1a791defcb14b61ec0db", "glm4_moe"},    /* GLM-4.6 */
@@ -69,15 +70,20 @@ static const char *names(char out[256]) {
     return out;
 }
 
+static const exc_format *by_hash(const char *text, size_t n, char hash[33]) {
+    exc_hash_hex(text, n, hash);
+    for (size_t i = 0; i < EXC_COUNT(known); i++)
+        if (!strcmp(known[i].hash, hash)) return by_name(known[i].format);
+    return NULL;
+}
+
+/* a template's last newline is not part of what it renders, and some files have one more than others */
 static exc_status by_text(exc_ctx *ctx, const char *what, const char *text, size_t n,
                           const exc_format **format) {
     char hash[33], list[256];
-    exc_hash_hex(text, n, hash);
-    for (size_t i = 0; i < EXC_COUNT(known); i++)
-        if (!strcmp(known[i].hash, hash)) {
-            *format = by_name(known[i].format);
-            return EXC_OK;
-        }
+    *format = n && text[n - 1] == '\n' ? by_hash(text, n - 1, hash) : NULL;
+    if (!*format) *format = by_hash(text, n, hash);
+    if (*format) return EXC_OK;
     return exc_fail(ctx, EXC_ERR_INPUT,
                     "%s: its chat template is not one of the known ones (hash %s); " WAYS_OUT, what, hash,
                     names(list));

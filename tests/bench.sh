@@ -56,7 +56,11 @@ result "without NVIDIA's libraries: their rows are skipped, ours are not" "$(gre
     cat "$rows" "$out/log")"
 HC_MEM_MB=65 "$build/excise_gpu" --quick --only prefill,edit >"$rows" 2>"$out/log" || echo "exit $?" >>"$out/log"
 result "a model that does not fit: skipped, with what it needs" "$(grep -qE '"row":"model",.*"skipped":"[0-9.]+ [KM]iB of device memory needed, [0-9.]+ KiB are free"' "$rows" || cat "$rows" "$out/log")"
-result "and no folder of it is left" "$(find "${TMPDIR:-/tmp}" -maxdepth 1 -name 'excise-gpu-*' -newer "$out/few.jsonl" 2>/dev/null)"
+mkdir "$out/tmp"
+TMPDIR=$out/tmp "$build/excise_gpu" --quick --only prefill >"$rows" 2>"$out/log" || echo "exit $?" >>"$out/log"
+result "a model that does: no folder of it is left" "$(grep -q '"row":"prefill_captured"' "$rows" || cat "$out/log"; ls "$out/tmp")"
+TMPDIR=/nowhere "$build/excise_gpu" --quick --only prefill >"$rows" 2>"$out/log" || echo "exit $?" >>"$out/log"
+result "no folder for its headers: skipped" "$(grep -q '"row":"model",.*"skipped":"a temporary folder: No such file' "$rows" || cat "$rows" "$out/log")"
 "$build/excise_gpu" --fast >/dev/null 2>"$out/log"; rc=$?
 result "wrong usage is exit 2" "$([ $rc = 2 ] || echo "exit $rc")"
 HC_DEVICES=0 "$build/excise_gpu" --quick >/dev/null 2>"$out/log"; rc=$?

@@ -282,9 +282,21 @@ static double flop_of(const spec *s, double tokens, double visible) {
     return tokens * (double)s->layers * (2 * weights + 4 * q * visible);
 }
 
-static bool open_run(gauge *g, const spec *s, folder *f, run *r) {
+/* the folder is gone once the model has its headers, so that nothing is left of it however this program ends */
+static exc_status open_model(gauge *g, const spec *s, run *r) {
     const exc_made made = {make_rows, NULL};
-    row none = {.name = "model"};
+    folder f = {.path = ""};
+    exc_status st = EXC_ERR_IO;
+    if (open_folder(&f, s))
+        st = exc_model_open_made(g->ctx, f.path, NULL, &made, &r->m);
+    else
+        exc_fail(g->ctx, st, "%s: %s", *f.path ? f.path : "a temporary folder", strerror(errno));
+    close_folder(&f);
+    return st == EXC_OK ? exc_device_sync(g->ctx) : st;
+}
+
+static bool open_run(gauge *g, const spec *s, run *r) {
+    row none = {.name = "model", .note = "made on the device"};
     char weights[32], need[32], have[32];
     double bytes = needed(g, s), free_bytes = (double)exc_device_free(g->ctx);
     snprintf(none.shape, sizeof none.shape, "Qwen3-30B-A3B, %lld layers", (long long)s->layers);
@@ -292,19 +304,15 @@ static bool open_run(gauge *g, const spec *s, folder *f, run *r) {
             exc_memory_text((uint64_t)weight_bytes(s), weights), exc_memory_text((uint64_t)bytes, need),
             exc_memory_text((uint64_t)free_bytes, have));
     if (bytes > free_bytes) return gauge_skip(g, &none, "%s of device memory needed, %s are free", need, have), false;
-    if (!open_folder(f, s))
-        return gauge_skip(g, &none, "%s: %s", *f->path ? f->path : "temporary folder", strerror(errno)), false;
     double begun = exc_seconds();
-    exc_status st = exc_model_open_made(g->ctx, f->path, NULL, &made, &r->m);
-    if (st == EXC_OK) st = exc_device_sync(g->ctx);
+    exc_status st = open_model(g, s, r);
     none.seconds = none.low = none.high = exc_seconds() - begun;
-    none.note = "made on the device";
     exc_room room = {.slots = SLOTS, .cache_tokens = SLOTS * capacity(g), .step_tokens = step_tokens(g)};
     if (room.cache_tokens < room.step_tokens) room.cache_tokens = room.step_tokens;
     if (st == EXC_OK && exc_model_streamed(r->m))
         return gauge_skip(g, &none, "its weights do not fit: they would be read layer by layer"), false;
     if (st == EXC_OK) st = exc_session_open(g->ctx, r->m, &room, &r->session);
-    if (st == EXC_ERR_MEMORY) return gauge_skip(g, &none, "%s", exc_ctx_error(g->ctx)), false;
+    if (st == EXC_ERR_MEMORY || st == EXC_ERR_IO) return gauge_skip(g, &none, "%s", exc_ctx_error(g->ctx)), false;
     gauge_must(g, st, "model");
     gauge_print(g, &none);
     return true;
@@ -491,16 +499,14 @@ static void decode_rows(run *r, int64_t batch) {
 
 static void model_rows(gauge *g, const spec *s) {
     static const int64_t batches[] = {1, 16, SLOTS};
-    folder f = {.path = ""};
     run r = {.g = g, .s = s};
-    if (open_run(g, s, &f, &r)) {
+    if (open_run(g, s, &r)) {
         open_arrays(g, s, &r);
         prefill_rows(&r);
         for (size_t i = 0; i < EXC_COUNT(batches); i++) decode_rows(&r, batches[i]);
         check_counts(&r);
     }
     close_run(&r);
-    close_folder(&f);
     gauge_clear(g);
 }
 

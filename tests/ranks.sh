@@ -43,6 +43,12 @@ options=(forward "$demo" --prompts "$out/neutral.txt" --raw --emit logits,hidden
 timeout 60 mpirun -n 1 "$excise" "${options[@]}" --memory 40GiB --json -o "$out/less" : -n 1 "$excise" "${options[@]}" --memory 50500KiB -o "$out/less" >"$out/log" 2>&1 &&
     grep -q '"streamed": *true' "$out/log" && cmp "$out/f1" "$out/less" >>"$out/log" 2>&1
 result "one rank streams its layers, so both do: the same bits" $? "$out/log"
+# rows go through a layer in as many chunks as need be: a pass of the weights for all prompts, and one for each of 4 tokens fed back
+for rows in 4 11 400; do
+    ranks 3 "$excise" "${options[@]}" --batch-tokens $rows --memory 50500KiB --json -o "$out/rows$rows" >"$out/log" 2>&1 &&
+        grep -q '"streamed": *true' "$out/log" && grep -q '"passes": *5[^0-9]' "$out/log" && cmp "$out/f1" "$out/rows$rows" >>"$out/log" 2>&1
+    result "3 ranks stream, chunks of $rows rows: five passes, the same bits" $? "$out/log"
+done
 
 # every family: shared experts, dense layers, states of any mixer; several shards
 printf '{"tokens":[3,5,7,11,13,2,9]}\n{"tokens":[4]}\n{"tokens":[1,8,2,6,5,12,20,21,22,23,24]}\n' >"$out/t.jsonl"

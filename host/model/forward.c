@@ -36,10 +36,13 @@ static int64_t logit_rows(const exc_session *s) { return most(s->slots, 64); }
 /* two neighbouring chunks hold more rows than one could, or they would be one */
 static int64_t most_chunks(const exc_session *s, int64_t rows) { return 2 * (rows / s->step_tokens) + 1; }
 
+/* rows that decide how many chunks the step may have: of ranks each makes as many as the one that makes most */
+static int64_t rows_to_cut(const exc_session *s, int64_t rows) { return exc_ranks_count(s->ctx) > 1 ? s->step_rows : rows; }
+
 /* lays the arrays of a step of that size out in a block, or, with NULL, only tells its bytes */
 static size_t lay_inputs(const exc_session *s, exc_inputs *in, void *block, int64_t rows, int64_t sequences) {
     exc_carve c = {.base = block};
-    size_t R = (size_t)rows, S = (size_t)sequences, C = (size_t)most_chunks(s, rows);
+    size_t R = (size_t)rows, S = (size_t)sequences, C = (size_t)most_chunks(s, rows_to_cut(s, rows));
     in->cache_row = exc_carve_take(&c, R, sizeof *in->cache_row);
     in->begin = exc_carve_take(&c, S + 2 * C, sizeof *in->begin);
     in->base = exc_carve_take(&c, S + C, sizeof *in->base);
@@ -132,7 +135,7 @@ static exc_session with_room(exc_model *m, const exc_room *room) {
     int64_t chunk = room->chunk_tokens ? room->chunk_tokens : room->step_tokens;
     exc_session s = {.ctx = m->ctx, .m = m, .slots = room->slots, .cache_tokens = room->cache_tokens, .step_rows = room->step_tokens,
                      .once = room->once};
-    s.step_tokens = exc_ranks_count(m->ctx) > 1 ? s.step_rows : chunk; /* ranks meet in every chunk: one each */
+    s.step_tokens = chunk;
     choose_ring(&s);
     return s;
 }
@@ -261,6 +264,19 @@ static exc_chunk *next_chunk(exc_whole *w, exc_chunk *last) {
     return c;
 }
 
+/* the rule that place() cuts by */
+static bool opens_chunk(const exc_session *s, int64_t rows, int64_t left) { return rows && left > s->step_tokens - rows; }
+
+int64_t exc_chunks_more(const exc_session *s, int64_t left, int64_t *rows) {
+    int64_t chunks = 0;
+    for (int64_t take; left > 0; left -= take) {
+        if (opens_chunk(s, *rows, left)) chunks++, *rows = 0;
+        take = least(left, s->step_tokens);
+        *rows += take;
+    }
+    return chunks;
+}
+
 /* where each row stands: position in its sequence, row of the cache, and the chunk it goes with */
 static exc_status place(exc_session *s, const exc_step *t) {
     const int64_t *begin = t->begin;
@@ -279,12 +295,13 @@ static exc_status place(exc_session *s, const exc_step *t) {
             return exc_fail(s->ctx, EXC_ERR_USAGE, "session: sequence %lld does not fit its slot",
                             (long long)i);
         for (int64_t take; left > 0; left -= take) {
-            if (c->rows && left > s->step_tokens - c->rows) c = next_chunk(w, c);
+            if (opens_chunk(s, c->rows, left)) c = next_chunk(w, c);
             take = least(left, s->step_tokens);
             add_rows(s, c, slot, take);
         }
         w->here.last[i] = (int32_t)(begin[i + 1] - 1);
     }
+    while (s->spread && w->chunks < exc_spread_chunks(s)) c = next_chunk(w, c); /* for the others' rows */
     if (w->rows) memcpy(w->here.tokens, t->tokens, (size_t)w->rows * sizeof *t->tokens);
     if (!t->observe) w->here.observe = w->there.observe = NULL;
     else if (w->rows) memcpy(w->here.observe, t->observe, (size_t)w->rows * sizeof *t->observe);

@@ -16,10 +16,8 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 bool exc_model_streamed(const exc_model *m) { return m->loaded->places < m->loaded->layers; }
 
-/* steps of many chunks; ranks meet in every chunk and have one */
-static bool wide(const exc_model *m, const exc_wish *w) {
-    return (w->whole || exc_model_streamed(m)) && exc_ranks_count(m->ctx) == 1;
-}
+/* steps of many chunks */
+static bool wide(const exc_model *m, const exc_wish *w) { return w->whole || exc_model_streamed(m); }
 
 static exc_room room_of(const exc_model *m, const exc_wish *w, int64_t slots, int64_t chunk) {
     int64_t rows = wide(m, w) ? least(w->tokens, slots * w->longest) : least(chunk, w->tokens);
@@ -134,8 +132,14 @@ static exc_status choose_alone(exc_ctx *ctx, exc_model *m, const exc_wish *w, ex
 /* Ranks meet in every step and, of streamed models, in every layer: all take what the one with least memory can. Each number of a
  * room may be less without the others. */
 exc_status exc_room_choose(exc_ctx *ctx, exc_model *m, const exc_wish *w, exc_room *out) {
-    EXC_TRY(exc_ranks_agree(ctx, "room for states", choose_alone(ctx, m, w, out)));
-    EXC_TRY(exc_windows_agree(ctx));
+    for (int64_t same = 0; !same;) { /* a model that is streamed for another rank's sake wants another room */
+        bool streamed = exc_model_streamed(m);
+        EXC_TRY(exc_ranks_agree(ctx, "room for states", choose_alone(ctx, m, w, out)));
+        streamed |= exc_model_streamed(m);
+        EXC_TRY(exc_windows_agree(ctx));
+        same = streamed == exc_model_streamed(m);
+        EXC_TRY(exc_ranks_least(ctx, "room for states", &same, 1));
+    }
     int64_t v[] = {out->slots, out->cache_tokens, out->step_tokens, out->chunk_tokens};
     EXC_TRY(exc_ranks_least(ctx, "room for states", v, EXC_COUNT(v)));
     out->slots = v[0], out->cache_tokens = v[1], out->step_tokens = v[2], out->chunk_tokens = v[3];

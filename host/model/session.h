@@ -185,6 +185,8 @@ exc_status exc_feed_experts(exc_session *s, const exc_layer *y, const void *x, c
 
 /* ---- several ranks (spread.c) */
 exc_status exc_session_part(exc_session *s, const exc_step *t); /* a step over the sequences of this rank */
+int64_t exc_chunks_more(const exc_session *s, int64_t left, int64_t *rows); /* that a sequence begins, after `rows` in the last one */
+int64_t exc_spread_chunks(const exc_session *s); /* of the step at hand: all ranks make as many */
 exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits); /* of this rank's rows */
 void exc_spread_room(exc_carve *c, exc_session *s);
 bool exc_spread_owns(const exc_session *s, int64_t slot);

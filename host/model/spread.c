@@ -14,7 +14,8 @@
 
 struct exc_spread {
     int64_t step_rows;              /* of the whole step */
-    int32_t *owner_row;             /* [T] rows of the step in the order of ranks */
+    int64_t chunks;                 /* of the rank that has most: so often all meet in a layer */
+    int32_t *owner_row;             /* [rows of a step] rows of the step in the order of ranks */
     int64_t *rows;                  /* [ranks] how many each has */
     int64_t *sequences;             /* [ranks] */
     int32_t *order;                 /* [slots] sequences of the step in the order of ranks */
@@ -27,7 +28,7 @@ struct exc_spread {
     int64_t *counts;                /* [2,E] rows by expert, mine to all and all to mine */
     int64_t *out, *in;              /* [ranks] rows that go and come */
     size_t *send_bytes, *recv_bytes;/* [ranks] */
-    /* dispatch, where ops run; up to R = T * min(K, experts of the rank) rows come in */
+    /* dispatch of a chunk, where ops run; up to R = its rows on all ranks * min(K, experts of the rank) rows come in */
     void *send_x, *recv_x;          /* [T*K,H], [R,H] act */
     int32_t *send_mark, *recv_mark; /* [T*K], [R] prompt number or -1 */
     int32_t *ids, *row_of, *pair_of;/* [R] expert of a row that came in, its place in the grouping, and back */
@@ -38,7 +39,7 @@ struct exc_spread {
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static void carve_numbers(exc_carve *c, const exc_session *s, struct exc_spread *d, size_t R) {
-    size_t T = (size_t)s->step_tokens, S = (size_t)s->slots, E = (size_t)s->m->atlas->shape.experts, n = (size_t)exc_ranks_count(s->ctx);
+    size_t T = (size_t)s->step_rows, S = (size_t)s->slots, E = (size_t)s->m->atlas->shape.experts, n = (size_t)exc_ranks_count(s->ctx);
     d->owner_row = exc_carve_keep(c, T, sizeof *d->owner_row);
     d->rows = exc_carve_keep(c, n, sizeof *d->rows);
     d->sequences = exc_carve_keep(c, n, sizeof *d->sequences);
@@ -59,8 +60,9 @@ static void carve_numbers(exc_carve *c, const exc_session *s, struct exc_spread 
 void exc_spread_room(exc_carve *c, exc_session *s) {
     if (exc_ranks_count(s->ctx) == 1) return;
     const exc_shape *p = &s->m->atlas->shape;
+    int64_t come = least(s->step_rows, exc_ranks_count(s->ctx) * s->step_tokens); /* rows in a chunk of all ranks */
     size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, H = (size_t)p->hidden, act = exc_act_bytes(s->m),
-           own = (size_t)(s->m->expert_end - s->m->expert_first), R = T * (size_t)least(p->top_k, (int64_t)own);
+           own = (size_t)(s->m->expert_end - s->m->expert_first), R = (size_t)come * (size_t)least(p->top_k, (int64_t)own);
     struct exc_spread *d = exc_carve_keep(c, 1, sizeof *d), none;
     s->spread = d;
     if (!d) d = &none; /* measuring */
@@ -84,13 +86,26 @@ bool exc_spread_owns(const exc_session *s, int64_t slot) {
 
 /* ------------------------------------------------------------------------------------------------- parts of a step */
 
+/* how many chunks a rank makes of its sequences; every rank knows that of every other one */
+static int64_t chunks_of(const exc_session *s, const exc_step *t, int rank) {
+    int64_t chunks = 1, rows = 0;
+    for (int64_t i = 0; i < t->sequences; i++)
+        if (t->slot[i] % exc_ranks_count(s->ctx) == rank) chunks += exc_chunks_more(s, t->begin[i + 1] - t->begin[i], &rows);
+    return chunks;
+}
+
+int64_t exc_spread_chunks(const exc_session *s) { return s->spread->chunks; }
+
 /* deals the sequences of a step out and fills the local step */
 static const exc_step *deal(exc_session *s, const exc_step *t) {
     struct exc_spread *d = s->spread;
     int ranks = exc_ranks_count(s->ctx), me = exc_ranks_me(s->ctx);
     int64_t at = 0, seen = 0, rows = 0, n = 0;
     d->step_rows = t->sequences ? t->begin[t->sequences] : 0;
+    d->chunks = 1;
     for (int r = 0; r < ranks; r++) {
+        int64_t chunks = chunks_of(s, t, r);
+        if (chunks > d->chunks) d->chunks = chunks;
         d->rows[r] = d->sequences[r] = 0;
         for (int64_t i = 0; i < t->sequences; i++) {
             if (t->slot[i] % ranks != r) continue;
@@ -190,10 +205,10 @@ static uint64_t fingerprint(const exc_step *t) {
 /* the whole step has to fit, before it is dealt out: buffers are for that many rows and sequences */
 static exc_status fits(const exc_session *s, const exc_step *t) {
     int64_t rows = t->sequences ? t->begin[t->sequences] : 0;
-    bool good = rows <= s->step_tokens && t->sequences <= s->slots;
+    bool good = rows <= s->step_rows && t->sequences <= s->slots;
     for (int64_t i = 0; good && i < t->sequences; i++) good = t->slot[i] >= 0 && t->slot[i] < s->used_slots;
     return good ? EXC_OK : exc_fail(s->ctx, EXC_ERR_USAGE, "session: expected at most %lld rows in a step, of slots below %lld, found %lld rows",
-                                    (long long)s->step_tokens, (long long)s->used_slots, (long long)rows);
+                                    (long long)s->step_rows, (long long)s->used_slots, (long long)rows);
 }
 
 exc_status exc_spread_step(exc_session *s, const exc_step *t) {

@@ -87,7 +87,7 @@ static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_ro
     }
     room[0] = room[1] = (exc_room){.slots = t->slots, .cache_tokens = most(t->step_tokens, longest), .step_tokens = t->step_tokens};
     bool fit = false;
-    if (!wide || exc_ranks_count(t->ctx) > 1) EXC_TRY(both_fit(t, room, &w, &fit));
+    if (!wide) EXC_TRY(both_fit(t, room, &w, &fit));
     if (fit) return EXC_OK;
     w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);
     for (int m = 0; m < 2; m++) {

@@ -294,6 +294,30 @@ static void two_residents(void **state) {
     tiny_free(&t);
 }
 
+/* arrays of the host do not count against a device's memory: steps are as large as what lies there lets them be */
+static void on_a_device(void **state) {
+    (void)state;
+    static const int64_t length[] = {200};
+    tiny t = tiny_odd(TINY_QWEN);
+    char *dir = test_tmpdir(), *out = test_tmpdir();
+    t.layers = 12;
+    tiny_write(&t, dir);
+    exc_ctx *ctx = test_ctx_on("cuda", 1);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    exc_prompts p = make_prompts(1, length, t.vocab, 5);
+    exc_forward_options o = EXC_FORWARD_OPTIONS;
+    exc_room room = {.slots = 1, .cache_tokens = length[0], .step_tokens = length[0]};
+    uint64_t hidden = (uint64_t)(length[0] * (t.layers + 1) * t.hidden) * 4; /* a tap there, and the array that it is fetched into */
+    o.emit_hidden = 1;
+    ctx->memory = ctx->taken + exc_session_measure(m, &room) + hidden + hidden / 2;
+    if (exc_forward(ctx, m, &p, &o, test_path(out, "f"), NULL)) fail_msg("%s", exc_ctx_error(ctx));
+    assert_true(!exc_model_streamed(m) && exc_session_fits(m->spare, &room));
+    free_prompts(&p);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+    tiny_free(&t);
+}
+
 /* --------------------------------------------------------------------------------------------------- the first pass */
 
 /* what every writer of the layers that have experts puts out, the last layer first, experts in an order of their own */
@@ -623,7 +647,7 @@ static void little(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(peak), cmocka_unit_test(little), cmocka_unit_test(passes), cmocka_unit_test(broken_off),
                                        cmocka_unit_test(chunks), cmocka_unit_test(budgets),
-                                       cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(two_residents), cmocka_unit_test(bad_layers),
+                                       cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(two_residents), cmocka_unit_test(on_a_device), cmocka_unit_test(bad_layers),
                                        cmocka_unit_test(allocations_fail), cmocka_unit_test(cancelled)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

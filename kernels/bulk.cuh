@@ -82,6 +82,12 @@ __device__ inline void remote_store(float *p, int rank, float x, Gate *g) {
               "f"(x), "r"(shared_of(g, rank))
               : "memory");
 }
+/* four numbers, at a multiple of 16 bytes */
+__device__ inline void remote_store(float *p, int rank, const float4 &x, Gate *g) {
+    EXC_ASYNC("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(shared_of(p, rank)),
+              "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(shared_of(g, rank))
+              : "memory");
+}
 #else
 #include "cuda_on_host/bulk.h"
 #endif

@@ -12,13 +12,13 @@
 constexpr int SCALE_BLOCK = 128, SCALE_GROUP = 32; /* EXC_BLOCK, EXC_GROUP */
 constexpr uint32_t NAN_E4M3 = 0x7f;
 
-__device__ inline float from_e4m3(uint32_t code) {
+__host__ __device__ inline float from_e4m3(uint32_t code) {
     return f32_of((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
 }
-__device__ inline float from_e2m1(uint32_t code) {
+__host__ __device__ inline float from_e2m1(uint32_t code) {
     return f32_of((code & 8) << 28 | (code & 7) << 22) * 0x1p126f;
 }
-__device__ inline float from_e8m0(uint32_t code) {
+__host__ __device__ inline float from_e8m0(uint32_t code) {
     const uint32_t u = code << 23;
     return f32_of(code == 255 ? 0x7fc00000u : u > 0x00400000u ? u : 0x00400000u);
 }
@@ -79,6 +79,13 @@ __device__ inline float grid_draw(const Grid &g, float a, uint32_t random) {
 __device__ inline uint32_t grid_code(const Grid &g, float a) {
     const uint32_t small = (uint32_t)(int32_t)((a < g.least ? a : 0.0f) * (1.0f / g.unit));
     return a < g.least ? small : (bits_of(a) >> g.drop) - g.bias;
+}
+
+/* the code of the number nearest to x; NaN is 0x7f */
+__device__ inline uint32_t nearest_e4m3(float x) {
+    constexpr Grid g = grid_of<EXC_F8_E4M3>();
+    const float r = grid_near(g, fabsf(x));
+    return r != r ? NAN_E4M3 : grid_code(g, r) | bits_of(x) >> 31 << 7;
 }
 
 __device__ inline uint32_t philox(uint32_t key, uint32_t row, uint32_t col) {

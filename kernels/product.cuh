@@ -33,18 +33,6 @@ __host__ __device__ constexpr int64_t code_bytes(int64_t elements, int dtype) {
                                   : elements / 2;
 }
 
-/* as codes.h has them */
-__host__ __device__ inline float from_e4m3(uint32_t code) {
-    return f32_of((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
-}
-__host__ __device__ inline float from_e2m1(uint32_t code) {
-    return f32_of((code & 8) << 28 | (code & 7) << 22) * 0x1p126f;
-}
-__host__ __device__ inline float from_e8m0(uint32_t code) {
-    uint32_t u = code << 23;
-    return f32_of(code == 255 ? 0x7fc00000u : u > 0x00400000u ? u : 0x00400000u);
-}
-
 /* a packed matrix as a tile sees it */
 struct Plane {
     const unsigned char *data;

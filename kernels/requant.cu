@@ -1,10 +1,11 @@
 /* requant.cu - project and scale for quantised weights, and with stochastic or exact rounding: what is
- * launched, and with what scratch. requant.cuh has the kernels.
+ * launched, and with what scratch. requant.cuh has the kernels, octets.cuh
+ * those of the common edit of e4m3 on Hopper: matrices that begin at multiples of 16 bytes are theirs.
  *
  * A block takes bands one after the other, so that its scratch (new scales, and what its lines keep where
  * shared memory is too small) is that of one band. Lengths of rows across bands (norm row) need c first, then
  * a gain for every row. */
-#include "requant.cuh"
+#include "octets.cuh"
 
 using namespace edit;
 
@@ -68,6 +69,69 @@ int64_t kept_bytes(const struct exc_project_args *a, int64_t along) {
     return ceil_div(n * (int64_t)sizeof(float), 256) * 256;
 }
 
+/* ---- the common edit of e4m3 on Hopper */
+
+bool is_common(const Requant &q, int major) {
+    const exc_project_args &a = q.a;
+    return major >= 9 && !q.factor && a.dtype == EXC_F8_E4M3 && a.side == EXC_SIDE_OUT && a.rounding == EXC_ROUND_RN &&
+           a.norm == EXC_NORM_NONE && a.rows > 0 && a.rows % PIECE == 0 && a.cols % 16 == 0;
+}
+
+/* directions that a kernel holds in registers, 0: the one for all ranks and sums */
+int held(const Requant &q) { return !q.summed && q.a.rank <= PAIR ? (int)q.a.rank : 0; }
+
+/* Few blocks with as many rows as their warps take; two on a processor where a ring has room for a strip and two steps
+ * beside, else one. each 0: there are too many rows. */
+Deal deal(const Requant &q, size_t shared) {
+    const int64_t shares = ceil_div(q.along, SHARE);
+    Deal d = {1, 0, 0, 0, 0};
+    while (d.size < 2 * CLUSTER && ceil_div(shares, d.size) > SHARES) d.size *= 2;
+    if (ceil_div(shares, d.size) > SHARES) return d;
+    d.each = (int)ceil_div(shares, d.size);
+    Desk none;
+    const size_t fixed = carve(nullptr, d, (int)q.a.rank, held(q), &none), slot = (size_t)d.each * SLOT * 16;
+    const size_t rooms[] = {(shared + 1024) / 2 - 1024, shared}; /* a block's own kilobyte */
+    for (size_t room : rooms) {
+        const size_t slots = room > fixed ? (room - fixed) / slot : 0;
+        d.slots = (int)(slots < MOST_SLOTS ? slots : MOST_SLOTS);
+        if (d.slots >= STEPS + 2) break;
+    }
+    if (d.slots <= STEPS) d.each = 0;
+    d.bytes = carve(nullptr, d, (int)q.a.rank, held(q), &none);
+    return d;
+}
+
+template <int K> cudaError_t start(const Launch &l, const Deal &d) {
+    const cudaError_t e = cudaSetDevice(l.queue->device);
+    return e != cudaSuccess ? e
+                            : LAUNCH_CLUSTERS(l.q.count * l.q.bands, d.size, octets<K>, THREADS, d.bytes,
+                                              (cudaStream_t)l.queue->stream, l.q, d);
+}
+
+/* false: no cluster of this size fits on the device, or what is left of it */
+bool by_octets(const Launch &l, Deal d, exc_status *st) {
+    if (!l.q.count || !l.q.bands) return true;
+    d.parts = (int)l.q.parts;
+    const int k = held(l.q);
+    const cudaError_t e = k == 0 ? start<0>(l, d) : k == 1 ? start<1>(l, d) : start<2>(l, d);
+    if (e == cudaErrorInvalidConfiguration) {
+        cudaGetLastError();
+        return false;
+    }
+    *st = exc_enqueued(l.queue, "octets", e);
+    return true;
+}
+
+/* what the device has */
+struct Device {
+    int processors, shared, major;
+};
+cudaError_t look_at(int device, Device *d) {
+    cudaError_t e = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&d->shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return e != cudaSuccess ? e : cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, device);
+}
+
 } // namespace
 
 exc_status exc_requantise(exc_queue *queue, const struct exc_project_args *a, const double *factor) {
@@ -75,32 +139,30 @@ exc_status exc_requantise(exc_queue *queue, const struct exc_project_args *a, co
     const bool out = a->side == EXC_SIDE_OUT, by_rows = out && a->norm == EXC_NORM_ROW,
                exact = a->rounding == EXC_ROUND_EXACT;
     if (by_rows && !a->c) return EXC_ERR_USAGE;
-    Launch l = {queue,
-                {*a, factor, 0, 0, out ? a->rows : a->cols, out ? a->cols : a->rows, 0, nullptr, nullptr,
-                 nullptr, 0, 0, 0},
-                0,
-                0};
+    Device device = {};
+    EXC_PASS(exc_enqueued(queue, "requant", look_at(queue->device, &device)));
+    Launch l = {queue, {}, 0, 0};
     Requant &q = l.q;
-    int processors = 0, most = 0;
-    EXC_PASS(
-        exc_enqueued(queue, "requant",
-                     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, queue->device)));
-    EXC_PASS(
-        exc_enqueued(queue, "requant",
-                     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue->device)));
+    q.a = *a, q.factor = factor;
+    q.along = out ? a->rows : a->cols, q.whole = out ? a->cols : a->rows;
     q.bands = ceil_div(q.whole, BAND);
+    q.looked_at = a->before || a->after || a->size || a->nonfinite || a->c;
+    q.summed = a->before || a->after || a->size || a->nonfinite || a->moved || a->error || a->changed;
     const size_t lines = Keep::bytes(a->rank, exact);
-    q.shared_lines = lines + 1024 <= (size_t)most;
+    q.shared_lines = lines + 1024 <= (size_t)device.shared;
     l.shared = q.shared_lines ? lines : 0;
     q.kept_bytes = kept_bytes(a, q.along);
     q.scratch_bytes = q.kept_bytes + (q.shared_lines ? 0 : (int64_t)lines);
+    const Deal d = is_common(q, device.major) ? deal(q, (size_t)device.shared) : Deal();
+    q.parts = d.each ? q.bands * d.size : q.bands;
     const int64_t each =
-        q.bands * (int64_t)sizeof(Requantised) + (by_rows ? q.along * (int64_t)sizeof(float) : 0);
+        q.parts * (int64_t)sizeof(Requantised) + (by_rows ? q.along * (int64_t)sizeof(float) : 0);
     int64_t round = each ? (int64_t)ROUND_BYTES / each : a->count;
     round = round < 1 ? 1 : round < a->count ? round : a->count;
-    const int64_t blocks = round * q.bands < processors * BLOCKS ? round * q.bands : processors * BLOCKS;
+    const int64_t most = (int64_t)device.processors * BLOCKS,
+                  blocks = round * q.bands < most ? round * q.bands : most;
     Carve work(queue);
-    q.sums = work.take<Requantised>(round * q.bands);
+    q.sums = work.take<Requantised>(round * q.parts);
     float *gains = work.take<float>(by_rows ? round * q.along : 0);
     q.scratch = work.take<char>(blocks * q.scratch_bytes);
     if (!work.ready()) return work.status;
@@ -108,6 +170,11 @@ exc_status exc_requantise(exc_queue *queue, const struct exc_project_args *a, co
         q.count = a->count - q.first < round ? a->count - q.first : round;
         l.blocks = (unsigned)(q.count * q.bands < blocks ? q.count * q.bands : blocks);
         q.row_gain = nullptr;
+        if (d.each) { /* parts that nobody has are zero */
+            exc_status st = exc_enqueue_fill(queue, q.sums, 0, (size_t)(q.count * q.parts) * sizeof(Requantised));
+            if (st == EXC_OK) q.narrow = by_octets(l, d, &st);
+            EXC_PASS(st);
+        }
         EXC_PASS(by_dtype(l, by_rows ? gains : nullptr));
         ENQUEUE(queue, requantised, grid_for(q.count, 64), 64, 0, q);
     }

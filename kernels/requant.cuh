@@ -29,7 +29,10 @@ struct Requant {
     int64_t first, count; /* matrices of the round */
     int64_t along, whole, bands;
     const float *row_gain; /* [matrices of the round, along] or NULL */
-    Requantised *sums;     /* [matrices of the round, bands] */
+    Requantised *sums;     /* [matrices of the round, parts] */
+    int64_t parts;         /* at least a band, more where a band is shared by blocks */
+    int summed, looked_at; /* any of these is wanted; c or those that matrices of strength 0 have too */
+    int narrow; /* only matrices that do not begin at multiples of 16 bytes: octets.cuh has the others */
     char *scratch; /* a part a block: new scales, then what lines keep unless it is in shared memory */
     int64_t scratch_bytes, kept_bytes;
     int shared_lines; /* what lines keep is in shared memory */
@@ -57,6 +60,40 @@ struct Square {
     double sum = 0;
     float part = 0;
 };
+
+/* ---- scale policy, as in requant.c */
+__device__ inline bool powers_only(const exc_project_args &a) {
+    return a.scale_power || a.scale_dtype == EXC_F8_E8M0;
+}
+__device__ inline float scaled(const exc_project_args &a, float base, float old) {
+    const float s = old * base;
+    if (base == 1.0f) return old;
+    if (powers_only(a)) return s > 0x1p-127f ? s : 0x1p-127f;
+    return a.scale_dtype == EXC_BF16 ? widen(narrow<bf16>(s)) : s;
+}
+/* of numbers of which the largest is given, where the scale was `was`, and `base` times that would be kept */
+template <int DTYPE>
+__device__ inline float next_scale(const exc_project_args &a, float base, float was, float largest) {
+    const float old = scaled(a, base, was);
+    if (!(largest < INFINITY) || old != old) return was;
+    if (DTYPE == EXC_F4) {
+        if (largest < 8.0f * old || largest < 0x1p-124f) return old;
+        return f32_of((bits_of(largest) & 0x7f800000u) - (2u << 23));
+    }
+    if (largest <= 448.0f * fabsf(old)) return old;
+    float s = largest / 448.0f;
+    if (s < 0x1p-126f) s = 0x1p-126f;
+    if (powers_only(a)) {
+        const uint32_t u = (bits_of(s) + 0x7fffffu) & 0x7f800000u;
+        return f32_of(u < 0x00800000u ? 0x00800000u : u);
+    }
+    return a.scale_dtype == EXC_BF16 ? f32_of((bits_of(s) + 0xffffu) & 0xffff0000u) : s;
+}
+/* scale i, which was `old`, to memory; where that is the same, or NaN, it stays, bit for bit. mend: NaN is none to keep */
+__device__ inline void put_scale(const void *scale, void *scale_to, int dtype, int64_t i, float old, float s, bool mend) {
+    const bool kept = bits_of(old) == bits_of(s) || (old != old && !mend);
+    if (!kept || scale != scale_to) scale_put(scale_to, dtype, i, kept ? old : s);
+}
 
 template <int DTYPE, bool OUT> struct Line {
     static constexpr bool CODED = DTYPE == EXC_F8_E4M3 || DTYPE == EXC_F4;
@@ -164,29 +201,8 @@ template <int DTYPE, bool OUT> struct Line {
         if (piece_ends(h0)) to->sum += (double)s;
     }
 
-    /* ---- scale policy, as in requant.c */
-    __device__ bool powers_only() const { return a.scale_power || a.scale_dtype == EXC_F8_E8M0; }
-    __device__ float scaled(float old) const {
-        const float s = old * base;
-        if (base == 1.0f) return old;
-        if (powers_only()) return s > 0x1p-127f ? s : 0x1p-127f;
-        return a.scale_dtype == EXC_BF16 ? widen(narrow<bf16>(s)) : s;
-    }
     __device__ float next_scale(float was, float largest) const {
-        const float old = scaled(was);
-        if (!(largest < INFINITY) || old != old) return was;
-        if (DTYPE == EXC_F4) {
-            if (largest < 8.0f * old || largest < 0x1p-124f) return old;
-            return f32_of((bits_of(largest) & 0x7f800000u) - (2u << 23));
-        }
-        if (largest <= 448.0f * fabsf(old)) return old;
-        float s = largest / 448.0f;
-        if (s < 0x1p-126f) s = 0x1p-126f;
-        if (powers_only()) {
-            const uint32_t u = (bits_of(s) + 0x7fffffu) & 0x7f800000u;
-            return f32_of(u < 0x00800000u ? 0x00800000u : u);
-        }
-        return a.scale_dtype == EXC_BF16 ? f32_of((bits_of(s) + 0xffffu) & 0xffff0000u) : s;
+        return edit::next_scale<DTYPE>(a, base, was, largest);
     }
     /* the ideal result of a piece decides its scales; e4m3 waits for the end of the block. All threads call.
      */
@@ -259,7 +275,7 @@ template <int DTYPE, bool OUT> struct Line {
         for (int h = 0; h < STEP; h++) {
             if (h >= rows) continue;
             if (in) {
-                if (turns(h)) rescaled = new_scale(h0 + h) != old_scale(h0 + h);
+                if (turns(h)) rescaled = bits_of(new_scale(h0 + h)) != bits_of(old_scale(h0 + h));
                 changed += rescaled || code[h] != read(h0 + h);
             }
             const int64_t i = row(h0 + h) * a.cols + col(h0 + h);
@@ -293,13 +309,7 @@ template <int DTYPE, bool OUT> struct Line {
         return r / SCALE_BLOCK * ceil_div(a.cols, SCALE_BLOCK) + c / SCALE_BLOCK;
     }
     __device__ void put_scale(int64_t i, float s, bool mend) const {
-        const float old = scale_at(scale, a.scale_dtype, i);
-        if (bits_of(old) != bits_of(s) && (old == old || mend))
-            scale_put(scale_to, a.scale_dtype, i, s);
-        else if (scale != scale_to) {
-            const int unit = a.scale_dtype == EXC_F32 ? 4 : a.scale_dtype == EXC_BF16 ? 2 : 1;
-            for (int b = 0; b < unit; b++) scale_to[i * unit + b] = scale[i * unit + b];
-        }
+        edit::put_scale(scale, scale_to, a.scale_dtype, i, scale_at(scale, a.scale_dtype, i), s, mend);
     }
 
     /* ---- sweeps */
@@ -412,6 +422,10 @@ __device__ inline void first_sweep(const Line<DTYPE, OUT> &b, Square *length, Re
     }
 }
 
+template <int DTYPE, bool OUT> __device__ inline bool moves(const Line<DTYPE, OUT> &b) {
+    return b.src != b.dst || b.scale != b.scale_to;
+}
+
 /* strength 0: bytes as they are */
 template <int DTYPE, bool OUT> __device__ inline void copy_line(const Line<DTYPE, OUT> &b) {
     for (int64_t h = 0; b.in && b.src != b.dst && h < b.q.along; h++) {
@@ -506,14 +520,19 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND, DTYPE == 
         b.scale_to = b.CODED ? static_cast<uint8_t *>(a.scale_to[b.matrix]) : nullptr;
         b.key = philox_key(a.seed, a.stream ? a.stream[b.matrix] : (uint64_t)b.matrix);
         const float f = q.factor ? (float)fabs(q.factor[b.matrix]) : 1.0f;
-        b.base = b.powers_only() && f > 0 ? f32_of(bits_of(f) & 0x7f800000u) : f;
+        b.base = powers_only(a) && f > 0 ? f32_of(bits_of(f) & 0x7f800000u) : f;
+        if (q.narrow && wide(b.src, b.dst, a.cols)) continue;
         b.gain = 1, b.kept = reinterpret_cast<float *>(scratch), b.most = most;
         const bool idle = q.factor ? q.factor[b.matrix] == 1 : a.strength[b.matrix] == 0.0f;
         b.row_gain =
             q.row_gain && !idle && !dots_alone ? q.row_gain + (b.matrix - q.first) * q.along : nullptr;
+        Requantised own = {};
+        if (idle && !moves(b) && !q.looked_at) { /* costs no bytes */
+            if (threadIdx.x == 0) q.sums[task / q.bands * q.parts + task % q.bands] = own;
+            continue;
+        }
         if (threadIdx.x < 2) most[threadIdx.x] = 0;
         __syncthreads();
-        Requantised own = {};
         Square length;
         first_sweep(b, &length, &own);
         if (dots_alone) continue;
@@ -528,7 +547,7 @@ template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND, DTYPE == 
         for (double *x : part) *x = block_sum(*x, room);
         own.changed = (long long)block_sum((double)own.changed, room),
         own.nonfinite = (long long)block_sum((double)own.nonfinite, room);
-        if (threadIdx.x == 0) q.sums[task] = own;
+        if (threadIdx.x == 0) q.sums[task / q.bands * q.parts + task % q.bands] = own;
         __syncthreads();
     }
 }
@@ -571,8 +590,8 @@ __global__ static void requantised(Requant q) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, m = q.first + i;
     if (i >= q.count) return;
     Requantised all = {};
-    for (int64_t s = 0; s < q.bands; s++) {
-        const Requantised &t = q.sums[i * q.bands + s];
+    for (int64_t s = 0; s < q.parts; s++) {
+        const Requantised &t = q.sums[i * q.parts + s];
         all.before += t.before, all.after += t.after, all.moved += t.moved, all.error += t.error,
             all.size += t.size;
         all.changed += t.changed, all.nonfinite += t.nonfinite;

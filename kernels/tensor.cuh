@@ -10,7 +10,7 @@
 #ifndef EXC_TENSOR_CUH
 #define EXC_TENSOR_CUH
 
-#include "cuda.cuh"
+#include "grid.cuh"
 
 #ifdef __CUDACC__
 __device__ inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
@@ -63,6 +63,62 @@ __device__ inline float widen_f16(uint16_t bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
     return x;
 }
+/* ---- e4m3. Four codes as two pairs of f16, exact, NaN too */
+__device__ inline void halves_of_e4m3(unsigned four, unsigned &low, unsigned &high) {
+#if __CUDA_ARCH__ >= 890
+    asm("{\n\t.reg .b16 l, h;\n\t"
+        "mov.b32 {l, h}, %2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %0, l;\n\t"
+        "cvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
+        : "=r"(low), "=r"(high)
+        : "r"(four));
+#else
+    unsigned pair[2] = {__byte_perm(four, 0, 0x1404), __byte_perm(four, 0, 0x3424)};
+#pragma unroll
+    for (int i = 0; i < 2; i++) { /* sign, then exponent and fraction a place lower: 2^-8 of the number; 480 is NaN */
+        const unsigned small = (pair[i] & 0x80008000u) | (pair[i] & 0x7f007f00u) >> 1;
+        unsigned none;
+        asm("mul.f16x2 %0, %1, %2;" : "=r"(pair[i]) : "r"(small), "r"(0x5c005c00u));
+        asm("{\n\t.reg .b32 a;\n\t"
+            "and.b32 a, %1, 0x7fff7fff;\n\t"
+            "set.gt.u32.f16x2 %0, a, %2;\n\t}"
+            : "=r"(none)
+            : "r"(pair[i]), "r"(0x5f005f00u));
+        pair[i] |= none;
+    }
+    low = pair[0], high = pair[1];
+#endif
+}
+__device__ inline void widen_halves(unsigned two, float &low, float &high) {
+    asm("{\n\t.reg .b16 l, h;\n\t"
+        "mov.b32 {l, h}, %2;\n\t"
+        "cvt.f32.f16 %0, l;\n\t"
+        "cvt.f32.f16 %1, h;\n\t}"
+        : "=f"(low), "=f"(high)
+        : "r"(two));
+}
+/* by pairs the larger of `most` and |two|; NaN does not count */
+__device__ inline unsigned larger_halves(unsigned most, unsigned two) {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(most), "r"(two & 0x7fff7fffu));
+    return most;
+}
+/* to nearest even, beyond the range the largest, NaN 0x7f */
+__device__ inline unsigned e4m3_of(float a, float b, float c, float d) {
+    unsigned four = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("{\n\t.reg .b16 l, h;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n\t"
+        "mov.b32 %0, {l, h};\n\t}"
+        : "=r"(four)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+#else
+    const float v[4] = {a, b, c, d};
+#pragma unroll
+    for (int i = 0; i < 4; i++) four |= nearest_e4m3(v[i]) << 8 * i;
+#endif
+    return four;
+}
 /* 16 bytes of data that will be read again soon: the second-level cache keeps its lines; of data read for the last time: it
  * drops them. Volatile, so that no two are taken for one; the order of these calls is that of the program. */
 #define EXC_LOAD16(name, policy)                                                                                       \
@@ -77,9 +133,12 @@ __device__ inline float widen_f16(uint16_t bits) {
     }
 EXC_LOAD16(load_keep, "evict_last")
 EXC_LOAD16(load_drop, "evict_first")
-/* 16 bytes that will not be read soon */
+/* 16, or 8, bytes that will not be read soon */
 __device__ inline void store_drop(void *p, const uint4 &v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ inline void store_drop(void *p, const uint2 &v) {
+    asm volatile("st.global.cs.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
 constexpr int CLUSTER = 8; /* blocks; what every Hopper can hold. Twice as many where the device says so */
 /* Blocks of a cluster (sm_90; compiled away below): rank; a barrier of all their threads, which orders what they wrote to each
@@ -110,6 +169,9 @@ cudaError_t launch_clusters(int64_t most, int blocks, void (*kernel)(P...), unsi
     config.attrs = &size, config.numAttrs = 1;
     int fit = 0;
     cudaError_t e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+    if (e == cudaSuccess) /* these kernels have their weights there */
+        e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
     if (e == cudaSuccess && blocks > CLUSTER)
         e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (e != cudaSuccess) return e;
@@ -141,8 +203,11 @@ inline int cluster_rank() { return (int)blockIdx.x; }
 inline void *cluster_place(void *p, int rank) {
     return exc_cluster_shared[rank] + ((const char *)p - exc_cluster_shared[blockIdx.x]);
 }
+inline cudaError_t fits_as_cluster(cudaError_t e) {
+    return e == cudaErrorCooperativeLaunchTooLarge ? cudaErrorInvalidConfiguration : e;
+}
 #define LAUNCH_CLUSTERS(most, size, kernel, threads, smem, stream, ...)                                                \
-    hc::launch_kernel(#kernel, true, kernel, dim3(size), dim3(threads), smem, stream, __VA_ARGS__)
+    fits_as_cluster(hc::launch_kernel(#kernel, true, kernel, dim3(size), dim3(threads), smem, stream, __VA_ARGS__))
 template <int OPEN> inline void cp_async_wait() { hc::cp_async_wait(OPEN); }
 inline unsigned scale_bf16(unsigned two, unsigned by) {
     const float lo = f32_of(two << 16) * f32_of(by << 16), hi = f32_of(two & 0xffff0000u) * f32_of(by & 0xffff0000u);
@@ -153,6 +218,24 @@ inline unsigned pack_f16(float lo, float hi) {
     return one(lo) | one(hi) << 16;
 }
 inline float widen_f16(uint16_t bits) { return widen(f16{bits}); }
+inline void widen_halves(unsigned two, float &low, float &high) {
+    low = widen(f16{(uint16_t)two}), high = widen(f16{(uint16_t)(two >> 16)});
+}
+inline void halves_of_e4m3(unsigned four, unsigned &low, unsigned &high) {
+    auto one = [](unsigned code) -> unsigned {
+        return (code & 0x7f) == NAN_E4M3 ? 0x7fffu : narrow<f16>(from_e4m3(code)).bits;
+    };
+    low = one(four & 255) | one(four >> 8 & 255) << 16, high = one(four >> 16 & 255) | one(four >> 24) << 16;
+}
+inline unsigned larger_halves(unsigned most, unsigned two) {
+    auto one = [](unsigned a, unsigned b) -> unsigned { /* positive numbers in the order of their bits */
+        return a > 0x7c00u ? b : b > 0x7c00u ? a : a > b ? a : b;
+    };
+    return one(most & 0xffff, two & 0x7fff) | one(most >> 16, two >> 16 & 0x7fff) << 16;
+}
+inline unsigned e4m3_of(float a, float b, float c, float d) {
+    return nearest_e4m3(a) | nearest_e4m3(b) << 8 | nearest_e4m3(c) << 16 | nearest_e4m3(d) << 24;
+}
 #endif
 
 #endif

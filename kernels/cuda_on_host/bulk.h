@@ -37,5 +37,10 @@ template <int OPEN> inline void bulk_wait() { hc::bulk_wait(OPEN, false); }
 inline void remote_store(float *p, int rank, float x, Gate *g) {
     hc::gate_bring(&((Gate *)cluster_place(g, rank))->word, cluster_place(p, rank), &x, sizeof x, false);
 }
+inline void remote_store(float *p, int rank, const float4 &x, Gate *g) {
+    const float each[] = {x.x, x.y, x.z, x.w};
+    if ((uintptr_t)cluster_place(p, rank) % 16) hc::fail("a remote store of 16 bytes to no multiple of 16");
+    for (int i = 0; i < 4; i++) remote_store(p + i, rank, each[i], g);
+}
 
 #endif

@@ -23,7 +23,8 @@ inline long env(const char *name, long other) {
 struct Cfg {
     long workers = env("HC_WORKERS", 0), seed = env("HC_SEED", 0), defer = env("HC_DEFER", 1), guard = env("HC_GUARD", 0),
          devices = env("HC_DEVICES", 1), driver = env("HC_DRIVER", 13000),
-         sms = env("HC_SMS", 4), mem = env("HC_MEM_MB", 4096), stack = env("HC_STACK_KB", 64),
+         sms = env("HC_SMS", env("HC_MAJOR", 8) < 9 ? 4 : 8), /* room for a cluster of sixteen blocks */
+         mem = env("HC_MEM_MB", 4096), stack = env("HC_STACK_KB", 64),
          smem_optin = env("HC_SMEM_OPTIN", 163 * 1024), /* the smaller of sm_80 and sm_90 */
          cache = env("HC_CACHE_KB", 40 << 10), major = env("HC_MAJOR", 8);
 };

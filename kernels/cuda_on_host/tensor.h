@@ -69,5 +69,6 @@ inline unsigned pack_bf16(float lo, float hi) {
 inline uint4 load_keep(const void *p) { return *static_cast<const uint4 *>(p); }
 inline uint4 load_drop(const void *p) { return *static_cast<const uint4 *>(p); }
 inline void store_drop(void *p, const uint4 &v) { *static_cast<uint4 *>(p) = v; }
+inline void store_drop(void *p, const uint2 &v) { *static_cast<uint2 *>(p) = v; }
 
 #endif

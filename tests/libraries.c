@@ -379,6 +379,60 @@ static void others_file(void **state) {
     unlink(path), rmdir(folder);
 }
 
+/* a newer file that will not do, and an older one that will */
+static void older_serves(void **state) {
+    char lines[2048];
+    describes("cuBLASLt: 13.1.0, for dense products");
+    describes("cuSOLVER: 12.0.4, for subspaces");
+    all_ops();
+    done_by(3, 1);
+    twin.gpu->module->libraries(lines, sizeof lines);
+    assert_null(strstr(lines, "not used"));
+}
+
+static void both_refuse(void **state) {
+    describes("cuBLASLt: not used, it does not tell its version, 13.1.0: cublasLtCreate gave status 1;");
+    all_ops();
+    done_by(0, 1);
+}
+
+static void copy_file(const char *from, const char *to) {
+    char bytes[1 << 16];
+    FILE *in = fopen(from, "rb"), *out = fopen(to, "wb");
+    assert_true(in && out);
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, in)) > 0;) assert_int_equal(fwrite(bytes, 1, n, out), n);
+    assert_int_equal(fclose(in) | fclose(out), 0);
+}
+
+static void in_a_folder(void (*body)(void **state), const char *newer_blas, const char *fails) {
+    char folder[] = "/tmp/excise-libraries-XXXXXX", self[PATH_MAX], from[PATH_MAX + 64], path[4][64], setting[128];
+    static const char *const names[][2] = {{"", "libcublasLt.so.13"}, {"libcublasLt.so.13", "libcublasLt.so.12"},
+                                           {"libcusolver.so.12", "libcusolver.so.12"}, {"libcusolver.so.12", "libcusolver.so.11"}};
+    ssize_t n = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (!emulated) skip();
+    assert_true(n > 0);
+    self[n] = 0;
+    char *beside = dirname(self);
+    assert_non_null(mkdtemp(folder));
+    for (int i = 0; i < 4; i++) { /* copies: links would be one library */
+        snprintf(from, sizeof from, "%s/libraries/%s", beside, i ? names[i][0] : newer_blas);
+        snprintf(path[i], sizeof path[i], "%s/%s", folder, names[i][1]);
+        copy_file(from, path[i]);
+    }
+    snprintf(setting, sizeof setting, "EXCISE_CUDA_LIBRARIES=%s", folder);
+    setenv("HC_LIBRARY_FAILS", fails, 1);
+    alone(body, setting);
+    unsetenv("HC_LIBRARY_FAILS");
+    for (int i = 0; i < 4; i++) unlink(path[i]);
+    rmdir(folder);
+}
+static void newer_makes_no_handle(void **state) {
+    in_a_folder(older_serves, "libcublasLt.so.13", "cublasLtCreate:1@libcublasLt.so.13");
+    in_a_folder(older_serves, "libcublasLt.so.13", "cusolverDnCreateParams:7@libcusolver.so.12");
+}
+static void newer_is_incomplete(void **state) { in_a_folder(older_serves, "libcusolver.so.12", ""); }
+static void neither_will_do(void **state) { in_a_folder(both_refuse, "libcusolver.so.12", "cublasLtCreate:1"); }
+
 #define CASE(name, body, setting) static void name(void **state) { alone(body, setting); }
 CASE(products_for_benches, for_benches, NULL)
 CASE(no_product_for_benches, none_for_benches, "EXCISE_CUDA_LIBRARIES=/nowhere")
@@ -410,6 +464,8 @@ int main(void) {
         cmocka_unit_test(scratch_that_is_too_small), cmocka_unit_test(products_for_benches),
         cmocka_unit_test(no_product_for_benches),
         cmocka_unit_test(absent),                 cmocka_unit_test(old),
+        cmocka_unit_test(newer_makes_no_handle),  cmocka_unit_test(newer_is_incomplete),
+        cmocka_unit_test(neither_will_do),
         cmocka_unit_test(others_file),            cmocka_unit_test(blas_makes_no_handle),
         cmocka_unit_test(solver_makes_no_handle), cmocka_unit_test(no_algorithm_for_it),
         cmocka_unit_test(a_search_that_fails),    cmocka_unit_test(a_product_that_fails),

@@ -3,7 +3,7 @@
  * strictly as the documentation words them.
  *
  * Tests say by the environment, read at every call, how a library is to misbehave: HC_LIBRARY_FAILS "CALL:STATUS", that call
- * gives that status; HC_LIBRARY_VERSION "11.4.0", what both say they are; HC_SOLVER_SPOILS n, cuSOLVER does not find the
+ * gives that status, "CALL:STATUS@FILE", in that file alone; HC_LIBRARY_VERSION "11.4.0", what both say they are; HC_SOLVER_SPOILS n, cuSOLVER does not find the
  * eigenvectors of matrix n of a batch. HC_LIBRARY_LOG names a file that gets a line for each product or batch done. */
 #ifndef EXC_CUDA_STANDIN_H
 #define EXC_CUDA_STANDIN_H
@@ -11,6 +11,7 @@
 #include "../cuda.cuh"
 #include "../vendor.cuh"
 #include <cstdlib>
+#include <dlfcn.h>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -19,10 +20,14 @@ namespace hc {
 
 void protect(bool open); /* inside.h, whose settings are the player's own */
 
-inline int told_to_fail(const char *call) {
+static inline int told_to_fail(const char *call) {
     const char *fails = getenv("HC_LIBRARY_FAILS");
     const size_t n = strlen(call);
-    return fails && !strncmp(fails, call, n) && fails[n] == ':' ? atoi(fails + n + 1) : 0;
+    if (!fails || strncmp(fails, call, n) || fails[n] != ':') return 0;
+    const char *file = strchr(fails, '@');
+    Dl_info own;
+    if (file && (!dladdr((const void *)&told_to_fail, &own) || !strstr(own.dli_fname, file + 1))) return 0;
+    return atoi(fails + n + 1);
 }
 
 inline int part_of_version(int part, const int (&own)[3]) {

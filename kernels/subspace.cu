@@ -146,22 +146,25 @@ __device__ inline void rotation(double pp, double qq, double pq, double *c, doub
 }
 
 /* Eigenvalues of the symmetric part of g [n, n] in descending order and eigenvectors in the rows of u [n, n]:
- * Jacobi, n/2 rotations at once. even: n rounded up. */
+ * Jacobi, n/2 rotations at once. even: n rounded up. apart: there is no room for the vectors in shared memory, they are kept
+ * in u. */
 __global__ void __launch_bounds__(SMALL)
     eigen(const double *g, int64_t g_stride, int n, int even, double *value, int64_t side, double *u,
-          int64_t stride, const int *done) {
-    DYN_SHARED(double, a); /* [even, pitch], then as much for the vectors, then cosine and sine [even / 2],
-                              then values [even] */
+          int64_t stride, bool apart, const int *done) {
+    DYN_SHARED(double, a); /* [even, pitch], then cosine and sine [even / 2], then values [even], then vectors
+                              [even, pitch] unless they are apart */
     SHARED_ARRAY(double, room, WARP);
     SHARED_ARRAY(int, place, 128);
     const int pitch = even + 1, half = even / 2;
     if (done[blockIdx.x]) return;
-    double *v = a + even * pitch, *cosine = v + even * pitch, *sine = cosine + half, *found = sine + half;
+    double *cosine = a + even * pitch, *sine = cosine + half, *found = sine + half;
     g += blockIdx.x * g_stride, u += blockIdx.x * stride, value += blockIdx.x * side;
+    double *v = apart ? u : found + even;
+    const int v_pitch = apart ? even : pitch;
     for (int at = threadIdx.x; at < even * even; at += SMALL) {
         const int i = at / even, j = at % even;
         a[i * pitch + j] = i < n && j < n ? 0.5 * (g[i * n + j] + g[j * n + i]) : 0.0;
-        v[i * pitch + j] = i == j;
+        v[i * v_pitch + j] = i == j;
     }
     for (int round = 0; round < ROTATIONS; round++) {
         double off = 0, all = 0;
@@ -196,9 +199,9 @@ __global__ void __launch_bounds__(SMALL)
                 double x = a[p * pitch + k], y = a[q * pitch + k];
                 a[p * pitch + k] = cosine[i] * x - sine[i] * y;
                 a[q * pitch + k] = sine[i] * x + cosine[i] * y;
-                x = v[p * pitch + k], y = v[q * pitch + k];
-                v[p * pitch + k] = cosine[i] * x - sine[i] * y;
-                v[q * pitch + k] = sine[i] * x + cosine[i] * y;
+                x = v[p * v_pitch + k], y = v[q * v_pitch + k];
+                v[p * v_pitch + k] = cosine[i] * x - sine[i] * y;
+                v[q * v_pitch + k] = sine[i] * x + cosine[i] * y;
             }
         }
     }
@@ -217,23 +220,25 @@ __global__ void __launch_bounds__(SMALL)
     }
     __syncthreads();
     for (int i = threadIdx.x; i < n; i += SMALL) value[i] = found[place[i]];
-    for (int at = threadIdx.x; at < n * n; at += SMALL) u[at] = v[place[at / n] * pitch + at % n];
+    for (int at = threadIdx.x; apart && at < n * n; at += SMALL) a[at / n * pitch + at % n] = v[at / n * even + at % n];
+    __syncthreads(); /* u is written anew */
+    for (int at = threadIdx.x; at < n * n; at += SMALL) u[at] = (apart ? a : v)[place[at / n] * pitch + at % n];
 }
 
 /* t with t g t^T = 1: the inverse of the Cholesky factor of g, rows scaled to length 1 first; rows that
- * depend on earlier ones are zero */
+ * depend on earlier ones are zero. apart: there is no room for the inverse in shared memory, it is kept in t. */
 __global__ void __launch_bounds__(SMALL)
-    whiten(const double *g, int64_t stride, int m, double *t, const int *done) {
-    DYN_SHARED(double, l); /* [m, pitch], then as much for the inverse, then scale [m] */
-    const int pitch = m + 1;
+    whiten(const double *g, int64_t stride, int m, double *t, bool apart, const int *done) {
+    DYN_SHARED(double, l); /* [m, pitch], then scale [m], then the inverse [m, pitch] unless it is apart */
+    const int pitch = m + 1, i_pitch = apart ? m : pitch;
     if (done[blockIdx.x]) return;
-    double *inverse = l + m * pitch, *scale = inverse + m * pitch;
     g += blockIdx.x * stride, t += blockIdx.x * stride;
+    double *scale = l + m * pitch, *inverse = apart ? t : scale + m;
     for (int i = threadIdx.x; i < m; i += SMALL) scale[i] = g[i * m + i] > 0 ? 1 / sqrt(g[i * m + i]) : 0;
     __syncthreads();
     for (int at = threadIdx.x; at < m * m; at += SMALL)
         l[at / m * pitch + at % m] = g[at] * scale[at / m] * scale[at % m],
-                                inverse[at / m * pitch + at % m] = 0;
+                                inverse[at / m * i_pitch + at % m] = 0;
     for (int k = 0; k < m; k++) {
         __syncthreads();
         const double pivot = l[k * pitch + k], root = pivot > DEPENDENT ? 1 / sqrt(pivot) : 0;
@@ -250,12 +255,12 @@ __global__ void __launch_bounds__(SMALL)
     for (int j = threadIdx.x; j < m; j += SMALL) /* column j of the inverse */
         for (int i = j; i < m; i++) {
             double sum = i == j ? 1 : 0;
-            for (int k = j; k < i; k++) sum = fma(-l[i * pitch + k], inverse[k * pitch + j], sum);
-            inverse[i * pitch + j] = l[i * pitch + i] > 0 ? sum / l[i * pitch + i] : 0;
+            for (int k = j; k < i; k++) sum = fma(-l[i * pitch + k], inverse[k * i_pitch + j], sum);
+            inverse[i * i_pitch + j] = l[i * pitch + i] > 0 ? sum / l[i * pitch + i] : 0;
         }
     __syncthreads();
     for (int at = threadIdx.x; at < m * m; at += SMALL)
-        t[at] = inverse[at / m * pitch + at % m] * scale[at % m];
+        t[at] = inverse[at / m * i_pitch + at % m] * scale[at % m];
 }
 
 /* -------------------------------------------------------------------------------------------------------- a
@@ -387,7 +392,10 @@ struct Round {
     Space s;
     Library library;
     GramRoom gram;
+    size_t shared; /* bytes that a block may have */
     int64_t first, layers;
+    /* for so many bytes and up to 2 KB that are static */
+    bool has_room(size_t bytes) const { return bytes + 2048 <= shared; }
     unsigned across() const { return (unsigned)layers; }
     const float *x() const { return a->x + first * a->layer_stride; }
     int64_t stride() const { return s.side * s.side; }
@@ -433,20 +441,22 @@ exc_status turned(const Round &r, const double *from, double *to) {
 /* s.g, [n, n] a layer, each g_stride from the last -> values, and vectors in s.u */
 exc_status diagonalised(const Round &r, int n, int64_t g_stride) {
     const int even = n + n % 2;
-    const size_t shared = (size_t)(2 * even * (even + 1) + 2 * even) * sizeof(double);
-    ENQUEUE(r.q, eigen, r.across(), SMALL, shared, (const double *)r.s.g, g_stride, n, even, r.s.value,
-            r.s.side, r.s.u, r.stride(), (const int *)r.s.done);
+    const size_t square = (size_t)(even * (even + 1)) * sizeof(double), less = square + 2 * (size_t)even * sizeof(double);
+    const bool apart = !r.has_room(less + square);
+    ENQUEUE(r.q, eigen, r.across(), SMALL, apart ? less : less + square, (const double *)r.s.g, g_stride, n, even, r.s.value,
+            r.s.side, r.s.u, r.stride(), apart, (const int *)r.s.done);
     return EXC_OK;
 }
 
 /* rows of `z` orthonormal, into `to`; z is spoilt */
 exc_status orthonormal(const Round &r, double *z, double *to) {
-    const size_t shared = (size_t)(2 * r.s.m * (r.s.m + 1) + r.s.m) * sizeof(double);
+    const size_t square = (size_t)(r.s.m * (r.s.m + 1)) * sizeof(double), less = square + (size_t)r.s.m * sizeof(double);
+    const bool apart = !r.has_room(less + square);
     for (int pass = 0; pass < 2; pass++) {
         exc_status st = inner_products(r, z, z);
         if (st != EXC_OK) return st;
-        ENQUEUE(r.q, whiten, r.across(), SMALL, shared, (const double *)r.s.g, r.stride(), (int)r.s.m, r.s.u,
-                (const int *)r.s.done);
+        ENQUEUE(r.q, whiten, r.across(), SMALL, apart ? less : less + square, (const double *)r.s.g, r.stride(), (int)r.s.m,
+                r.s.u, apart, (const int *)r.s.done);
         st = turned(r, z, pass ? to : z);
         if (st != EXC_OK) return st;
     }
@@ -555,6 +565,9 @@ extern "C" exc_status exc_cuda_subspace(exc_queue *q, const struct exc_subspace_
     r.q = q, r.a = a;
     s.m = ceil_div(a->rank + SPARE, SIDE) * SIDE, s.width = a->width, s.samples = a->samples;
     bool library;
+    int shared = 0;
+    PASS(exc_enqueued(q, "subspace", cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device)));
+    r.shared = (size_t)shared;
     PASS(library_at_hand(q, r.least(), &library));
     s.side = library ? r.least() : s.m > DIRECT ? s.m : DIRECT;
     const int64_t each =

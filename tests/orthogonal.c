@@ -465,13 +465,14 @@ static double apart(const float *got, const float *want, int64_t rank, int64_t d
 static void subspace_meets_the_cpu(void **state) {
     static const int64_t shapes[][3] = {{20, 31, 3},   {150, 33, 4},  {170, 110, 3},
                                         {130, 127, 8}, {300, 101, 9}, {1, 5, 2},
-                                        {7, 40, 7},    {3, 2, 2},     {0, 9, 1}};
+                                        {7, 40, 7},    {3, 2, 2},     {0, 9, 1},
+                                        {90, 120, 3},  {101, 85, 2},  {110, 128, 60}}; /* much for 99 KB a block */
     for (size_t s = 0; s < EXC_COUNT(shapes); s++) {
         int64_t n = shapes[s][0], d = shapes[s][1], rank = shapes[s][2], L = 2, step = d + (int64_t)s % 3;
         if (twin_small() && s != 0 && s != 5) continue;
         size_t size = (size_t)(L * n * step), basis = (size_t)(L * rank * d),
                bytes = exc_subspace_bytes(L, n, d, rank, 2);
-        float *x = calloc(size + 1, 4), *dirs = units(rank, d, 77), *b[2], singular[2][32] = {{0}};
+        float *x = calloc(size + 1, 4), *dirs = units(rank, d, 77), *b[2], singular[2][128] = {{0}};
         double energy[2][2], residual[2][2];
         for (int64_t i = 0; i < L * n; i++)
             for (int64_t k = 0; k < d; k++) {

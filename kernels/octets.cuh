@@ -551,7 +551,7 @@ template <int K> __device__ inline void octets_block(const Requant &q, const Dea
     cluster_sync(); /* no block leaves while another may still send to it */
 }
 
-template <int K> __global__ void __launch_bounds__(THREADS, 2) octets(Requant q, Deal d) {
+template <int K> __global__ void __launch_bounds__(THREADS, K ? 2 : 1) octets(Requant q, Deal d) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     DYN_SHARED(unsigned char, base);
     octets_block<K>(q, d, base);

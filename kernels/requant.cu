@@ -92,6 +92,7 @@ Deal deal(const Requant &q, size_t shared) {
     const size_t fixed = carve(nullptr, d, (int)q.a.rank, held(q), &none), slot = (size_t)d.each * SLOT * 16;
     const size_t rooms[] = {(shared + 1024) / 2 - 1024, shared}; /* a block's own kilobyte */
     for (size_t room : rooms) {
+        if (!held(q) && room != shared) continue; /* its registers fill a processor */
         const size_t slots = room > fixed ? (room - fixed) / slot : 0;
         d.slots = (int)(slots < MOST_SLOTS ? slots : MOST_SLOTS);
         if (d.slots >= STEPS + 2) break;

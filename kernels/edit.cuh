@@ -70,8 +70,11 @@ __device__ inline char *dst_of(const Job &j, int64_t m) {
 
 /* the next `bytes` bytes of a block's shared memory */
 template <class P> __host__ __device__ inline void lay(P *&p, unsigned char *base, size_t &at, size_t bytes) {
-    p = reinterpret_cast<P *>(reinterpret_cast<uintptr_t>(base) +
-                              at); /* base is NULL when the host measures */
+#ifdef __CUDA_ARCH__
+    p = reinterpret_cast<P *>(base + at); /* so the compiler sees that it is shared memory */
+#else
+    p = reinterpret_cast<P *>(reinterpret_cast<uintptr_t>(base) + at); /* base is NULL when the host measures */
+#endif
     at += (bytes + 15) / 16 * 16;
 }
 

@@ -102,14 +102,22 @@ __device__ inline void cp_async_wait_for(int open) {
     }
 }
 
+/* by pairs the largest and the least of codes */
+struct Extremes {
+    unsigned most, least;
+};
+
 /* eight codes as numbers */
-__device__ inline void decode(const uint2 &w, float scale, float (&x)[OCTET], unsigned *most) {
+__device__ inline void decode(const uint2 &w, float scale, float (&x)[OCTET], Extremes *met) {
     const unsigned u[2] = {w.x, w.y};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         unsigned low, high;
         halves_of_e4m3(u[i], low, high);
-        if (most) *most = larger_halves(larger_halves(*most, low), high);
+        if (met) {
+            met->most = larger_halves(larger_halves(met->most, low), high);
+            met->least = smaller_halves(smaller_halves(met->least, low), high);
+        }
         widen_halves(low, x[4 * i], x[4 * i + 1]);
         widen_halves(high, x[4 * i + 2], x[4 * i + 3]);
     }
@@ -144,8 +152,9 @@ template <int K> struct Octets {
     int slot, next_slot; /* of the first step of the strip; of the next to come */
     int64_t asked_task;
     int asked_step;
-    const uint8_t *from; /* this lane's first unit of asked_task */
-    bool from_in;
+    const uint8_t *from; /* this lane's next unit, in the upper piece */
+    int bytes, bytes_below;     /* of it, of the one in the lower piece: 16 or 0 */
+    int64_t below, rows_on;     /* bytes from piece to piece, from step to step */
 
     __device__ int own() const { return SCALE_BLOCK / d.size; }
     __device__ int64_t matrix(int64_t task) const { return q.first + task / q.bands; }
@@ -177,19 +186,18 @@ template <int K> struct Octets {
         asked_task = task, asked_step = 0;
         if (task < 0 || !mine) return;
         const int64_t m = matrix(task), at = column(task) + lane % 8 * 16;
-        from_in = at < a.cols;
-        from = src(m) + (first + share + lane / 8) * a.cols + (from_in ? at : 0);
+        const bool in = at < a.cols;
+        from = src(m) + (first + share + lane / 8) * a.cols + (in ? at : 0);
+        bytes = in ? 16 : 0, bytes_below = in && share + PIECE < rows ? 16 : 0;
     }
     /* Asks for the next step: four rows of both pieces, a unit of each a lane. A group is closed even where there is none, so that
      * groups count steps. */
     __device__ void ask() {
         if (mine && asked_task >= 0) {
             uint4 *to = s.tile + ((size_t)(share / SHARE) * d.slots + next_slot) * SLOT + lane;
-            const int row = share + asked_step * ROWS + lane / 8;
-            const uint8_t *at = from + (int64_t)asked_step * ROWS * a.cols;
-            const bool both = from_in && row + PIECE < rows;
-            cp_async16(to, from_in && row < rows ? at : from, from_in && row < rows ? 16 : 0);
-            cp_async16(to + SLOT / 2, both ? at + PIECE * a.cols : from, both ? 16 : 0);
+            cp_async16(to, from, bytes);
+            cp_async16(to + SLOT / 2, bytes_below ? from + below : from, bytes_below);
+            from += rows_on;
             if (++asked_step == STEPS) turn_to(next(asked_task + step));
         }
         cp_async_commit();
@@ -213,7 +221,7 @@ struct Look {
     bool counted; /* the sum of squares and what is not finite are wanted */
     double size;
     int64_t nonfinite;
-    unsigned most; /* by pairs the largest code of this thread's */
+    Extremes met; /* of this thread's codes, and 0 */
 };
 
 /* c of SUMS directions from r0 on: returns this thread's part of |R W|^2. `strip`: number of the strip's first step. */
@@ -239,7 +247,7 @@ __device__ inline double dots(Octets<K> &b, int64_t task, unsigned strip, int r0
 #pragma unroll
             for (int h = 0; h < ROWS; h++) {
                 float x[OCTET];
-                decode(*b.codes(i, h), scale, x, &look.most);
+                decode(*b.codes(i, h), scale, x, &look.met);
 #pragma unroll
                 for (int r = 0; r < SUMS; r++)
 #pragma unroll
@@ -329,11 +337,12 @@ __device__ inline void deltas(const Octets<K> &b, const float (&coef)[K ? K : 1]
 }
 
 /* The largest number of a block of scales as far as it matters, see above. All lanes of the warp call. */
-template <int K> __device__ inline void look_for_peak(const Octets<K> &b, float strength, unsigned most) {
+template <int K> __device__ inline void look_for_peak(const Octets<K> &b, float strength, const Extremes &met) {
     const int down = b.block_down(), pieces = b.d.each * 2;
     const float scale = b.s.was[down], s = fabsf(scale);
-    float low, high, reach = 0, peak = 0;
-    widen_halves(most, low, high);
+    float high[2], low[2], reach = 0, peak = 0;
+    widen_halves(met.most, high[0], high[1]), widen_halves(met.least, low[0], low[1]);
+    const float largest_code = fmaxf(fmaxf(high[0], high[1]), -fminf(low[0], low[1]));
     for (int r = 0; r < (int)b.a.rank; r++) {
         float c = 0;
 #pragma unroll
@@ -343,7 +352,7 @@ template <int K> __device__ inline void look_for_peak(const Octets<K> &b, float 
         }
         reach = fmaf(b.s.bound[r * pieces + b.down / PIECE], c, reach);
     }
-    const bool near = b.here && (s < 1e-30f || !((fmaxf(low, high) * s + reach) * 1.0001f <= 448.0f * s));
+    const bool near = b.here && (s < 1e-30f || !((largest_code * s + reach) * 1.0001f <= 448.0f * s));
     for (unsigned who = __ballot_sync(ALL_LANES, near); who; who &= who - 1) {
         const int thread = __ffs((int)who) - 1, across = thread % ACROSS * OCTET,
                   row = b.share + thread / ACROSS * PIECE + b.lane;
@@ -460,13 +469,13 @@ template <int K> __device__ inline void copy(const Octets<K> &b, int64_t task) {
 /* one strip, any rank, and all sums that may be asked for */
 __device__ inline void general(Octets<0> &b, int64_t task, unsigned strip, Requantised *own) {
     const bool idle = b.idle(b.matrix(task));
-    Look look = {true, true, b.q.summed != 0, 0, 0, 0};
+    Look look = {true, true, b.q.summed != 0, 0, 0, {}};
     Wanted sums = {0, 0, 0};
     own->before = own->after = all_dots(b, task, strip, b.s.was, look);
     if (idle)
         copy(b, task);
     else {
-        if (b.mine) look_for_peak(b, b.a.strength[b.matrix(task)], look.most);
+        if (b.mine) look_for_peak(b, b.a.strength[b.matrix(task)], look.met);
         choose_scales(b, task);
         update<0, false>(b, task, &sums);
         look.kept = false;
@@ -506,6 +515,7 @@ template <int K> __device__ inline void octets_block(const Requant &q, const Dea
     b.down = b.share + b.lane / ACROSS * PIECE, b.across = b.lane % ACROSS * OCTET;
     b.here = b.mine && b.down < b.rows;
     b.step = gridDim.x / d.size;
+    b.below = PIECE * q.a.cols, b.rows_on = ROWS * q.a.cols;
     carve(base, d, (int)q.a.rank, K, &b.s);
     if (threadIdx.x == 0) {
         gate_init(b.s.summed, 1), gate_init(b.s.folded, 1), gate_init(b.s.told, 1);
@@ -527,13 +537,13 @@ template <int K> __device__ inline void octets_block(const Requant &q, const Dea
         if (threadIdx.x < BLOCKS_DOWN) b.s.was[threadIdx.x] = coming, b.s.peak[threadIdx.x] = 0;
         coming = scale_of(after);
         if constexpr (K > 0) {
-            Look look = {true, true, false, 0, 0, 0};
+            Look look = {true, true, false, 0, 0, {}};
             const int64_t m = b.matrix(task);
             all_dots(b, task, strip, b.s.was, look);
             if (b.idle(m))
                 copy(b, task);
             else {
-                if (b.mine) look_for_peak(b, q.a.strength[m], look.most);
+                if (b.mine) look_for_peak(b, q.a.strength[m], look.met);
                 choose_scales(b, task);
                 update<K, true>(b, task, nullptr);
             }

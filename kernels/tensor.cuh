@@ -97,10 +97,14 @@ __device__ inline void widen_halves(unsigned two, float &low, float &high) {
         : "=f"(low), "=f"(high)
         : "r"(two));
 }
-/* by pairs the larger of `most` and |two|; NaN does not count */
-__device__ inline unsigned larger_halves(unsigned most, unsigned two) {
-    asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(most), "r"(two & 0x7fff7fffu));
-    return most;
+/* by pairs the larger, the smaller; NaN does not count */
+__device__ inline unsigned larger_halves(unsigned a, unsigned b) {
+    asm("max.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+}
+__device__ inline unsigned smaller_halves(unsigned a, unsigned b) {
+    asm("min.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
 }
 /* to nearest even, beyond the range the largest, NaN 0x7f */
 __device__ inline unsigned e4m3_of(float a, float b, float c, float d) {
@@ -227,11 +231,17 @@ inline void halves_of_e4m3(unsigned four, unsigned &low, unsigned &high) {
     };
     low = one(four & 255) | one(four >> 8 & 255) << 16, high = one(four >> 16 & 255) | one(four >> 24) << 16;
 }
-inline unsigned larger_halves(unsigned most, unsigned two) {
-    auto one = [](unsigned a, unsigned b) -> unsigned { /* positive numbers in the order of their bits */
-        return a > 0x7c00u ? b : b > 0x7c00u ? a : a > b ? a : b;
+template <class Pick> inline unsigned of_halves(unsigned a, unsigned b, Pick pick) {
+    auto one = [&](unsigned x, unsigned y) -> unsigned {
+        return (x & 0x7fff) > 0x7c00u ? y : (y & 0x7fff) > 0x7c00u ? x : pick(widen_f16(x), widen_f16(y)) ? x : y;
     };
-    return one(most & 0xffff, two & 0x7fff) | one(most >> 16, two >> 16 & 0x7fff) << 16;
+    return one(a & 0xffff, b & 0xffff) | one(a >> 16, b >> 16) << 16;
+}
+inline unsigned larger_halves(unsigned a, unsigned b) {
+    return of_halves(a, b, [](float x, float y) { return x > y; });
+}
+inline unsigned smaller_halves(unsigned a, unsigned b) {
+    return of_halves(a, b, [](float x, float y) { return x < y; });
 }
 inline unsigned e4m3_of(float a, float b, float c, float d) {
     return nearest_e4m3(a) | nearest_e4m3(b) << 8 | nearest_e4m3(c) << 16 | nearest_e4m3(d) << 24;

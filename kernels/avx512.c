@@ -264,16 +264,22 @@ BODY void wide_f32(const void *tile, int rows, const exc_weights *w, int64_t k, 
 static const uint8_t upper_bytes[128] __attribute__((aligned(64))) = {SIXTY_FOUR(UPPER, 0), SIXTY_FOUR(UPPER, 64)};
 static const uint8_t lower_bytes[128] __attribute__((aligned(64))) = {SIXTY_FOUR(LOWER, 0), SIXTY_FOUR(LOWER, 64)};
 
+/* bytes o and 32 + o in the words of output o */
+#define PAIR(o) o, o, 32 + (o), 32 + (o)
+#define FOUR_PAIRS(o) PAIR(o), PAIR(o + 1), PAIR(o + 2), PAIR(o + 3)
+static const uint8_t nibbles[64] __attribute__((aligned(64))) = {FOUR_PAIRS(0), FOUR_PAIRS(4), FOUR_PAIRS(8), FOUR_PAIRS(12)};
+
 /* the bf16 of inputs i, i+1 and of i+2, i+3 of 16 outputs */
 BODY_BYTES void codes_bf16(const uint8_t *w, int dtype, __m512bh *first, __m512bh *second) {
     if (dtype == EXC_F4) {
         __m512i table = _mm512_set_epi16(-0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080, -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040,
                                          0x4000, 0x3fc0, 0x3f80, 0x3f00, 0, -0x3f40, -0x3f80, -0x3fc0, -0x4000, -0x4040, -0x4080,
                                          -0x4100, -0x8000, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3fc0, 0x3f80, 0x3f00, 0);
-        __m512i halves = _mm512_set1_epi64(0x2424202004040000); /* word by word: the byte's lower half, its upper half */
-        __m512i a = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w)), b = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)w + 1));
-        *first = (__m512bh)_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(halves, a), table);
-        *second = (__m512bh)_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(halves, b), table);
+        /* the bytes twice, as they are and with their upper halves below; each word of a pair takes its byte from one of them */
+        const __m512i shift = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4), from = _mm512_load_si512(nibbles), later = _mm512_set1_epi8(16);
+        __m512i both = _mm512_srlv_epi64(_mm512_broadcast_i64x4(_mm256_load_si256((const __m256i *)w)), shift);
+        *first = (__m512bh)_mm512_permutexvar_epi16(_mm512_permutexvar_epi8(from, both), table);
+        *second = (__m512bh)_mm512_permutexvar_epi16(_mm512_permutexvar_epi8(_mm512_add_epi8(from, later), both), table);
         return;
     }
     /* bytes of the two steps side by side, so that the unpacking puts them apart */

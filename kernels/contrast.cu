@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(THREADS) resample(exc_contrast_args a, double 
 
 /* 16 experts a block, 16 stretches of resamples each. Without two resamples, or two prompts to tell apart,
  * nothing is known: z 0, p 1. */
-__global__ void __launch_bounds__(TASKS * 16) judge(exc_contrast_args a, const double *deviation) {
+__global__ void __launch_bounds__(TASKS * 16) conclude(exc_contrast_args a, const double *deviation) {
     SHARED_ARRAY(double, part, TASKS * 16 * 2);
     const int task = threadIdx.x / 16, at = threadIdx.x % 16;
     const int64_t e = (int64_t)blockIdx.x * 16 + at;
@@ -137,6 +137,6 @@ extern "C" exc_status exc_cuda_contrast(exc_queue *q, const struct exc_contrast_
     if (!work.ready()) return work.status;
     ENQUEUE(q, estimate, 1, THREADS, shared, *a);
     ENQUEUE(q, resample, (unsigned)a->resamples, THREADS, shared, *a, deviation);
-    ENQUEUE(q, judge, (unsigned)ceil_div(E, 16), TASKS * 16, 0, *a, (const double *)deviation);
+    ENQUEUE(q, conclude, (unsigned)ceil_div(E, 16), TASKS * 16, 0, *a, (const double *)deviation);
     return EXC_OK;
 }

@@ -255,6 +255,39 @@ static int blocks_between_barriers() {
     return wait(), 0;
 }
 
+/* block b and the block six further on add to the same number */
+__global__ void add_apart(float *o) { o[blockIdx.x % 6] += 1; }
+static int blocks_apart() {
+    must(cudaMemsetAsync(d, 0, N * sizeof(float), s));
+    must(LAUNCH(add_apart, 12, 1, 0, s, d));
+    return compare(6, [](int) { return 2.f; });
+}
+
+/* a shuffle brings a value along, and orders no memory */
+__global__ void shuffle_for_barrier(float *o) {
+    SHARED_ARRAY(float, room, 32);
+    const int t = (int)threadIdx.x;
+    room[t] = (float)t;
+    const int from = __shfl_xor_sync(0xffffffffu, t, 1);
+    o[t] = room[from] + (float)t;
+}
+static int order_by_shuffle() {
+    must(LAUNCH(shuffle_for_barrier, 1, 32, 0, s, d));
+    return compare(32, [](int i) { return (float)(i + (i ^ 1)); });
+}
+
+/* blocks of one launch, where the second step reads what others wrote in the first */
+__global__ void two_steps(float *o) {
+    const int t = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    o[t] = 1;
+    __syncthreads();
+    o[32 + t % 32] = o[31 - t % 32];
+}
+static int barrier_of_a_block_for_the_grid() {
+    must(LAUNCH_TOGETHER(two_steps, 2, 16, 0, s, d));
+    return wait(), 0;
+}
+
 static int allocation_in_capture() {
     void *p;
     must(cudaStreamBeginCapture(s, cudaStreamCaptureModeGlobal));
@@ -349,6 +382,12 @@ static const struct {
     {"thread", "blocks of one thread on one number", blocks_of_one},
     {"thread", "the same thread of several blocks on one number", same_thread_of_blocks},
     {"thread", "the same between barriers", blocks_between_barriers},
+    {"thread", "blocks six apart on one number", blocks_apart},
+    {"thread", "shared memory ordered by a shuffle", order_by_shuffle},
+    {"thread", "steps of a grid with a barrier of blocks between", barrier_of_a_block_for_the_grid},
+    {"thread", "missing barrier, as a race", missing_barrier},
+    {"thread", "missing second barrier of a loop, as a race", missing_barrier_in_loop},
+    {"thread", "lock step, as a race", warp_in_lock_step},
     {"plain", "allocation while a graph is captured", allocation_in_capture},
     {"plain", "wait while a graph is captured", wait_in_capture},
     {"none", "correct bulk copies", bulk<NO_SLIP>},

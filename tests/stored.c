@@ -301,7 +301,6 @@ static void factors_of_every_format(void **state) {
 
 /* more directions than shared memory holds the state of */
 static void many_directions(void **state) {
-    if (twin_small()) skip();
     both_agree(&(edit){.dtype = EXC_F8_E4M3,
                        .scale_dtype = EXC_F32,
                        .rounding = EXC_ROUND_EXACT,

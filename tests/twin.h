@@ -3,7 +3,7 @@
  * twin_up() copies an array to the device between guard bytes, twin_down() brings it back, twin_done() checks all guards and
  * frees all. TWIN_RUN(op, &args) runs the twin and waits for it; a twin that does not exist yet skips the test. The module is
  * the one that EXCISE_CUDA_MODULE names (a real GPU: libexcise_cuda.so), else the emulated one beside this program. Under
- * HC_SMALL=1 (ThreadSanitizer, where a CUDA thread costs up to a millisecond) suites take their smallest sizes, twin_small():
+ * HC_SMALL=1 (ThreadSanitizer, where a barrier of 256 CUDA threads takes 0.1 ms) suites take small sizes, twin_small():
  * some ten thousand CUDA threads in all. */
 #ifndef EXC_TEST_TWIN_H
 #define EXC_TEST_TWIN_H

@@ -3,18 +3,21 @@
  * A thread runs until it waits: at a barrier, in a warp collective, at its end. Which one goes on is the lowest
  * (HC_SEED 0) or drawn, so every seed is another legal schedule. Shared memory is fresh, exact and poisoned for every
  * block. Under AddressSanitizer (HC_ASAN) stacks are announced; under ThreadSanitizer (HC_TSAN) every CUDA thread is
- * a fiber of its own that is ordered by barriers and __syncwarp alone, so races inside and across blocks show. What
- * threads have under way by themselves is async.cpp's. This file itself must not be instrumented. */
+ * a fiber of its own that is ordered by barriers and __syncwarp alone, so races inside and across blocks show. HC_SEEN
+ * names a file for the kernels that ran. What threads have under way by themselves is async.cpp's. This file itself must
+ * not be instrumented. */
 #include "async.h"
 #include "inside.h"
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdarg>
+#include <fcntl.h>
 #include <memory>
 #include <mutex>
 #include <sys/mman.h>
 #include <thread>
+#include <string>
 #include <unistd.h>
 #include <vector>
 #if defined(HC_ASAN)
@@ -102,6 +105,9 @@ Cfg &cfg() {
 }
 __thread Thread *cur;
 thread_local const char *cur_kernel = "(none)";
+#ifdef HC_TSAN
+static std::atomic<unsigned> fibers_alive{0};
+#endif
 
 void fail(const char *fmt, ...) {
     fflush(stdout);
@@ -134,6 +140,12 @@ struct Runner {
     Job *job = nullptr;
     char tok_begin = 0, tok_end = 0;
     void *janitor = nullptr;
+    // TSan: an identity costs more than all that a small block does, so blocks share some sets of them. Two blocks of
+    // one set count as ordered, blocks in turn never have the same one, and which it is, is drawn: a race shows between
+    // most pairs of blocks. Launches are ordered by the host anyway.
+    static const unsigned SETS = 3, KEPT = 2500; // KEPT: fibers of all OS threads, nearly 1 MB each
+    std::vector<Fiber *> set[SETS];
+    unsigned turn = 0;
     char *tk =
         nullptr; // TSan: tokens of the block's barriers and warps, new for every block (old ones carry the past)
     char *btok(int id, unsigned gen) { return tk + id * 2 + (gen & 1); }
@@ -149,7 +161,6 @@ struct Runner {
 
     Runner() {
         all.reserve(2048);
-        retired.reserve(2048);
         th.reserve(1024);
 #ifdef HC_TSAN
         main.san = __tsan_get_current_fiber();
@@ -186,6 +197,17 @@ struct Runner {
         if (n_idle) return idle[--n_idle];
         return make_fiber();
     }
+#ifdef HC_TSAN
+    static void drop(std::vector<Fiber *> &some) {
+        for (Fiber *f : some) {
+            __tsan_destroy_fiber(f->san);
+            munmap(f->lo - 4096, f->n + 4096); // clears TSan's memory of the stack, too
+            delete f;
+        }
+        fibers_alive -= (unsigned)some.size();
+        some.clear();
+    }
+#endif
     Fiber *make_fiber() {
         Fiber *f = new Fiber;
         f->n = (size_t)cfg().stack * 1024;
@@ -198,8 +220,10 @@ struct Runner {
         ctx_make(&f->c, f->lo, f->n, entry);
 #ifdef HC_TSAN
         f->san = __tsan_create_fiber(0);
-#endif
+        fibers_alive++;
+#else
         all.push_back(f);
+#endif
         return f;
     }
     unsigned rnd() {
@@ -331,13 +355,11 @@ struct Runner {
                 n->fib = get_fiber();
                 n->fib->start = n;
             }
-            retired.push_back(f);
 #endif
             cur = n;
             jump(f, n->fib);
         }
     }
-    std::vector<Fiber *> retired;
     void release(int i) {
         Bar &b = bar[i];
         b.res = b.sum;
@@ -396,8 +418,9 @@ struct Runner {
         alive = (int)n;
         rng = (uint64_t)cfg().seed * 0x9E3779B97F4A7C15ull + i * 0xD1B54A32D192ED03ull + 1;
 #ifdef HC_TSAN // made here, by `main`: a fiber made by a CUDA thread would count as ordered after that thread
-        // and one that served an earlier block would carry that block's past into this block's first barrier
-        while (n_idle < n) put_idle(make_fiber());
+        std::vector<Fiber *> &mine = set[turn];
+        while (mine.size() < n) mine.push_back(make_fiber());
+        for (n_idle = 0; n_idle < n; n_idle++) idle[n_idle] = mine[n_idle];
         tk = (char *)malloc(64 + 32 * 64);
 #endif
         bool fresh;
@@ -408,8 +431,6 @@ struct Runner {
         cur = t;
         jump(&main, t->fib);
         end_block(job->gates, &blk);
-        for (Fiber *f : retired) put_idle(f);
-        retired.clear();
         // TSan: the block's memory is freed in a context of its own, so that `main` learns nothing of this block's
         // threads and the next block stays unordered to it (races between blocks show, also on one OS thread)
 #ifdef HC_TSAN
@@ -420,13 +441,8 @@ struct Runner {
         for (auto &x : statics) free(x.p);
 #ifdef HC_TSAN
         free(tk);
-        for (Fiber *f : all) {
-            __tsan_destroy_fiber(f->san);
-            munmap(f->lo - 4096, f->n + 4096);
-            delete f;
-        } // munmap also clears TSan's memory of the stacks
-        all.clear();
-        n_idle = 0;
+        if (fibers_alive > KEPT) drop(mine);
+        turn = (turn + 1 + rnd() % (SETS - 1)) % SETS;
         __tsan_switch_to_fiber(main.san, 1);
 #endif
         statics.clear();
@@ -618,7 +634,21 @@ static Pool &pool() {
     static Pool p;
     return p;
 }
+// HC_SEEN: a line for every kernel that runs, as its launch names it (tests/seen.sh)
+static void note(const char *kernel) {
+    static const char *path = getenv("HC_SEEN");
+    if (!path) return;
+    static std::mutex m;
+    static std::unordered_set<std::string> noted;
+    std::lock_guard<std::mutex> k(m);
+    if (!noted.insert(kernel).second) return;
+    const std::string line = std::string(kernel) + "\n"; // one write: many processes may share the file
+    const int file = open(path, O_WRONLY | O_CREAT | O_APPEND, 0666);
+    if (file < 0 || write(file, line.data(), line.size()) != (ssize_t)line.size()) fail("HC_SEEN: %s cannot be written", path);
+    close(file);
+}
 void run_launch(const Launch &l, const std::function<void()> &body) {
+    note(l.name);
     Job j;
     j.l = &l;
     j.body = &body;

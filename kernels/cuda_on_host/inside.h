@@ -4,7 +4,8 @@
  * HC_SEED order of threads (0: by index), HC_WORKERS OS threads, HC_DEFER 1: a stream works only when somebody waits for
  * it, HC_GUARD 1: device memory ends at a closed page and is closed to the host between kernels, HC_DEVICES, HC_DRIVER
  * (12040: supports CUDA 12.4; 0: none), HC_SMS, HC_MEM_MB device memory, HC_STACK_KB of a CUDA thread, HC_SMEM_OPTIN shared
- * memory of a block, HC_CACHE_KB the second-level cache and HC_MAJOR the compute capability it claims to have. */
+ * memory of a block, HC_CACHE_KB the second-level cache and HC_MAJOR the compute capability it claims to have, HC_SEEN a file
+ * that is told of every kernel that runs. */
 #ifndef EXC_CUDA_INSIDE_H
 #define EXC_CUDA_INSIDE_H
 

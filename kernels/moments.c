@@ -15,7 +15,7 @@
 #define ROWS 8              /* that meet a sum together */
 #define BLOCKS 16           /* of the sort, at most */
 #define BLOCK_PAIRS 4096
-#define AHEAD 16            /* rows asked for before they are needed */
+#define AHEAD 16            /* rows asked for before they are needed, and once more at half of that */
 #define STRIP 1024          /* columns of a task */
 #define MAX_EXPERTS (64 << 10)
 #define SMALL (32 << 10)    /* values that are not worth waking a thread for */
@@ -51,11 +51,14 @@ EXC_INLINE void add_rows(const void *const *row, int rows, int act, int64_t i, i
 
 /* ROWS rows in this order, 64 bytes at a time. Rows to come are asked for meanwhile, as far as the second-level cache: fewer
  * lines can be on their way to the first than keep memory busy. */
-EXC_INLINE void add_all(const void *const *row, const void *const *ahead, int act, int64_t cols, float *restrict even,
+EXC_INLINE void add_all(const void *const *row, const void *const *ahead, const void *const *again, int act, int64_t cols, float *restrict even,
                         float *restrict odd) {
     int64_t i = 0, n = act == EXC_F32 ? cols : cols / 2;
     for (; i + LANES <= n; i += LANES) {
-        for (int r = 0; r < ROWS; r++) __builtin_prefetch((const uint8_t *)ahead[r] + i * 4, 0, 2);
+        for (int r = 0; r < ROWS; r++) {
+            __builtin_prefetch((const uint8_t *)ahead[r] + i * 4, 0, 2);
+            __builtin_prefetch((const uint8_t *)again[r] + i * 4, 0, 2);
+        }
         for (int l = 0; l < LANES; l++) {
             float s = even[i + l];
             for (int r = 0; r < ROWS; r++) s += act == EXC_F32 ? at(row[r], i + l) : low(row[r], i + l);
@@ -82,11 +85,12 @@ EXC_INLINE void sum_typed(const job *j, int64_t e, int64_t first, int64_t cols, 
         for (int64_t i = 0; i < cols; i++) even[i] = 0;
         for (int64_t i = 0; i < cols / 2; i++) odd[i] = 0;
         for (int64_t p = at; p < stop; p += ROWS) {
-            const void *row[ROWS], *ahead[ROWS];
+            const void *row[ROWS], *ahead[ROWS], *again[ROWS];
             int n = (int)exc_least(ROWS, stop - p);
             for (int r = 0; r < n; r++) row[r] = mid + (size_t)j->list[p + r] * j->row_bytes;
             for (int r = 0; r < ROWS; r++) ahead[r] = mid + (size_t)j->list[exc_least(p + AHEAD + r, last)] * j->row_bytes;
-            if (n == ROWS) add_all(row, ahead, act, cols, even, odd);
+            for (int r = 0; r < ROWS; r++) again[r] = mid + (size_t)j->list[exc_least(p + AHEAD / 2 + r, last)] * j->row_bytes;
+            if (n == ROWS) add_all(row, ahead, again, act, cols, even, odd);
             else add_rows(row, n, act, 0, cols, even, odd);
         }
         for (int64_t i = 0; act == EXC_F32 && i < cols; i++) to[i] += (double)even[i];

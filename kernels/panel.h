@@ -4,23 +4,44 @@
  * element is used by one broadcast. Both products run while the samples of a block are in cache: X is read once. */
 
 #define VECTORS (SIDE / WIDE)
+#define TILE 64 /* columns fetched at once */
+
+/* some columns of the samples as R: converted once for all products with them, or where they are */
+TARGET EXC_INLINE void NAME(fetch)(const float *x, int64_t row_stride, int rows, int64_t n, R room[ROWS][TILE], const R *t[ROWS]) {
+    for (int i = 0; i < rows; i++) {
+        const float *row = x + i * row_stride;
+        t[i] = sizeof(R) == sizeof *x ? (const R *)(const void *)row : room[i];
+        for (int64_t j = 0; sizeof(R) != sizeof *x && j < n; j++) room[i][j] = (R)row[j];
+    }
+}
 
 TARGET EXC_INLINE void NAME(block)(const float *x, int64_t row_stride, int rows, int64_t width, const R *v, R *z, int64_t stride) {
     V y[ROWS][VECTORS];
     _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++)
         _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) y[i][k] = SET1((R)0);
-    for (int64_t j = 0; j < width; j++)
-        _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
-            V c = LOAD(v + j * stride + k * WIDE);
-            _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++)
-                y[i][k] = FMA(SET1((R)x[i * row_stride + j]), c, y[i][k]);
-        }
-    for (int64_t j = 0; j < width; j++)
-        _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
-            V c = LOAD(z + j * stride + k * WIDE);
-            _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) c = FMA(SET1((R)x[i * row_stride + j]), y[i][k], c);
-            STORE(z + j * stride + k * WIDE, c);
-        }
+    for (int64_t first = 0; first < width; first += TILE) {
+        int64_t n = exc_least(TILE, width - first);
+        R room[ROWS][TILE];
+        const R *t[ROWS];
+        NAME(fetch)(x + first, row_stride, rows, n, room, t);
+        for (int64_t j = 0; j < n; j++)
+            _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
+                V c = LOAD(v + (first + j) * stride + k * WIDE);
+                _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) y[i][k] = FMA(SET1(t[i][j]), c, y[i][k]);
+            }
+    }
+    for (int64_t first = 0; first < width; first += TILE) {
+        int64_t n = exc_least(TILE, width - first);
+        R room[ROWS][TILE];
+        const R *t[ROWS];
+        NAME(fetch)(x + first, row_stride, rows, n, room, t);
+        for (int64_t j = 0; j < n; j++)
+            _Pragma("GCC unroll 16") for (int k = 0; k < VECTORS; k++) {
+                V c = LOAD(z + (first + j) * stride + k * WIDE);
+                _Pragma("GCC unroll 16") for (int i = 0; i < rows; i++) c = FMA(SET1(t[i][j]), y[i][k], c);
+                STORE(z + (first + j) * stride + k * WIDE, c);
+            }
+    }
 }
 
 TARGET static void NAME(sweep)(const float *x, int64_t row_stride, int64_t samples, int64_t width, const R *v, R *z,
@@ -36,6 +57,7 @@ TARGET static void NAME(sweep)(const float *x, int64_t row_stride, int64_t sampl
 }
 
 #undef VECTORS
+#undef TILE
 #undef V
 #undef R
 #undef WIDE

@@ -15,16 +15,17 @@
  * that share scales (rows dealt by 64) tell each other what they found.
  *
  * Bytes and cycles, H200, rank 1. A copy at 4.3 TB/s gives each of 132 processors 9.3 codes a cycle (1.755 GHz), in and out.
- * Four schedulers issue for 128 lanes: 13.8 instructions a code at full speed, 16.2 at 85 %. Counted in SASS, nvcc 13.0, and by
- * code: first sweep 4.4 (half of a cvt to f16 pairs, one to f32, times scale, fma, half a maximum, loads of
- * 8 bytes a row, 16 a basis value of four rows), second 7.3 (the same decoding, fma, subtraction, times 1/s, half of a cvt
- * from pairs, a store of 8 bytes), asking, sending and folding 0.6: 12.3 in all. So 85 % of a copy needs 76 % of the issue slots and 95 %
- * 85 %: arithmetic is as scarce as memory here, which is why there are two blocks on a processor, one computing while
- * the other exchanges (1.5 us of DSMEM, up to 2 us of f64 additions for 224 pieces; a strip of 64 KB a block lasts 9 us). On the way are,
- * beside the strip in work, at least two steps of 1 KB a warp, 32 KB a processor, and the whole strip while it leaves; H200 wants 48
- * KB on average. Rows of 128 bytes cost 6 % of a copy (QuACK, H100); neighbouring strips are worked on at the same time
- * by other clusters, so that the other half of 256 bytes is near. 85 % is to be expected if 3 of 4 slots can be used;
- * rank 2 adds 2 instructions, 14.3, and is bound by them: some 80 %. None of this was measured. */
+ * Four schedulers issue for 128 lanes: 13.8 instructions a code at full speed, 16.2 at 85 %. In SASS (nvcc 13.0) a step of the
+ * first sweep is some 160 instructions for 32 codes, 5.0 a code: half a conversion to pairs of f16, one to f32, times scale,
+ * fma, half a maximum and minimum, the rest loads (8 bytes a row, 16 for basis values of four rows), the wait, the loop; of the
+ * second 240, 7.5 a code: the same decoding, fma, subtraction, times 1/s, half a conversion from pairs, a store of 8 bytes a row,
+ * what is asked for. Sending, folding and peaks add some 0.6: 13.1 in all. So 85 % of a copy needs 81 % of the issue slots, and
+ * all of them would give 105 %: arithmetic is as scarce as memory here, 85 % is near what there is. Hence eight independent
+ * columns a thread, and two blocks of eight warps on a processor, one computing while the other exchanges (1.5 us of DSMEM, up
+ * to 2 us of f64 additions for 224 pieces; a strip of 64 KB a block lasts 9 us). On the way are, beside the strip in
+ * work, at least two steps of 1 KB a warp, 32 KB a processor, and all of the next while it leaves; H200 wants 48 KB. Rows of 128
+ * bytes cost 6 % of a copy (QuACK, H100); neighbouring strips are worked on at the same time by other clusters, so that the
+ * other half of 256 bytes is near. Rank 2 adds 2 instructions and is bound by them. None of this was measured. */
 #ifndef EXC_OCTETS_CUH
 #define EXC_OCTETS_CUH
 
@@ -238,8 +239,10 @@ __device__ inline double dots(Octets<K> &b, int64_t task, unsigned strip, int r0
     if (b.mine) {
         const float scale = scales[b.block_down()];
         for (int i = 0; i < STEPS; i++) {
-            cp_async_wait_for((int)(b.asked - 1 - strip - i));
-            __syncwarp();
+            if (i % 2 == 0) { /* for two steps */
+                cp_async_wait_for((int)(b.asked - 2 - strip - i));
+                __syncwarp();
+            }
             if (!b.here) continue;
             float4 basis[SUMS];
 #pragma unroll

@@ -46,12 +46,13 @@ typedef struct band {
     tally *t;
     /* an ordinary band is swept as a whole: scales as they were in the order of kept, rows of EXC_SIDE_IN turned into columns,
      * [along, BAND], largest codes of blocks, how far rows move, and its own room */
+    const exc_recoder *by; /* and what sweeps it, or NULL */
     exc_recode whole;
     int last, asked, was_asked; /* of its task; it has asked for the next one; the one before has asked for it */
     float *old, *reach;
     uint8_t *turned, *largest;
     double wide[MOST_RANK][BAND];
-    lane held[MOST_RANK];
+    lane held[2 * MOST_RANK];
     double acc[MOST_RANK][BAND];
     lane coef[MOST_RANK]; /* strength * R W */
     lane gain, ones, most;
@@ -168,6 +169,9 @@ static inline void keep_dots(band *b) {
             if (a->c && l < b->lines) a->c[(b->matrix * a->rank + r) * b->j->whole + b->at + l] = (float)b->acc[r][l];
         }
 }
+
+/* lambda of all lines for exact rounding, as far as a number of trials leads: in best */
+void exc_solve(band *b);
 
 /* ordinary.c: the edit of a band in registers; 0: it is not an ordinary one, nothing was written */
 int exc_edit_whole(band *b);

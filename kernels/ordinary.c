@@ -164,10 +164,20 @@ static void open_whole(band *b) {
     b->whole.from = b->whole.to = b->turned, b->whole.stride = BAND;
 }
 
+/* where exact rounding is to lead, and how it gets there */
+static void solve_whole(band *b, const exc_recoder *by) {
+    memset(b->acc, 0, (size_t)b->j->a->rank * sizeof *b->acc);
+    by->meant(&b->whole);
+    memcpy(b->target, b->acc, (size_t)b->j->a->rank * sizeof *b->acc);
+    b->whole.lambda = b->lambda[0];
+    b->by = by;
+    exc_solve(b);
+}
+
 int exc_edit_whole(band *b) {
     const job *j = b->j;
     const struct exc_project_args *a = j->a;
-    const exc_recoder *by = b->bare && b->coded && a->rounding == EXC_ROUND_RN ? exc_recoder_for(a->dtype, b->lines) : NULL;
+    const exc_recoder *by = b->coded && a->rounding != EXC_ROUND_SR ? exc_recoder_for(a->dtype, b->lines) : NULL;
     if (!by || j->factor || j->row_gain || a->strength[b->matrix] == 0.0f || (a->dtype == EXC_F4 && !j->out)) return 0;
     if (!has_room(j) || !ordinary_scales(b)) return 0;
     open_whole(b);
@@ -188,9 +198,14 @@ int exc_edit_whole(band *b) {
         b->whole.gain = b->gain;
     }
     if (!choose_all(b)) return 0;
+    if (!b->bare) solve_whole(b, by);
     double moved[BAND] = {0}, error[BAND] = {0};
     if (a->moved || a->error) b->whole.moved = moved, b->whole.error = error;
-    by->result(&b->whole);
+    if (b->bare) by->result(&b->whole);
+    else {
+        b->whole.lambda = b->best[0];
+        by->solved(&b->whole);
+    }
     write_scales(b);
     if (!j->out) exc_turn(b->turned, BAND, j->along, b->lines, b->dst + b->at * a->cols, a->cols);
     b->t->moved = total(moved, b->lines);

@@ -14,6 +14,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+/* a result rounded as it is, with R^T lambda taken off, that without being stored, and one that is not rounded */
+enum how { NEAREST, SOLVED, TRIED, MEANT };
+
 /* the line that stands in a lane of vector v: of e4m3 the even codes of the lower and of the upper half, then the odd ones; of fp4
  * one of the eight in a word */
 EXC_INLINE int lane_of(int dtype, int wide, int v, int lane) {

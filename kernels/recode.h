@@ -23,6 +23,7 @@ typedef struct exc_recode {
     int fetched;           /* this band has been asked for */
     const float *basis;    /* [rank, rows] */
     const float *coef;     /* [rank, EXC_BAND] */
+    const float *lambda;   /* [rank, EXC_BAND] of exact rounding */
     const float *gain;     /* [EXC_BAND] or NULL: lengths are not restored */
     const float *old, *now; /* scales: e4m3 [rows / 128], fp4 [rows, 4] */
     double *sums;          /* [rank, EXC_BAND]: R W, or R Q */
@@ -30,13 +31,16 @@ typedef struct exc_recode {
     uint8_t *most;         /* [rows / 128] of e4m3: the largest code of a block without its sign */
     int64_t changed;       /* codes */
     double *wide;          /* room of [rank, EXC_BAND] */
-    float *held;           /* and once more */
+    float *held;           /* and twice as much */
 } exc_recode;
 
 typedef struct exc_recoder {
     void (*dots)(exc_recode *);   /* sums and length of the weights, most */
     void (*left)(exc_recode *);   /* length of what they become before the gain */
     void (*result)(exc_recode *); /* codes, sums of them, moved, error, changed */
+    void (*solved)(exc_recode *); /* the same after R^T lambda was taken off */
+    void (*meant)(exc_recode *);  /* sums of the result before it is rounded */
+    void (*trial)(exc_recode *);  /* sums of what `solved` would store */
 } exc_recoder;
 
 /* NULL: this machine, dtype or number of lines has none */

@@ -325,7 +325,8 @@ static void round_piece(band *b, int64_t h0, int rows, const lane *lambda, int l
 static void trial(band *b) {
     const struct exc_project_args *a = b->j->a;
     clear_acc(b);
-    EACH_PIECE(h0, rows) {
+    if (b->by) b->by->trial(&b->whole);
+    else EACH_PIECE(h0, rows) {
         load_piece(b, h0, (int)rows, 1);
         round_piece(b, h0, (int)rows, (const lane *)b->lambda, 0);
         dots_for()(b->value[0], (int)rows, a->basis + h0, b->j->along, a->rank, b->acc[0]);
@@ -364,7 +365,7 @@ static void next_bracketed(band *b, int l, int first) {
     b->lambda[0][l] = gap == 0 ? lambda : next;
 }
 
-static void solve(band *b) {
+void exc_solve(band *b) {
     const int64_t rank = b->j->a->rank;
     memset(b->lambda, 0, (size_t)rank * sizeof *b->lambda);
     memset(b->best, 0, (size_t)rank * sizeof *b->best);
@@ -432,6 +433,7 @@ static void open_band(band *b, const job *j, size_t task) {
     b->scale = b->coded ? a->scale[b->matrix] : NULL;
     b->scale_to = b->coded ? a->scale_to[b->matrix] : NULL;
     b->key = exc_philox_key(a->seed, a->stream ? a->stream[b->matrix] : (uint64_t)b->matrix);
+    b->by = NULL;
     b->bare = a->rounding != EXC_ROUND_EXACT;
     b->base = j->factor ? base_of(a, j->factor[b->matrix]) : 1.0f;
     b->kept = (float *)(b + 1);
@@ -492,7 +494,7 @@ static void edit_band(band *b) {
     if (a->norm != EXC_NORM_NONE && !j->row_gain) sweep_lengths(b);
     for (int l = 0; j->factor && l < BAND; l++) b->gain[l] = (float)j->factor[b->matrix];
     sweep_ideal(b);
-    if (!b->bare) solve(b);
+    if (!b->bare) exc_solve(b);
     sweep_result(b);
 }
 

@@ -25,11 +25,11 @@ TARGET EXC_INLINE void NAME(give)(const double *sum, int dtype, double *lines) {
     for (int i = 0; i < VECTORS(dtype) * WIDE; i++) lines[lane_of(dtype, WIDE, i / WIDE, i % WIDE)] = sum[i];
 }
 
-TARGET EXC_INLINE void NAME(take_all)(const exc_recode *a, int dtype, int span, float *coef) {
+TARGET EXC_INLINE void NAME(take_all)(const exc_recode *a, const float *lines, int dtype, int span, float *coef) {
     const int n = VECTORS(dtype);
     V x[MOST];
     for (int64_t r = 0; r < a->rank; r++) {
-        NAME(take)(a->coef + r * EXC_BAND + span * n * WIDE, dtype, x);
+        NAME(take)(lines + r * EXC_BAND + span * n * WIDE, dtype, x);
         EACH(v) STOREF(coef + (r * MOST + v) * WIDE, x[v]);
     }
 }
@@ -135,7 +135,7 @@ TARGET EXC_INLINE void NAME(left_of)(exc_recode *a, int dtype) {
     float *coef = a->held;
     EACH_SPAN(span) {
         NAME(sum) size = {{0}};
-        NAME(take_all)(a, dtype, span, coef);
+        NAME(take_all)(a, a->coef, dtype, span, coef);
         for (int64_t h0 = 0; h0 < a->rows; h0 += EXC_BAND_PIECE) {
             const int64_t end = a->rows - h0 < EXC_BAND_PIECE ? a->rows : h0 + EXC_BAND_PIECE;
             V square[MOST];
@@ -156,18 +156,22 @@ TARGET EXC_INLINE void NAME(left_of)(exc_recode *a, int dtype) {
     }
 }
 
-/* `one`: a direction and no gain; `summed`: moved and error are wanted */
-TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int summed) {
-    const int n = VECTORS(dtype), apart = a->to != a->from;
-    const int64_t stride = a->stride, next_stride = a->next ? a->next_stride : 0;
+/* `one`: a direction and no gain; `summed`: moved and error are wanted; `how` the result comes about */
+TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int summed, enum how how) {
+    const int n = VECTORS(dtype), stored = how == NEAREST || how == SOLVED, apart = stored && a->to != a->from;
+    const int64_t stride = a->stride, next_stride = a->next && stored ? a->next_stride : 0;
     double *wide = a->wide;
-    float *coef = a->held;
+    float *coef = a->held, *lambda = a->held + a->rank * EXC_BAND;
     int64_t changed = 0;
     EACH_SPAN(span) {
         NAME(sum) moved = {{0}}, error = {{0}};
-        V held[MOST], gain[MOST];
-        NAME(take_all)(a, dtype, span, coef);
-        EACH(v) held[v] = LOADF(coef + v * WIDE);
+        V held[MOST], gain[MOST], solved[MOST];
+        NAME(take_all)(a, a->coef, dtype, span, coef);
+        EACH(v) held[v] = solved[v] = LOADF(coef + v * WIDE);
+        if (how == TRIED || how == SOLVED) {
+            NAME(take_all)(a, a->lambda, dtype, span, lambda);
+            EACH(v) solved[v] = LOADF(lambda + v * WIDE);
+        }
         EACH(v) gain[v] = SET1(1.0f);
         if (!one && a->gain) NAME(take)(a->gain + span * n * WIDE, dtype, gain);
         memset(wide, 0, (size_t)a->rank * MOST * WIDE * sizeof *wide);
@@ -183,7 +187,7 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
             V inverse = NAME(inverse)(a->now, dtype, h0, span);
             if (dtype != EXC_F4) old = MUL(old, SET1(0x1p8f)), now = MUL(now, SET1(0x1p8f));
             for (int h = 0; h < rows; h++, row += stride, to += stride, next += next_stride) {
-                V x[MOST], d[MOST], b = SET1(a->basis[h0 + h]);
+                V x[MOST], d[MOST], shift[MOST], b = SET1(a->basis[h0 + h]);
                 if (next_stride) __builtin_prefetch(next, 0, 2);
                 if (apart) __builtin_prefetch(to + AHEAD * stride, 1, 2);
                 if (dtype == EXC_F4) {
@@ -192,13 +196,15 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
                 }
                 NAME(weights)(row, dtype, old, x);
                 NAME(share)(a, held, coef, h0 + h, one, n, d);
+                if (how == TRIED || how == SOLVED) NAME(share)(a, solved, lambda, h0 + h, one, n, shift);
                 EACH(v) {
                     V y = SUB(x[v], d[v]);
                     if (!one) y = MUL(y, gain[v]);
-                    V s = MUL(y, inverse), near;
+                    V s = how == TRIED || how == SOLVED ? SUB(y, shift[v]) : y, near, value = y;
+                    s = MUL(s, inverse);
                     if (dtype == EXC_F4) near = ROUNDED(AT_MOST(s, 6.0f), 1.0f, 0x1.8p22f);
-                    else near = ROUNDED(s, 0x1p-14f, 0x1.8p20f);
-                    V value = MUL(near, now);
+                    else near = ROUNDED(how == SOLVED || how == TRIED ? AT_MOST(s, 1.75f) : s, 0x1p-14f, 0x1.8p20f);
+                    if (how != MEANT) value = MUL(near, now);
                     if (one) part[v] = FMA(b, value, part[v]);
                     else STOREF(buffer + (h * n + v) * WIDE, value);
                     if (summed) {
@@ -208,6 +214,7 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
                     }
                     x[v] = SIGNED(near, s);
                 }
+                if (!stored) continue;
                 U code = dtype == EXC_F4 ? NAME(encode4)(x) : NAME(encode8)(x);
                 changed += NAME(differing)(code, row, dtype, a->old, a->now, h0 + h, span);
                 STOREU(to, code);
@@ -219,7 +226,7 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
         for (int64_t r = 0; r < a->rank; r++) NAME(give)(wide + r * MOST * WIDE, dtype, a->sums + r * EXC_BAND + span * n * WIDE);
         if (summed) NAME(give)(moved.wide, dtype, a->moved + span * n * WIDE), NAME(give)(error.wide, dtype, a->error + span * n * WIDE);
     }
-    a->changed = changed;
+    if (stored) a->changed = changed;
 }
 
 #define SWEEPS(name, dtype)                                                                     \
@@ -230,11 +237,20 @@ TARGET EXC_INLINE void NAME(result_of)(exc_recode *a, int dtype, int one, int su
     }                                                                                           \
     TARGET static void NAME(left_##name)(exc_recode *a) { NAME(left_of)(a, dtype); }            \
     TARGET static void NAME(result_##name)(exc_recode *a) {                                     \
-        if (a->rank > 1 || a->gain) NAME(result_of)(a, dtype, 0, a->moved != NULL);             \
-        else if (a->moved) NAME(result_of)(a, dtype, 1, 1);                                     \
-        else NAME(result_of)(a, dtype, 1, 0);                                                   \
+        if (a->rank > 1 || a->gain) NAME(result_of)(a, dtype, 0, a->moved != NULL, NEAREST);    \
+        else if (a->moved) NAME(result_of)(a, dtype, 1, 1, NEAREST);                            \
+        else NAME(result_of)(a, dtype, 1, 0, NEAREST);                                          \
     }                                                                                           \
-    static const exc_recoder NAME(name) = {NAME(dots_##name), NAME(left_##name), NAME(result_##name)};
+    TARGET static void NAME(solved_##name)(exc_recode *a) {                                     \
+        NAME(result_of)(a, dtype, 0, a->moved != NULL, SOLVED);                                 \
+    }                                                                                           \
+    TARGET static void NAME(meant_##name)(exc_recode *a) { NAME(result_of)(a, dtype, 0, 0, MEANT); } \
+    TARGET static void NAME(trial_##name)(exc_recode *a) {                                      \
+        if (a->rank > 1 || a->gain) NAME(result_of)(a, dtype, 0, 0, TRIED);                     \
+        else NAME(result_of)(a, dtype, 1, 0, TRIED);                                            \
+    }                                                                                           \
+    static const exc_recoder NAME(name) = {NAME(dots_##name),   NAME(left_##name),  NAME(result_##name), \
+                                           NAME(solved_##name), NAME(meant_##name), NAME(trial_##name)};
 SWEEPS(f8, EXC_F8_E4M3)
 SWEEPS(f4, EXC_F4)
 

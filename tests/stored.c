@@ -13,6 +13,7 @@ typedef struct edit {
     int64_t count, rows, cols, rank;
     int plain; /* nothing but the result is wanted */
     int calm;  /* large codes are rare */
+    int odd;   /* scales that are NaN, 0, negative, subnormal */
 } edit;
 
 enum { MOST = 4 };
@@ -59,6 +60,8 @@ static void fill(const edit *e, uint8_t *w, uint8_t *scale, uint64_t seed) {
     for (int64_t i = 0; i < scales_of(e); i++) {
         uint8_t power = (uint8_t)(118 + exc_random_u64(seed, 3, (uint64_t)i) % 8);
         float f = e->power ? ldexpf(1, power - 127) : 0.01f + (float)exc_random_unit(seed, 4, (uint64_t)i);
+        static const float odd_scales[] = {NAN, 0, -0.3f, 0x1p-140f};
+        if (e->odd && i % 3 == 0) f = odd_scales[i / 3 % 4];
         uint16_t half = test_bf16(f);
         if (e->scale_dtype == EXC_F32)
             memcpy(scale + 4 * i, &f, 4);
@@ -226,6 +229,8 @@ static void edits_in_clusters(void **state) {
                                .calm = variant % 2});
         }
     both_agree(&(edit){.dtype = EXC_F8_E4M3, .count = 1, .rows = 256, .cols = 128, .rank = 64, .calm = 1});
+    for (int plain = 0; plain < 3; plain++)
+        both_agree(&(edit){.dtype = EXC_F8_E4M3, .count = 3, .rows = 1600, .cols = 48, .rank = 1, .plain = plain, .odd = 1});
 }
 
 /* factors go into scales, but for what a coarse scale cannot hold; 0 clears, 1 copies */

@@ -9,7 +9,8 @@
  * line of 64 bytes and thread (5 when the rows are in the caches), where a sequential read takes 7. Sums in token order would read
  * sequentially, but then the sums of all experts go through the second-level cache at every row, which takes longer. Reading 128
  * bytes of 64 rows in turn takes 13, whole rows 13 to 15, windows of 12 MB with a barrier after each 19, and experts by turns, a
- * block each, as much as now; the sort takes 4 % of a call. */
+ * block each, as much as now; the sort takes 4 % of a call. A request that finds too many others on their way is dropped: rows are
+ * asked for twice. */
 #include "fixed.h"
 
 #define ROWS 8              /* that meet a sum together */

@@ -6,11 +6,14 @@
  * sweeps that only read and only write leave the memory bus half idle, hence the relay: row by row the finished strip leaves the
  * buffer and the next strip takes its place, so that every step reads one row piece from memory and writes one to it.
  *
- * What bounds it on a Zen 4 server, in cycles a line of 64 bytes and thread: the best in-place loop takes 8, this one 13 at rank
- * 1, of which 8 are arithmetic: some 32 lines can be on their way at a time. Asking for them unevenly is worse than slowly (pace),
- * and a core that sees four neighbours read asks for more by itself, in vain (width). At rank 3 the 12 multiply-adds of a line, one
- * a cycle, leave 14.8; the same arithmetic on rows that are in the first-level cache takes 13.4. Matrices that fit the last-level
- * cache have a better way at rank 1 and 2 (abreast.c); at rank 3 the two take the same.
+ * What bounds it on a Zen 4 server, in core cycles a line of 64 bytes and thread, where the best in-place loop takes 9: the bare way of
+ * the bytes through the buffer and past the caches. At rank 3 the whole takes 16, as much without its multiply-adds, 14 without
+ * its writes, and the arithmetic on rows in the first-level cache 13 (12 multiply-adds, one a cycle; the rest is widening,
+ * rounding and broadcasts, which share ports with them). Some 32 lines can be on their way at a time, and asking for them
+ * unevenly is worse than slowly (pace); a core that sees four neighbours read asks for more by itself, in vain (width). Lines of a
+ * strip spread over the row, strips that stay in the caches and are edited there, and lines asked for twice gain nothing at rank
+ * 3. Matrices that fit the last-level cache have a better way at rank 1 and 2 (abreast.c); at rank 3 it is slower while memory is
+ * fast.
  *
  * R W is summed by even and odd columns of a line, a shift and a mask away from the bf16 pairs in memory, and subtracted in their
  * order, which is what the processor's own rounding wants. A column's operations are those of strip.h in the same order, so the

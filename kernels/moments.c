@@ -52,8 +52,8 @@ EXC_INLINE void add_rows(const void *const *row, int rows, int act, int64_t i, i
 
 /* ROWS rows in this order, 64 bytes at a time. Rows to come are asked for meanwhile, as far as the second-level cache: fewer
  * lines can be on their way to the first than keep memory busy. */
-EXC_INLINE void add_all(const void *const *row, const void *const *ahead, const void *const *again, int act, int64_t cols, float *restrict even,
-                        float *restrict odd) {
+EXC_INLINE void add_all(const void *const *row, const void *const *ahead, const void *const *again, int act, int64_t cols,
+                        float *restrict even, float *restrict odd) {
     int64_t i = 0, n = act == EXC_F32 ? cols : cols / 2;
     for (; i + LANES <= n; i += LANES) {
         for (int r = 0; r < ROWS; r++) {

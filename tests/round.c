@@ -404,6 +404,7 @@ static void bands_agree(void **state) {
         for (int k = 0; k <= F4; k++)
             for (int at = 0; at < 4; at++) {
                 int side = at & 1, rounding = at & 2 ? EXC_ROUND_EXACT : EXC_ROUND_RN;
+                if (rounding == EXC_ROUND_EXACT && k != F8_F32 && k != F4) continue; /* which scales there are is nothing to it */
                 int64_t along = k == F4 && side != EXC_SIDE_OUT ? (cases[i].along + 31) / 32 * 32 : cases[i].along, lines = cases[i].lines;
                 matrix m = side == EXC_SIDE_OUT ? awkward(kinds[k], along, lines) : awkward(kinds[k], lines, along);
                 float *basis = directions(cases[i].rank, along, 53);

@@ -22,7 +22,7 @@ int exc_groups_make(exc_groups *g, exc_queue *q, const int64_t *offset, int64_t 
     g->table = (float *)((uint8_t *)active + list);
     g->table_count = (q->scratch_bytes - keep - list) / sizeof(float);
     if (!g->count) return 1;
-    int64_t rows = (offset[experts] + g->count - 1) / g->count;
+    int64_t rows = (offset[experts] - offset[0] + g->count - 1) / g->count;
     g->per_piece = exc_pairs_per_task(rows, k, pairs);
     g->pieces = (pairs + g->per_piece - 1) / g->per_piece;
     g->spread = exc_spread_make(g->count * g->pieces, bundle(g, rows, k), rows < EXC_TILE_ROWS);

@@ -268,6 +268,28 @@ static grouping group(int64_t T, int64_t K, int64_t E, uint64_t seed) {
 }
 static void ungroup(grouping *g) { free(g->ids), free(g->row_of), free(g->pair_of), free(g->slot), free(g->offset); }
 
+/* all experts but the first, as a rank that holds those has them: the bits they have among all, and no other row is written */
+static void stretch_case(struct exc_glu_args g, struct exc_down_args d, int64_t skip, int64_t rows, const void *mid, size_t as, const float *y) {
+    size_t width[] = {(size_t)g.inner * as, (size_t)d.hidden * sizeof *y};
+    const void *want[] = {mid, y};
+    char *got[] = {calloc((size_t)rows + 1, width[0]), calloc((size_t)rows + 1, width[1])};
+    g.gate++, g.up++, g.offset++, g.experts--, g.mid_sum = NULL;
+    d.down++, d.offset++, d.experts--, d.sqnorm_sum = NULL;
+    if (g.gate_bias) g.gate_bias += g.inner, g.up_bias += g.inner, d.bias += d.hidden;
+    g.mid = twin_up(got[0], (size_t)rows * width[0]);
+    d.y = twin_up(got[1], (size_t)rows * width[1]);
+    TWIN_RUN(glu, &g);
+    TWIN_RUN(down, &d);
+    twin_down(got[0], g.mid, (size_t)rows * width[0]);
+    twin_down(got[1], d.y, (size_t)rows * width[1]);
+    for (int i = 0; i < 2; i++) {
+        size_t before = (size_t)skip * width[i];
+        for (size_t b = 0; b < before; b++) assert_int_equal(got[i][b], 0);
+        assert_memory_equal(got[i] + before, (const char *)want[i] + before, (size_t)rows * width[i] - before);
+        free(got[i]);
+    }
+}
+
 static void experts_case(int kind, int64_t T, int64_t K, int64_t E, int64_t H, int64_t I, int clamped, int reproducible, uint64_t seed) {
     int act = kinds[kind].act, to = kinds[kind].to;
     size_t as = act_size(act);
@@ -339,6 +361,7 @@ static void experts_case(int kind, int64_t T, int64_t K, int64_t E, int64_t H, i
     if (!(sqrt(far) <= 2e-6 * sqrt(norm))) fail_msg("down: distance %.3g", sqrt(far / norm));
     for (int64_t e = 0; e < E; e++)
         if (!(fabs(sq[0][e] - sq[1][e]) <= 1e-5 * sq[0][e])) fail_msg("sqnorm_sum[%d] = %.9g, want %.9g", (int)e, sq[1][e], sq[0][e]);
+    if (reproducible && E > 2) stretch_case(g, dg, gr.offset[1], rows, mid[1], as, y[1]);
     set_reproducible(0);
     twin_done();
     for (int64_t i = 0; i < 3 * E; i++) free((void *)(uintptr_t)cpu[i].data), unstore(&s[i]);
@@ -475,6 +498,36 @@ static void gather_all(void **state) {
             }
 }
 
+/* E experts over every number of ranks, against the rule by which they are dealt out */
+static void whence_all(void **state) {
+    for (int64_t E = 1; E <= 31; E += 6)
+        for (int64_t ranks = 1; ranks <= E && ranks <= 9; ranks += ranks < 4 ? 1 : 5)
+            for (int64_t T = 0; T <= 43; T += 43) {
+                int64_t K = E < 4 ? E : 4, n = T * K;
+                grouping g = group(T, K, E, (uint64_t)(E * 16 + ranks));
+                int32_t *want = calloc((size_t)n + 1, 4), *got = calloc((size_t)n + 1, 4);
+                struct exc_whence_args a = {g.ids, g.pair_of, n, E, ranks, got}, d = a;
+                for (int64_t r = 0, first = 0, end = 0; r < n; r++)
+                    for (int b = 0; b < (int)ranks; b++) {
+                        exc_share(E, b, (int)ranks, &first, &end);
+                        int32_t e = g.ids[g.pair_of[r]];
+                        if (e >= first && e < end) want[r] = (int32_t)(b * n + g.pair_of[r]);
+                    }
+                assert_int_equal(exc_cpu_whence(&twin.cpu->queue, &a), EXC_OK);
+                assert_memory_equal(got, want, (size_t)n * 4);
+                memset(got, 0, (size_t)n * 4);
+                d.ids = twin_up(g.ids, (size_t)n * 4);
+                d.pair_of = twin_up(g.pair_of, (size_t)n * 4);
+                d.index = twin_up(got, (size_t)n * 4);
+                TWIN_RUN(whence, &d);
+                twin_down(got, d.index, (size_t)n * 4);
+                assert_memory_equal(got, want, (size_t)n * 4);
+                twin_done();
+                ungroup(&g);
+                free(want), free(got);
+            }
+}
+
 static void widen_all(void **state) {
     static const int to[] = {EXC_F32, EXC_BF16, EXC_F64};
     for (int four = 0; four < 2; four++)
@@ -519,6 +572,8 @@ static void refusals(void **state) {
     assert_int_equal(TWIN_STATUS(view, (&(struct exc_view_args){.rows = 1, .columns = 1, .unit = 3})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(gather, (&(struct exc_gather_args){.rows = 1, .share = 1, .width = 3})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(gather, (&(struct exc_gather_args){.rows = 1, .width = 4})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(whence, (&(struct exc_whence_args){.pairs = 1, .experts = 2, .ranks = 3})), EXC_ERR_USAGE);
+    assert_int_equal(TWIN_STATUS(whence, (&(struct exc_whence_args){.pairs = INT32_MAX, .experts = 2, .ranks = 2})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(pack, (&(struct exc_pack_args){.n = 1, .k = 8, .w_dtype = EXC_F4, .to = EXC_F4})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(widen, (&(struct exc_widen_args){.rows = 1, .cols = 31, .dtype = EXC_F4, .scale_dtype = EXC_F8_E8M0})), EXC_ERR_USAGE);
     assert_int_equal(TWIN_STATUS(bundle, (&(struct exc_bundle_args){.act = EXC_F16})), EXC_ERR_USAGE);
@@ -570,8 +625,8 @@ int main(void) {
         cmocka_unit_test(matmul_all),     cmocka_unit_test(matmul_rows_alone), cmocka_unit_test(bundle_all),
         cmocka_unit_test(permute_all),    cmocka_unit_test(experts_all),       cmocka_unit_test(sums_any_split),
         cmocka_unit_test(combine_all),    cmocka_unit_test(view_all),          cmocka_unit_test(gather_all),
-        cmocka_unit_test(widen_all),      cmocka_unit_test(matvec_codes),      cmocka_unit_test(wide_tiles),
-        cmocka_unit_test(refusals),
+        cmocka_unit_test(whence_all),     cmocka_unit_test(widen_all),         cmocka_unit_test(matvec_codes),
+        cmocka_unit_test(wide_tiles),     cmocka_unit_test(refusals),
     };
     return cmocka_run_group_tests(tests, twin_open, twin_close);
 }

@@ -1,7 +1,13 @@
 /* replayed.c - decode as graphs on a device: the same steps enqueued launch by launch and replayed, for every kind of token mixer,
- * give the same bits: logits, sums and the host's counts, while sequences end and contexts grow. */
+ * give the same bits: logits, sums and the host's counts, while sequences end and contexts grow. And over several devices, with
+ * the exchanges between them in the graphs: the bits of one; a device that is gone ends a replay that waits for it. */
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "collect.h"
 #include "session.h"
@@ -105,7 +111,144 @@ static void same_bits(void **state) {
     }
 }
 
+/* ------------------------------------------------------------------------------------------------- several devices */
+
+enum { RANKS = 3 };
+
+static exc_ctx *context(int device, const char *ranks) {
+    exc_ctx_options opt = EXC_CTX_OPTIONS;
+    opt.backend = "cuda";
+    opt.threads = 1;
+    opt.reproducible = 1; /* a row's bits do not depend on the rows beside it */
+    opt.device = device;
+    opt.ranks = ranks;
+    exc_ctx *ctx = NULL;
+    if (exc_ctx_create(&opt, &ctx)) fail_msg("%s", exc_ctx_error(ctx));
+    return ctx;
+}
+
+/* what one device leaves */
+static left *alone(int device, const char *dir) {
+    exc_ctx *ctx = context(device, NULL);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    left *l = run_steps(ctx, m, true);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+    return l;
+}
+
+static void as_rank(int rank, const char *dir) {
+    left *want = rank ? NULL : alone(rank, dir);
+    exc_ctx *ctx = context(rank, "auto");
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    left *got = run_steps(ctx, m, true);
+    size_t rows = (size_t)m->atlas->shape.moe_layers;
+    assert_in_range(got->replayed, STEPS - 5, STEPS - 2);
+    assert_int_equal(exc_ranks_meet(ctx, "logits of a test", exc_hash64(got->logits, sizeof got->logits)), EXC_OK);
+    assert_int_equal(exc_ranks_sum(ctx, "sums of a test", EXC_F64, got->sums, (size_t)got->count), EXC_OK);
+    assert_int_equal(exc_ranks_sum(ctx, "tokens of a test", EXC_I64, got->tokens, rows), EXC_OK);
+    if (want) {
+        assert_memory_equal(want->logits, got->logits, sizeof want->logits);
+        assert_memory_equal(want->sums, got->sums, (size_t)want->count * sizeof *want->sums);
+        assert_memory_equal(want->tokens, got->tokens, rows * sizeof *want->tokens);
+        discard(want);
+    }
+    discard(got);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* rank 0 replays; the others leave after a few steps */
+static void as_rank_left_alone(int rank, const char *dir) {
+    exc_ctx *ctx = context(rank, "auto");
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    exc_session *s;
+    exc_room room = {.slots = RANKS, .cache_tokens = RANKS * STEPS, .step_tokens = RANKS};
+    static const int64_t capacity[RANKS] = {STEPS, STEPS, STEPS};
+    assert_int_equal(exc_session_open(ctx, m, &room, &s), EXC_OK);
+    assert_int_equal(exc_session_reset(s, RANKS, capacity), EXC_OK);
+    float *logits = there(ctx, RANKS * m->atlas->shape.vocab, sizeof *logits);
+    int32_t tokens[RANKS] = {1, 2, 3}, slot[RANKS] = {0, 1, 2};
+    int64_t begin[RANKS + 1] = {0, 1, 2, 3};
+    exc_step t = {.tokens = tokens, .slot = slot, .begin = begin, .sequences = RANKS, .logits = logits};
+    exc_status st = EXC_OK;
+    for (int i = 0; i < STEPS && st == EXC_OK; i++) {
+        if (rank && i == STEPS / 2) raise(SIGKILL);
+        st = exc_session_step(s, &t);
+        if (st == EXC_OK) st = exc_session_check(s);
+    }
+    assert_true(s->replayed > 0);
+    assert_int_equal(st, EXC_ERR_DEVICE);
+    assert_non_null(strstr(exc_ctx_error(ctx), "rank"));
+    exc_device_release(ctx, logits);
+    exc_session_close(s);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+/* forks the ranks, each with a socket to each other one; their exit codes, or minus the signal that ended one */
+static void in_ranks(void (*body)(int rank, const char *dir), const char *dir, int code[RANKS]) {
+    int file[RANKS][RANKS] = {{0}};
+    pid_t child[RANKS];
+    for (int i = 0; i < RANKS; i++)
+        for (int j = 0, pair[2]; j < i; j++) {
+            assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+            file[i][j] = pair[0], file[j][i] = pair[1];
+        }
+    test_emulated();
+    setenv("HC_DEVICES", "4", 1);
+    setenv("EXCISE_RANK_SECONDS", "60", 1);
+    fflush(NULL);
+    for (int r = 0; r < RANKS; r++) {
+        if ((child[r] = fork())) continue;
+        char names[RANKS * 12 + 12];
+        int at = snprintf(names, sizeof names, "%d", r);
+        for (int i = 0; i < RANKS; i++) {
+            at += snprintf(names + at, sizeof names - (size_t)at, "%c%d", i ? ',' : ':', i == r ? -1 : file[r][i]);
+            for (int j = 0; j < RANKS; j++)
+                if (i != r && i != j) close(file[i][j]);
+        }
+        setenv("EXCISE_RANK_SOCKETS", names, 1);
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        body(r, dir);
+        _exit(0); /* an assertion that fails takes the suite's way out instead, with another code */
+    }
+    for (int i = 0; i < RANKS; i++)
+        for (int j = 0; j < RANKS; j++)
+            if (i != j) close(file[i][j]);
+    for (int r = 0; r < RANKS; r++) {
+        int status;
+        assert_int_equal(waitpid(child[r], &status, 0), child[r]);
+        code[r] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    }
+}
+
+static void over_devices(void **state) {
+    static const int kinds[] = {TINY_GLM, TINY_NEXT};
+    for (size_t i = 0; i < EXC_COUNT(kinds); i++) {
+        tiny spec = tiny_odd(kinds[i]);
+        char *dir = test_tmpdir();
+        int code[RANKS];
+        tiny_write(&spec, dir);
+        in_ranks(as_rank, dir, code);
+        for (int r = 0; r < RANKS; r++)
+            if (code[r]) fail_msg("kind %d: rank %d: %d", kinds[i], r, code[r]);
+        tiny_free(&spec);
+    }
+}
+
+static void left_alone(void **state) {
+    tiny spec = tiny_odd(TINY_QWEN);
+    char *dir = test_tmpdir();
+    int code[RANKS];
+    tiny_write(&spec, dir);
+    in_ranks(as_rank_left_alone, dir, code);
+    assert_int_equal(code[0], 0);
+    assert_int_equal(code[1], -SIGKILL);
+    tiny_free(&spec);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(same_bits)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(over_devices), cmocka_unit_test(left_alone), cmocka_unit_test(same_bits)};
     return cmocka_run_group_tests_name("replayed", tests, NULL, NULL);
 }

@@ -45,6 +45,8 @@ struct exc_ctx {
     const struct exc_module *module; /* the device module; NULL: ops run on the CPU */
     exc_ranks *ranks;          /* NULL: this process works alone */
     uint64_t memory, taken, most_taken; /* budget in bytes, what models have of it now, and had at most */
+    struct exc_recorded *recorded; /* graphs that are not forgotten, linked */
+    bool recording;            /* between exc_device_record and exc_device_recorded */
     const int32_t *observing;  /* the caller's switch of exc_observe, where ops run; NULL: on */
     exc_model *models;         /* opened in this context, linked by `next` */
     struct exc_kept {
@@ -124,11 +126,13 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes);
  * the two cost nothing on the CPU. */
 exc_status exc_device_mirror(exc_ctx *ctx, size_t count, size_t size, const char *what, void **block);
 void *exc_device_side(const exc_ctx *ctx, void *host, void *block);
-/* graphs (module.h says what may stand between the first two); on a device only */
+/* Graphs (module.h says what may stand between the first two); on a device only. On failure no graph comes back. A graph of several
+ * ranks can be replayed while they can exchange; all are to replay it. */
 exc_status exc_device_record(exc_ctx *ctx);
 exc_status exc_device_recorded(exc_ctx *ctx, void **graph);
 exc_status exc_device_replay(exc_ctx *ctx, void *graph);
 void exc_device_forget(exc_ctx *ctx, void *graph);
+void exc_device_forget_all(exc_ctx *ctx); /* gives up one that is being recorded, and what all hold; forget is still due */
 exc_status exc_device_sync(exc_ctx *ctx); /* waits for all work; errors of kernels show here */
 /* passes a status on; on a device adds the text of the failed call. For the status of an op: what names it */
 exc_status exc_device_failed(exc_ctx *ctx, exc_status st, const char *what);
@@ -201,6 +205,7 @@ exc_status exc_ranks_send_rows(exc_ctx *ctx, const char *what, const exc_rows *l
 exc_status exc_ranks_collect_rows(exc_ctx *ctx, const char *what, const exc_rows *list, size_t count, const int64_t *rows);
 /* before a wait for the device: what other ranks have a part in is done, or has failed and is given up */
 exc_status exc_ranks_settle(exc_ctx *ctx);
+exc_status exc_ranks_replay(exc_ctx *ctx); /* before a graph with exchanges in it is enqueued once more */
 exc_status exc_ranks_device(exc_ctx *ctx); /* once the backend is open: several GPUs join */
 /* array <- sum over ranks, added in rank order: the same bits everywhere. dtype EXC_I64, EXC_U32, EXC_F64, EXC_F32; array may be NULL */
 exc_status exc_ranks_sum(exc_ctx *ctx, const char *what, int dtype, void *array, size_t count);

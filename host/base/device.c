@@ -186,22 +186,61 @@ exc_status exc_device_zero(exc_ctx *ctx, void *p, size_t bytes)
 exc_status exc_device_record(exc_ctx *ctx)
 {
     EXC_TRY(settle(ctx));
-    return exc_device_failed(ctx, ctx->module->record(&ctx->queue), "decode");
+    EXC_TRY(exc_device_failed(ctx, ctx->module->record(&ctx->queue), "decode"));
+    ctx->recording = true;
+    return EXC_OK;
 }
+
+/* The context knows its graphs: NCCL does not let go of a communicator while a graph has work of it. */
+typedef struct exc_recorded {
+    void *graph;
+    struct exc_recorded *next;
+} exc_recorded;
 
 exc_status exc_device_recorded(exc_ctx *ctx, void **graph)
 {
-    return exc_device_failed(ctx, ctx->module->recorded(&ctx->queue, graph), "decode");
+    if (!ctx->recording) return EXC_OK; /* given up */
+    exc_recorded *r = graph ? exc_zalloc(ctx, 1, sizeof *r, "graph") : NULL;
+    ctx->recording = false;
+    exc_status st = exc_device_failed(ctx, ctx->module->recorded(&ctx->queue, r ? &r->graph : NULL), "decode");
+    if (graph && !r) return EXC_ERR_MEMORY;
+    if (!graph) return st;
+    if (st != EXC_OK) {
+        exc_release(r);
+        return st;
+    }
+    r->next = ctx->recorded;
+    ctx->recorded = r;
+    *graph = r;
+    return EXC_OK;
 }
 
 exc_status exc_device_replay(exc_ctx *ctx, void *graph)
 {
-    return exc_device_failed(ctx, ctx->module->replay(&ctx->queue, graph), "decode");
+    EXC_TRY(exc_ranks_replay(ctx));
+    return exc_device_failed(ctx, ctx->module->replay(&ctx->queue, ((exc_recorded *)graph)->graph), "decode");
+}
+
+static void drop(exc_ctx *ctx, exc_recorded *r)
+{
+    if (r->graph) ctx->module->forget(&ctx->queue, r->graph);
+    r->graph = NULL;
 }
 
 void exc_device_forget(exc_ctx *ctx, void *graph)
 {
-    if (graph) ctx->module->forget(&ctx->queue, graph);
+    exc_recorded **at = &ctx->recorded;
+    if (!graph) return;
+    while (*at != graph) at = &(*at)->next;
+    *at = (*at)->next;
+    drop(ctx, graph);
+    exc_release(graph);
+}
+
+void exc_device_forget_all(exc_ctx *ctx)
+{
+    exc_device_recorded(ctx, NULL);
+    for (exc_recorded *r = ctx->recorded; r; r = r->next) drop(ctx, r);
 }
 
 exc_status exc_device_sync(exc_ctx *ctx)

@@ -89,6 +89,7 @@ static const char *result_text(int status) {
 
 /* after this nothing waits for other ranks any more */
 static exc_status give_up(exc_ctx *ctx, exc_nccl *n, const char *what, const char *why) {
+    exc_device_forget_all(ctx); /* before the rest: aborting waits for graphs that hold the communicator */
     if (n->comm) n->c.ncclCommAbort(n->comm);
     n->comm = NULL;
     n->what = NULL;
@@ -192,6 +193,7 @@ exc_status exc_nccl_open(exc_ctx *ctx, double seconds, exc_nccl **out) {
 }
 
 void exc_nccl_close(exc_ctx *ctx, exc_nccl *n) {
+    if (n) exc_device_forget_all(ctx);
     if (n && n->comm && exc_nccl_settle(ctx, n) == EXC_OK && finish(ctx, n, "leaving", "ncclCommFinalize", n->c.ncclCommFinalize(n->comm)) == EXC_OK)
         n->c.ncclCommDestroy(n->comm);
     exc_release(n);
@@ -232,5 +234,14 @@ exc_status exc_nccl_rows(exc_ctx *ctx, exc_nccl *n, const char *what, const exc_
     if (status == EXC_NCCL_SUCCESS || status == EXC_NCCL_IN_PROGRESS) status = ended;
     EXC_TRY(finish(ctx, n, what, "a group of sends and receives", status));
     n->what = what;
+    return EXC_OK;
+}
+
+/* The exchanges in a graph are the communicator's as those outside are: they meet the other ranks' in the order of the stream,
+ * need no host, and end when it is aborted. (NCCL may be recorded since 2.9; connections are made by the first exchange of a kind,
+ * which is why a step is recorded only after it was enqueued launch by launch.) */
+exc_status exc_nccl_replay(exc_ctx *ctx, exc_nccl *n) {
+    if (!n->comm) return gone(ctx, "a recorded step");
+    n->what = "a recorded step";
     return EXC_OK;
 }

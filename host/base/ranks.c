@@ -185,6 +185,10 @@ exc_status exc_ranks_settle(exc_ctx *ctx) {
     return ctx->ranks && ctx->ranks->nccl ? exc_nccl_settle(ctx, ctx->ranks->nccl) : EXC_OK;
 }
 
+exc_status exc_ranks_replay(exc_ctx *ctx) {
+    return ctx->ranks && ctx->ranks->nccl ? exc_nccl_replay(ctx, ctx->ranks->nccl) : EXC_OK;
+}
+
 exc_status exc_ranks_broken(exc_ctx *ctx, const char *what, const char *why) {
     return exc_fail(ctx, EXC_ERR_DEVICE, "rank %d of %d, at \"%s\": %s", ctx->ranks->rank, ctx->ranks->size, what, why);
 }

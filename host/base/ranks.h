@@ -48,6 +48,7 @@ typedef struct exc_nccl exc_nccl;
 exc_status exc_nccl_open(exc_ctx *ctx, double seconds, exc_nccl **out); /* by all ranks; *out may be set on failure too */
 void exc_nccl_close(exc_ctx *ctx, exc_nccl *n);
 exc_status exc_nccl_settle(exc_ctx *ctx, exc_nccl *n);
+exc_status exc_nccl_replay(exc_ctx *ctx, exc_nccl *n);
 exc_status exc_nccl_rows(exc_ctx *ctx, exc_nccl *n, const char *what, const exc_rows *list, size_t count, const int64_t *sends,
                          const int64_t *receives);
 exc_status exc_ranks_broken(exc_ctx *ctx, const char *what, const char *why); /* EXC_ERR_DEVICE, with the rank and the place */

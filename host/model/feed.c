@@ -176,7 +176,7 @@ static exc_status experts(exc_session *s, const exc_layer *y, int64_t layer, con
         .gate_sum = sums.gate_sum, .prompt_count = sums.prompt_count, .prompt_stride = p->moe_layers * E);
     EXC_RUN(s, permute, .ids = ids, .tokens = rows, .top_k = K, .experts = E, .offset = s->offset,
         .row_of = s->row_of, .pair_of = s->pair_of);
-    if (s->spread) EXC_TRY(exc_spread_experts(s, y, slot, &sums));
+    if (s->spread) EXC_TRY(exc_spread_experts(s, y, ids, rows, slot, &sums));
     else EXC_TRY(exc_feed_experts(s, y, s->x, s->offset, s->pair_of, rows, K, E, s->y, slot, sums.mid_sum, sums.sqnorm_sum));
     const exc_virtual *v = &y->mlp_lens;
     EXC_RUN(s, combine, .y = s->y, .row_of = s->row_of, .ids = ids, .weights = weights, .tokens = rows,

@@ -82,6 +82,7 @@ typedef struct exc_whole {
 typedef struct exc_mark {
     void *work;
     int64_t rows, bound;
+    uint64_t dealt;                 /* of several ranks: rows of each */
     const void *logits, *hidden, *hidden_last, *router_ids, *router_weights, *observe;
     exc_sums sums;
     int64_t logits_all;
@@ -192,8 +193,11 @@ void exc_spread_room(exc_carve *c, exc_session *s);
 bool exc_spread_owns(const exc_session *s, int64_t slot);
 exc_status exc_spread_step(exc_session *s, const exc_step *t);
 exc_status exc_spread_logits(exc_session *s, int64_t first, int64_t rows, float *logits);
-/* s->x [T,H], grouped by s->offset, s->pair_of, through the experts wherever they are; outputs to s->y in that grouping.
- * mark [T]: prompt number or -1, or NULL. sums: of this layer, [E] whole; each rank adds to its own experts' part */
-exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *mark, const exc_sums *sums);
+/* s->x [rows,H] with choices ids [rows,K], grouped by s->offset, s->pair_of, through the experts wherever they are; outputs to s->y in
+ * that grouping. mark [rows]: prompt number or -1, or NULL. sums: of this layer, [E] whole; each rank adds to its own experts' part */
+exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *ids, int64_t rows, const int32_t *mark,
+                              const exc_sums *sums);
+/* whether the step's launches do not depend on what the router says; and a hash of the rows of each rank, on which they do */
+bool exc_spread_steady(const exc_session *s, uint64_t *dealt);
 
 #endif

@@ -7,12 +7,36 @@
  * collected on all ranks, which keeps everything above this file the same for one rank and for many.
  *
  * Rows reach an expert ordered by rank, then by token; a stable grouping keeps that. Rows move from and to memory where ops
- * run; how many go where is told between hosts, once a layer, which is also where ranks out of step are found out. */
+ * run; how many go where is told between hosts, once a layer, which is also where ranks out of step are found out.
+ *
+ * In a step of decode on devices that word between hosts, and the wait for the device before it, would be most of the time. Few
+ * rows may as well go to all ranks: each takes those out that chose its experts and sends a row for every choice back, and the
+ * reader takes the one that comes from the expert's rank. More bytes travel, a few hundred rows, but their sizes are known
+ * before the step: it is steady, nothing waits, and the whole of it can be recorded (replay.c). */
 #include <string.h>
 
 #include "session.h"
 
+#define STEADY_ROWS 64 /* of a step over all ranks; with more, bytes count */
+
+/* of steady steps: n = min(slots, STEADY_ROWS) rows of all ranks */
+typedef struct steady {
+    int64_t most;                   /* n; 0: no step is steady */
+    bool now;                       /* the step is */
+    void *x;                        /* [n,H] act */
+    int32_t *ids, *mark;            /* [n,K], [n] */
+    int64_t *offset;                /* [E+1] */
+    int32_t *row_of, *pair_of;      /* [n*K] */
+    int32_t *index;                 /* [n*K] where outputs of this rank's rows came in */
+    float *out;                     /* [n*K,H] outputs by pair */
+    float *back;                    /* [ranks*n*K,H] and those from each rank; they are for fewer rows the more have come */
+    float *logits, *all_logits;     /* [n,V] of this rank, and of all in the order of ranks */
+    int32_t *order, *order_here;    /* [n] row in that order of each sequence */
+    int64_t *each;                  /* [ranks] the same number of rows from every rank */
+} steady;
+
 struct exc_spread {
+    steady steady;
     int64_t step_rows;              /* of the whole step */
     int64_t chunks;                 /* of the rank that has most: so often all meet in a layer */
     int32_t *owner_row;             /* [rows of a step] rows of the step in the order of ranks */
@@ -57,6 +81,30 @@ static void carve_numbers(exc_carve *c, const exc_session *s, struct exc_spread 
     d->recv_bytes = exc_carve_keep(c, n, sizeof *d->recv_bytes);
 }
 
+/* on devices only: where ops run beside the ranks' word costs little and bytes are what counts */
+static void carve_steady(exc_carve *c, const exc_session *s, steady *y) {
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t most = least(least(s->slots, s->step_tokens), STEADY_ROWS);
+    size_t n = (size_t)most, K = (size_t)p->top_k, H = (size_t)p->hidden, ranks = (size_t)exc_ranks_count(s->ctx);
+    *y = (steady){0};
+    if (!c->apart) return;
+    y->most = most;
+    y->x = exc_carve_take(c, n * H, exc_act_bytes(s->m));
+    y->ids = exc_carve_take(c, n * K, sizeof *y->ids);
+    y->mark = exc_carve_take(c, n, sizeof *y->mark);
+    y->offset = exc_carve_take(c, (size_t)p->experts + 1, sizeof *y->offset);
+    y->row_of = exc_carve_take(c, n * K, sizeof *y->row_of);
+    y->pair_of = exc_carve_take(c, n * K, sizeof *y->pair_of);
+    y->index = exc_carve_take(c, n * K, sizeof *y->index);
+    y->out = exc_carve_take(c, n * K * H, sizeof *y->out);
+    y->back = exc_carve_take(c, ranks * n * K * H, sizeof *y->back);
+    y->logits = exc_carve_take(c, n * (size_t)p->vocab, sizeof *y->logits);
+    y->all_logits = exc_carve_take(c, n * (size_t)p->vocab, sizeof *y->all_logits);
+    y->order = exc_carve_take(c, n, sizeof *y->order);
+    y->order_here = exc_carve_keep(c, n, sizeof *y->order_here);
+    y->each = exc_carve_keep(c, ranks, sizeof *y->each);
+}
+
 void exc_spread_room(exc_carve *c, exc_session *s) {
     if (exc_ranks_count(s->ctx) == 1) return;
     const exc_shape *p = &s->m->atlas->shape;
@@ -78,6 +126,7 @@ void exc_spread_room(exc_carve *c, exc_session *s) {
     d->y = exc_carve_take(c, R * H, sizeof *d->y);
     d->home = exc_carve_take(c, R * H, sizeof *d->home);
     carve_numbers(c, s, d, R);
+    carve_steady(c, s, &d->steady);
 }
 
 bool exc_spread_owns(const exc_session *s, int64_t slot) {
@@ -192,6 +241,39 @@ static exc_status run_local(exc_session *s, const exc_step *t, exc_step *local, 
     return EXC_OK;
 }
 
+/* Logits of a steady step [sequences,V], which all ranks want: made beside the step's launches at addresses that stay, because a
+ * recorded step keeps them. Where they will be is told to the device before the step, for nothing is to wait behind it. */
+static exc_status tell_order(exc_session *s, int64_t sequences) {
+    steady *y = &s->spread->steady;
+    for (int64_t i = 0; i < sequences; i++) y->order_here[s->spread->order[i]] = (int32_t)i;
+    return exc_device_put(s->ctx, y->order, y->order_here, (size_t)sequences * sizeof *y->order);
+}
+
+static exc_status run_steady(exc_session *s, const exc_step *t, exc_step *local) {
+    steady *y = &s->spread->steady;
+    size_t width = (size_t)s->m->atlas->shape.vocab * sizeof *y->logits;
+    local->logits = t->logits ? y->logits : NULL;
+    if (t->logits) EXC_TRY(tell_order(s, t->sequences));
+    EXC_TRY(exc_session_part(s, local));
+    advance_others(s, t);
+    if (!t->logits) return EXC_OK;
+    EXC_TRY(exc_ranks_collect_rows(s->ctx, "logits", &(exc_rows){y->logits, y->all_logits, width}, 1, s->spread->sequences));
+    EXC_RUN(s, gather, .x = y->all_logits, .index = y->order, .share = 1, .rows = t->sequences, .width = width, .y = t->logits);
+    return EXC_OK;
+}
+
+/* one row a sequence, few enough, and nothing asked for but logits and sums */
+static bool is_steady(const exc_session *s, const exc_step *t) {
+    return t->sequences <= s->spread->steady.most && t->begin[t->sequences] == t->sequences && !t->hidden && !t->hidden_last &&
+           !t->router_ids && !t->router_weights;
+}
+
+bool exc_spread_steady(const exc_session *s, uint64_t *dealt) {
+    const struct exc_spread *d = s->spread;
+    *dealt = exc_hash64(d->rows, (size_t)exc_ranks_count(s->ctx) * sizeof *d->rows);
+    return d->steady.now;
+}
+
 /* what all ranks must have been asked for */
 static uint64_t fingerprint(const exc_step *t) {
     uint64_t wanted = (uint64_t)(t->logits != NULL) | (uint64_t)(t->hidden != NULL) << 1 | (uint64_t)(t->hidden_last != NULL) << 2 |
@@ -216,6 +298,8 @@ exc_status exc_spread_step(exc_session *s, const exc_step *t) {
     EXC_TRY(fits(s, t));
     EXC_TRY(exc_ranks_meet(s->ctx, "a step of the forward pass", fingerprint(t)));
     exc_step local = *deal(s, t);
+    s->spread->steady.now = t->sequences && is_steady(s, t);
+    if (s->spread->steady.now) return run_steady(s, t, &local);
     size_t H = (size_t)p->hidden * sizeof(float), K = (size_t)p->top_k * sizeof(float);
     result all[] = {{"logits", t->logits, (void **)&local.logits, 1, (size_t)p->vocab * sizeof(float), !t->logits_all},
                     {"hidden states", t->hidden, (void **)&local.hidden, p->layers + 1, H, false},
@@ -295,13 +379,37 @@ static exc_status send_rows(exc_session *s, const int32_t *mark, int64_t *came) 
     return exc_device_put(s->ctx, d->ids, d->ids_here, (size_t)n * sizeof *d->ids);
 }
 
-exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *mark, const exc_sums *sums) {
+/* rows of all ranks to all, through the experts of this one, and back; the outputs' grouping is that of the rows of all */
+static exc_status steady_experts(exc_session *s, const exc_layer *y, const int32_t *ids, int64_t rows, const int32_t *mark, double *mid,
+                                 double *sq) {
+    struct exc_spread *d = s->spread;
+    steady *st = &d->steady;
+    const exc_shape *p = &s->m->atlas->shape;
+    int64_t first = s->m->expert_first, own = s->m->expert_end - first, K = p->top_k, n = d->step_rows;
+    size_t width = (size_t)p->hidden * sizeof *st->out;
+    exc_rows out[] = {{s->x, st->x, (size_t)p->hidden * exc_act_bytes(s->m)}, {ids, st->ids, (size_t)K * sizeof *ids}, {mark, st->mark, sizeof *mark}};
+    EXC_TRY(exc_ranks_collect_rows(s->ctx, "rows to all ranks", out, mark ? 3 : 2, d->rows));
+    EXC_RUN(s, permute, .ids = st->ids, .tokens = n, .top_k = K, .experts = p->experts, .offset = st->offset, .row_of = st->row_of,
+            .pair_of = st->pair_of);
+    EXC_TRY(exc_feed_experts(s, y, st->x, st->offset + first, st->pair_of, n, K, own, s->y, mark ? st->mark : NULL, mid, sq));
+    EXC_RUN(s, gather, .x = s->y, .index = st->row_of, .share = 1, .rows = n * K, .width = width, .y = st->out);
+    for (int r = 0; r < exc_ranks_count(s->ctx); r++) st->each[r] = rows;
+    EXC_TRY(exc_ranks_send_rows(s->ctx, "outputs of experts", &(exc_rows){st->out, st->back, (size_t)K * width}, 1, d->rows, st->each));
+    EXC_RUN(s, whence, .ids = ids, .pair_of = s->pair_of, .pairs = rows * K, .experts = p->experts, .ranks = exc_ranks_count(s->ctx),
+            .index = st->index);
+    EXC_RUN(s, gather, .x = st->back, .index = st->index, .share = 1, .rows = rows * K, .width = width, .y = s->y);
+    return EXC_OK;
+}
+
+exc_status exc_spread_experts(exc_session *s, const exc_layer *y, const int32_t *ids, int64_t tokens, const int32_t *mark,
+                              const exc_sums *sums) {
     struct exc_spread *d = s->spread;
     const exc_shape *p = &s->m->atlas->shape;
     int64_t own = s->m->expert_end - s->m->expert_first, I = p->inner, rows;
     double *mid = sums->mid_sum ? sums->mid_sum + s->m->expert_first * I : NULL;
     double *sq = sums->sqnorm_sum ? sums->sqnorm_sum + s->m->expert_first : NULL;
     size_t width = (size_t)p->hidden * sizeof *d->y;
+    if (d->steady.now) return steady_experts(s, y, ids, tokens, mark, mid, sq);
     EXC_TRY(tell_counts(s));
     EXC_TRY(send_rows(s, mark, &rows));
     EXC_RUN(s, permute, .ids = d->ids, .tokens = rows, .top_k = 1, .experts = own, .offset = d->offset, .row_of = d->row_of,

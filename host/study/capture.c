@@ -257,7 +257,10 @@ static exc_status sum_outputs(capture *c) {
     return EXC_OK;
 }
 
-/* Each rank has counted its own sequences' choices and its own experts' activations: the sum over ranks is the whole. */
+/* Each rank has counted its own sequences' choices and its own experts' activations: the sum over ranks is the whole. Ranks with GPUs
+ * take it on their hosts as well: the sums have come there for the file, once a capture and not once a step, and are added in rank
+ * order, so that f64 has the same bits on every rank, with any number of GPUs and any transport (NCCL's order is that of its
+ * ring, its version and the message's size). Counts are integers, exact in any order. */
 static exc_status share_sums(capture *c) {
     exc_ctx *ctx = c->ctx;
     const exc_stats *s = c->s;

@@ -83,7 +83,9 @@ struct Launch {
     bool coop;
 };
 cudaError_t launch(const Launch &, std::function<void()> body);
-void enqueue_poll(cudaStream_t stream, std::function<bool()> poll); /* work that is done when poll says so */
+/* work that begins when it is submitted, again whenever a graph is that has it, and is done when what came then says so */
+using Poll = std::function<bool()>;
+void enqueue_poll(cudaStream_t stream, std::function<Poll()> begin);
 void check_arg(const char *kernel, int i, const void *p, cudaStream_t s);
 void check_words(const char *kernel, int i, const void *value, size_t n, cudaStream_t s);
 template <class T> void check_one(const char *k, int i, const T &v, cudaStream_t s) {

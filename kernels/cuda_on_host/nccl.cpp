@@ -32,6 +32,7 @@ struct Comm {
     std::atomic<int> launching{0}; /* looks until a group counts as launched */
     bool finalised = false;
     int on_stream = 0;
+    std::atomic<int> graphs{0}; /* exchanges in graphs that are not destroyed */
     std::thread joining;
 
     ~Comm() {
@@ -207,19 +208,38 @@ struct Exchange {
     }
 };
 
+/* an exchange in a graph: the communicator stays as long as that does */
+struct Kept {
+    Exchange exchange;
+    explicit Kept(const Exchange &e) : exchange(e) { exchange.comm->graphs++; }
+    ~Kept() { exchange.comm->graphs--; }
+};
+
+hc::Poll begin_exchange(const Exchange &e) {
+    auto one = std::make_shared<Exchange>(e);
+    one->comm->on_stream++;
+    return [one] { return one->poll(); };
+}
+
 int submit() {
     std::vector<Op> ops;
     ops.swap(group);
     if (ops.empty()) return EXC_NCCL_SUCCESS;
-    auto e = std::make_shared<Exchange>();
-    e->comm = ops[0].comm;
+    Exchange e;
+    e.comm = ops[0].comm;
     for (const Op &op : ops)
-        if (op.comm != e->comm || op.stream != ops[0].stream) hc::fail("NCCL: a group on several communicators or streams");
-    e->ops = std::move(ops);
-    e->comm->on_stream++;
-    e->comm->launching = 2;
-    e->comm->state = EXC_NCCL_IN_PROGRESS;
-    hc::enqueue_poll(e->ops[0].stream, [e] { return e->poll(); });
+        if (op.comm != e.comm || op.stream != ops[0].stream) hc::fail("NCCL: a group on several communicators or streams");
+    e.ops = std::move(ops);
+    e.comm->launching = 2;
+    e.comm->state = EXC_NCCL_IN_PROGRESS;
+    cudaStreamCaptureStatus capture;
+    cudaStreamIsCapturing(e.ops[0].stream, &capture);
+    if (capture == cudaStreamCaptureStatusNone) {
+        hc::enqueue_poll(e.ops[0].stream, [&] { return begin_exchange(e); });
+    } else {
+        auto kept = std::make_shared<Kept>(e);
+        hc::enqueue_poll(e.ops[0].stream, [kept] { return begin_exchange(kept->exchange); });
+    }
     return EXC_NCCL_IN_PROGRESS;
 }
 
@@ -293,6 +313,7 @@ int ncclCommFinalize(void *comm) {
 static int drop(const char *call, void *comm, bool abort) {
     Handle *h = checked(call, comm);
     Comm &c = **h;
+    if (c.graphs) hc::fail("%s: graphs hold the communicator, this would wait for their end", call);
     if (!abort && (!c.finalised || c.state != EXC_NCCL_SUCCESS)) hc::fail("%s: before the communicator was finalised", call);
     c.aborted = true;
     if (c.joining.joinable()) c.joining.join();

@@ -20,9 +20,13 @@ using hc::fail;
 struct StreamOp {
     std::function<void()> fn;
     std::vector<std::pair<CUstream_st *, uint64_t>> deps;
-    std::function<bool()> poll; /* instead of fn: called until it says that the work is done */
+    hc::Poll poll; /* instead of fn: called until it says that the work is done */
 };
-typedef std::vector<std::function<void()>> Work;
+struct Recorded { /* one of the two */
+    std::function<void()> fn;
+    std::function<hc::Poll()> begin;
+};
+typedef std::vector<Recorded> Work;
 struct CUgraph_st {
     Work work;
 };
@@ -85,7 +89,7 @@ static void submit(CUstream_st *s, std::function<void()> fn,
                    std::vector<std::pair<CUstream_st *, uint64_t>> deps = {}) {
     LOCK;
     if (s->capture) {
-        s->capture->work.push_back(std::move(fn));
+        s->capture->work.push_back({std::move(fn), {}});
         return;
     }
     CUstream_st *L = legacy();
@@ -100,11 +104,14 @@ static void submit(CUstream_st *s, std::function<void()> fn,
 }
 
 /* work that other processes have a part in: cudaStreamQuery does not wait for it */
-void hc::enqueue_poll(cudaStream_t stream, std::function<bool()> poll) {
+void hc::enqueue_poll(cudaStream_t stream, std::function<Poll()> begin) {
     LOCK;
     CUstream_st *s = S(stream);
-    if (s->capture) fail("work of several processes in a graph is not played");
-    s->q.push_back({{}, {}, std::move(poll)});
+    if (s->capture) {
+        s->capture->work.push_back({{}, std::move(begin)});
+        return;
+    }
+    s->q.push_back({{}, {}, begin()});
     s->issued++;
 }
 
@@ -378,11 +385,11 @@ API cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) 
 }
 API cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) {
     LOCK;
-    for (auto &fn : e->work) submit(S(s), fn);
+    for (auto &w : e->work) w.begin ? hc::enqueue_poll(s, w.begin) : submit(S(s), w.fn);
     return cudaSuccess;
 }
-API cudaGraphExecDestroy(cudaGraphExec_t e) {
-    drain_all();
+API cudaGraphExecDestroy(cudaGraphExec_t e) { // what was launched keeps what it needs
+    LOCK;
     delete e;
     return cudaSuccess;
 }

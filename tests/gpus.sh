@@ -68,8 +68,41 @@ failing "no id" 1 "ncclGetUniqueId: a system call failed" env HC_LIBRARY_FAILS=n
 failing "GPUs that cannot join" 1 "ncclCommInitRankConfig: an internal error" env HC_LIBRARY_FAILS=ncclCommInitRankConfig:3 "${two[@]}"
 failing "a send that fails" 1 'at "rows to experts": NCCL: ' env HC_LIBRARY_FAILS=ncclSend:1 "${two[@]}"
 
+# ---- ranks that disagree: both say where, in time
+tiny=(forward "$models/qwen3_moe" --prompts "$out/t.jsonl" --emit logits --generate 4 "${common[@]}" --backend cuda)
+printf '{"excise_plan":1,"edits":[{"op":"scale","role":"expert_down","layers":[0],"experts":[1,3],"strength":0.25}]}' >"$out/other.json"
+apart() { # apart TEXT MUST_SAY ARGUMENTS_OF_RANK_0 -- ARGUMENTS_OF_RANK_1
+    local text=$1 say=$2 ok=0 one=() r; shift 2
+    while [ "$1" != -- ]; do one+=("$1"); shift; done
+    shift
+    env RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 timeout 60 "$excise" "$@" -o "$out/x" --rendezvous "$out/xmeet" >"$out/log1" 2>&1 &
+    env RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 timeout 60 "$excise" "${one[@]}" -o "$out/x" --rendezvous "$out/xmeet" >"$out/log" 2>&1
+    [ $? = 1 ] || ok=1
+    wait $! && ok=1
+    for r in "" 1; do grep -qF -- "$say" "$out/log$r" && [ "$(wc -l <"$out/log$r")" = 1 ] || ok=1; done
+    [ -z "$(ls "$out"/x* 2>/dev/null)" ] || ok=1
+    result "$text" $ok "$out/log"
+}
+apart "ranks with models of other shapes" 'at "the model" with other data' "${tiny[@]}" -- forward "$models/olmoe" "${tiny[@]:2}"
+apart "ranks with other weights of the same shapes" 'at "the model" with other data' "${tiny[@]}" -- forward "$out/a1" "${tiny[@]:2}"
+apart "ranks that compute otherwise" 'at "the model" with other data' "${tiny[@]}" -- "${tiny[@]}" --compute f32
+apart "ranks with other plans" 'at "the plan" with other data' "${tiny[@]}" --plan "$out/plan.json" -- "${tiny[@]}" --plan "$out/other.json"
+apart "only one rank has a plan" 'at "the plan' "${tiny[@]}" -- "${tiny[@]}" --plan "$out/other.json"
+apart "ranks that generate otherwise" 'at "a step of the forward pass"' "${tiny[@]}" -- "${tiny[@]}" --generate 6
+apart "ranks that write by other plans" 'at "the plan" with other data' apply "$models/qwen3_moe" "$out/plan.json" --backend cuda -- \
+    apply "$models/qwen3_moe" "$out/other.json" --backend cuda
+apart "ranks that round otherwise" 'at "options of apply" with other data' apply "$models/qwen3_moe" "$out/plan.json" --backend cuda -- \
+    apply "$models/qwen3_moe" "$out/plan.json" --backend cuda --round sr
+
 # ---- ranks of mpirun: who they are and their small numbers by MPI, data by NCCL
 if mpi; then
+    # MPI never sees device memory: a host that looks into it is ended at once
+    few=(capture "$demo" --target "$out/one.txt" --baseline "$out/other.txt" --decode 2 "${common[@]}")
+    head -1 "$out/decline.txt" >"$out/one.txt"
+    head -1 "$out/comply.txt" >"$out/other.txt"
+    "$excise" "${few[@]}" --gpus 0 -o "$out/k1" >"$out/log" 2>&1 && HC_GUARD=1 timeout 100 mpirun -n 2 "$excise" "${few[@]}" --backend cuda -o "$out/k2" >>"$out/log" 2>&1 &&
+        cmp "$out/k1" "$out/k2" >>"$out/log" 2>&1
+    result "2 GPUs under mpirun, device memory closed to the host: the same stats" $? "$out/log"
     timeout 60 mpirun -n 3 "$excise" "${forward[@]}" --backend cuda -o "$out/m3" >"$out/log" 2>&1 && cmp "$out/f0" "$out/m3" >>"$out/log" 2>&1
     result "3 GPUs under mpirun: the same bytes" $? "$out/log"
     mixed() { # mixed TEXT MUST_CONTAIN FIRST.. : SECOND..

@@ -106,7 +106,7 @@ static exc_status open_mpi(exc_ctx *ctx, long n, const exc_transport **t) {
     char why[512];
     void *module = exc_library_open("libexcise_mpi.so", "EXCISE_MPI_MODULE", why, sizeof why);
     if (!module)
-        return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: %ld processes were launched, but the MPI module cannot be used: %s", n, why);
+        return exc_fail(ctx, EXC_ERR_DEVICE, "ranks: %ld processes were launched, but the MPI module cannot be used: %s (a rendezvous needs none)", n, why);
     exc_transport_fn get = NULL;
     void *symbol = dlsym(module, EXC_TRANSPORT_SYMBOL);
     memcpy(&get, &symbol, sizeof get);

@@ -406,3 +406,25 @@ void exc_atlas_close(exc_atlas *a) {
     exc_checkpoint_close(a->files);
     exc_release(a);
 }
+
+/* A few bytes of up to so many tensors tell an edited checkpoint from its source, for a page of each. Weights that differ in little else
+ * get by: comparing all of them would cost a reading of the model. */
+#define LOOKS 512
+#define LOOK_BYTES 64
+
+static uint64_t mark_of(const exc_atlas *a) {
+    size_t n = a->files->n_tensors, looks = n < LOOKS ? n : LOOKS;
+    uint64_t mark = exc_hash64(a->fingerprint, sizeof a->fingerprint);
+    for (size_t i = 0; i < looks; i++) {
+        const exc_tensor *t = a->files->by_name[i * n / looks];
+        const exc_tensors *f = a->files->files[t->shard];
+        size_t bytes = (size_t)(t->end - t->begin), part = bytes < LOOK_BYTES ? bytes : LOOK_BYTES;
+        if (f->map && part) mark = mark * 31 + exc_hash64((const uint8_t *)exc_tensors_data(f, t) + (bytes - part) / 2, part);
+    }
+    return mark;
+}
+
+exc_status exc_atlas_open_same(exc_ctx *ctx, const char *dir, uint64_t more, exc_atlas **out) {
+    EXC_TRY(exc_ranks_agree(ctx, "the model", exc_atlas_open(ctx, dir, out)));
+    return exc_ranks_count(ctx) > 1 ? exc_ranks_meet(ctx, "the model", mark_of(*out) + more) : EXC_OK;
+}

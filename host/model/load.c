@@ -608,7 +608,7 @@ static exc_status open_model(exc_ctx *ctx, const char *dir, const exc_model_opti
     m->act = opt->compute == EXC_COMPUTE_F32 ? EXC_F32 : EXC_BF16;
     m->dir = exc_strdup(ctx, dir);
     if (!m->dir) return EXC_ERR_MEMORY;
-    EXC_TRY(exc_atlas_open(ctx, dir, &m->atlas));
+    EXC_TRY(exc_atlas_open_same(ctx, dir, (uint64_t)opt->compute, &m->atlas));
     /* A rank holds whole experts, and all else as every rank does. So whatever an edit needs of a matrix, lengths of its rows and columns
      * to keep too, is on the rank that edits it: no edit needs a word of another rank. */
     exc_share(m->atlas->shape.experts, exc_ranks_me(ctx), exc_ranks_count(ctx), &m->expert_first, &m->expert_end);

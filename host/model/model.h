@@ -237,6 +237,8 @@ typedef struct exc_atlas {
     char fingerprint[33];
 } exc_atlas;
 exc_status exc_atlas_open(exc_ctx *ctx, const char *dir, exc_atlas **out);
+/* the same by all ranks, who tell each other when they find different models, or `more` differs */
+exc_status exc_atlas_open_same(exc_ctx *ctx, const char *dir, uint64_t more, exc_atlas **out);
 const exc_weight *exc_atlas_find(const exc_atlas *a, exc_role role, int64_t layer, int64_t expert);
 const void *exc_atlas_data(const exc_atlas *a, const exc_weight *w); /* its first element in the map; may be unaligned */
 void exc_atlas_close(exc_atlas *a);

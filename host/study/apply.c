@@ -198,7 +198,7 @@ static exc_status add_report(work *k, json_t *o) {
 /* ---------------------------------------------------------------------------------------------------------- the job */
 
 static exc_status prepare(work *k) {
-    EXC_TRY(exc_atlas_open(k->ctx, k->dir, &k->a));
+    EXC_TRY(exc_atlas_open_same(k->ctx, k->dir, 0, &k->a));
     EXC_TRY(exc_plan_compile(k->ctx, k->a, k->plan, &k->c));
     if (k->opt.round && !exc_rounding_find(k->opt.round, &k->c->rounding))
         return exc_fail(k->ctx, EXC_ERR_USAGE, "apply: round: expected rn, sr or exact, found %s", exc_show(k->opt.round, strlen(k->opt.round)));
@@ -208,6 +208,7 @@ static exc_status prepare(work *k) {
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s/config.json: expected a quantised checkpoint to write as bf16, found no quantization_config", k->dir);
     if (k->c->sidecar && !k->opt.sidecar)
         return exc_fail(k->ctx, EXC_ERR_INPUT, "%s: router_bias: %s", k->c->name, k->a->family->router_bias);
+    EXC_TRY(exc_ranks_meet(k->ctx, "options of apply", (uint64_t)k->c->rounding * 4 + (k->opt.to ? 2 : 0) + (k->opt.dry_run != 0)));
     EXC_TRY(exc_edited_open(k->ctx, k->c, true, &k->e));
     k->e.allow_nonfinite = k->opt.allow_nonfinite != 0;
     if (k->e.n || k->c->sidecar) return EXC_OK;

@@ -318,6 +318,15 @@ static exc_status compile_all(compiler *k) {
     return EXC_OK;
 }
 
+/* what ranks compare: the plan's text and its directions */
+static uint64_t plan_mark(const exc_plan *p) {
+    char *text = p->source ? json_dumps(p->source, JSON_COMPACT | JSON_SORT_KEYS) : NULL;
+    uint64_t mark = text ? exc_hash64(text, strlen(text)) : 0;
+    if (p->dirs) mark = mark * 31 + exc_hash64(p->dirs->basis, (size_t)(p->dirs->rows * p->dirs->rank * p->dirs->hidden) * sizeof *p->dirs->basis);
+    free(text);
+    return mark;
+}
+
 exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p, exc_compiled **out) {
     *out = NULL;
     exc_compiled *c = exc_zalloc(ctx, 1, sizeof *c, "compiled plan");
@@ -326,7 +335,8 @@ exc_status exc_plan_compile(exc_ctx *ctx, const exc_atlas *a, const exc_plan *p,
     c->name = p->path ? p->path : "plan";
     c->rounding = p->rounding;
     compiler k = {.ctx = ctx, .c = c, .p = p, .s = &a->shape};
-    exc_status st = compile_all(&k);
+    exc_status st = exc_ranks_agree(ctx, "the plan", compile_all(&k));
+    if (st == EXC_OK) st = exc_ranks_meet(ctx, "the plan", plan_mark(p));
     if (st == EXC_OK) *out = c;
     else exc_compiled_free(c);
     return st;

@@ -172,6 +172,7 @@ static void project_any_shape(void **state) {
                 int dtype = (int[]){EXC_BF16, EXC_F16, EXC_F32}[variant % 3], side = variant / 3 % 2,
                     asked = variant / 6;
                 if (twin_small() && (s > 3 || k % 2 || (variant + (int)(s + k / 2)) % 4)) continue;
+                if (twin_small() && twin_major() > 8 && (s < 2 || k)) continue;
                 both_agree(&(edit){.dtype = dtype,
                                    .side = side,
                                    .norm = asked ? (int)(s + k) % 3 : EXC_NORM_NONE,
@@ -191,6 +192,7 @@ static void project_any_shape(void **state) {
 /* strips that do not fit shared memory, several waves of chunks, a ragged last strip; rows of a tile fewer
  * than 32 */
 static void project_tall_and_wide(void **state) {
+    if (twin_small() && twin_major() > 8) return; /* minutes under ThreadSanitizer; project_any_shape is that path */
     for (int variant = 0; variant < 8; variant += twin_small() ? 3 : 1) {
         int dtype = variant & 1 ? EXC_F32 : EXC_BF16, asked = variant >> 1 & 1, side = variant >> 2;
         edit e = {.dtype = dtype,

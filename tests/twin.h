@@ -9,6 +9,7 @@
 #define EXC_TEST_TWIN_H
 
 #include "helpers.h"
+#include "module.h"
 
 #include <libgen.h>
 #include <limits.h>
@@ -30,6 +31,12 @@ static struct twin_state {
 } twin;
 
 static inline int twin_small(void) { return getenv("HC_SMALL") && atoi(getenv("HC_SMALL")); }
+
+/* the compute capability's first number: from 9 on edits go by clusters of blocks, 2048 CUDA threads each */
+static inline int twin_major(void) {
+    exc_device_info info;
+    return twin.gpu->module->describe(twin.gpu->queue.device, &info) == EXC_OK ? info.major : 0;
+}
 
 /* group setup; teardown is twin_close */
 static inline int twin_open(void **state) {

@@ -143,7 +143,7 @@ struct Runner {
     // TSan: an identity costs more than all that a small block does, so blocks share some sets of them. Two blocks of
     // one set count as ordered, blocks in turn never have the same one, and which it is, is drawn: a race shows between
     // most pairs of blocks. Launches are ordered by the host anyway.
-    static const unsigned SETS = 3, KEPT = 2500; // KEPT: fibers of all OS threads, nearly 1 MB each
+    static const unsigned SETS = 3, KEPT = 3000; // KEPT: fibers of all OS threads, nearly 1 MB each
     std::vector<Fiber *> set[SETS];
     unsigned turn = 0;
     char *tk =
@@ -418,7 +418,7 @@ struct Runner {
         alive = (int)n;
         rng = (uint64_t)cfg().seed * 0x9E3779B97F4A7C15ull + i * 0xD1B54A32D192ED03ull + 1;
 #ifdef HC_TSAN // made here, by `main`: a fiber made by a CUDA thread would count as ordered after that thread
-        std::vector<Fiber *> &mine = set[turn];
+        std::vector<Fiber *> &mine = set[job->gb ? 0 : turn]; // blocks that live at once have OS threads of their own
         while (mine.size() < n) mine.push_back(make_fiber());
         for (n_idle = 0; n_idle < n; n_idle++) idle[n_idle] = mine[n_idle];
         tk = (char *)malloc(64 + 32 * 64);

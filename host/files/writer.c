@@ -281,7 +281,8 @@ static exc_status finish(exc_writer *w) {
 }
 
 exc_status exc_writer_commit(exc_writer *w) {
-    exc_status st = agree(w, "commit of a file", finish(w));
+    exc_status st = agree(w, "end of a file", EXC_OK); /* all ranks have come this far, or there is to be no file */
+    if (st == EXC_OK) st = agree(w, "commit of a file", finish(w));
     exc_writer_abort(w);
     return st;
 }

@@ -12,14 +12,15 @@ result() { # result "text" status "log"..
 }
 capture=(capture "$demo" --target "$demo/prompts/decline.txt" --baseline "$demo/prompts/comply.txt" --threads 1 --reproducible)
 
-# rank CASE RANK RANKS [VAR=VALUE..] -- ARGS: starts one; its log is CASE/log.RANK, its exit code CASE/rc.RANK
+# rank CASE RANK RANKS [VAR=VALUE..] -- ARGS: starts one; its log is CASE/log.RANK, its exit code CASE/rc.RANK. RANKS -: by VARs alone
 rank() {
     local at=$out/$1 me=$2 of=$3 set=()
+    [ "$of" = - ] || set=(RANK="$me" WORLD_SIZE="$of" LOCAL_RANK="$me")
     shift 3
     while [ "$1" != -- ]; do set+=("$1"); shift; done
     mkdir -p "$at"
     {
-        env RANK="$me" WORLD_SIZE="$of" LOCAL_RANK="$me" ${set[@]:+"${set[@]}"} timeout 100 "$excise" "${@:2}" --rendezvous "$at/file" >"$at/log.$me" 2>&1 &
+        env ${set[@]:+"${set[@]}"} timeout 100 "$excise" "${@:2}" --rendezvous "$at/file" >"$at/log.$me" 2>&1 &
         echo $! >"$at/pid.$me"
         wait $!
         echo $? >"$at/rc.$me"
@@ -37,12 +38,13 @@ refused() { # refused TEXT CASE RANK CODE MUST_SAY
 
 # --------------------------------------------------------------------------------------------- the same files as one process
 "$excise" "${capture[@]}" -o "$out/alone" >/dev/null 2>&1
-for k in 2 3 4; do for r in $(seq 0 $((k - 1))); do rank same$k "$r" $k -- "${capture[@]}" -o "$out/stats$k"; done; done
+# also as torchrun starts them under an srun of two tasks: the innermost launcher counts
+for k in 2 3 4; do for r in $(seq 0 $((k - 1))); do rank same$k "$r" $k SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$((r / 2)) SLURM_LOCALID=0 -- "${capture[@]}" -o "$out/stats$k"; done; done
 for k in 1 2; do
     sed -E "s#\"out\": *\"[^\"]*\"#\"out\": \"$out/run$k\"#; s#: \"(prompts/|markers|answers)#: \"$demo/\1#; s#\"model\": \".\"#\"model\": \"$demo\"#" "$demo/job.json" >"$out/job$k.json"
 done
 "$excise" run "$out/job1.json" --threads 1 --reproducible >/dev/null 2>&1
-for r in 1 0; do rank slurm $r 9 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$r SLURM_LOCALID=$r EXCISE_ADDRESS=localhost -- run "$out/job2.json" --threads 1 --reproducible; done
+for r in 1 0; do rank slurm $r - SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$r SLURM_LOCALID=$r EXCISE_ADDRESS=localhost -- run "$out/job2.json" --threads 1 --reproducible; done
 wait
 for k in 2 3 4; do cmp "$out/alone" "$out/stats$k" >"$out/d" 2>&1 && clean same$k; result "$k ranks: the sums of one, bit for bit" $? "$out/d" "$out/same$k"/log.*; done
 diff -r "$out/run1/checkpoint" "$out/run2/checkpoint" >"$out/d" 2>&1; result "two tasks as srun starts them, by a named address: the checkpoint of one, byte for byte" $? "$out/d" "$out/slurm"/log.*

@@ -58,11 +58,11 @@ typedef struct launcher {
     const char *rank, *ranks, *neighbours;
 } launcher;
 static const launcher launchers[] = {
+    {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}, /* torchrun, or anybody: the innermost, and for a rendezvous only, as it starts no MPI */
     {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"},
     {"PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"},
     {"PMIX_RANK", "PMIX_SIZE", "MPI_LOCALNRANKS"},
     {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS_PER_NODE"},
-    {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}, /* torchrun, or anybody; last, and for a rendezvous only: it starts no MPI */
 };
 
 static long number(const char *name) {
@@ -74,14 +74,15 @@ static long number(const char *name) {
 
 /* number of ranks that a launcher with MPI started, 1 when none did */
 static long launched(void) {
-    for (size_t i = 0; i + 1 < EXC_COUNT(launchers); i++)
+    for (size_t i = 1; i < EXC_COUNT(launchers); i++)
         if (number(launchers[i].ranks) > 1) return number(launchers[i].ranks);
     return 1;
 }
 
 int exc_ranks_near(const exc_ctx *ctx) {
     int ranks = exc_ranks_count(ctx);
-    for (size_t i = 0; ranks > 1 && i < EXC_COUNT(launchers); i++) {
+    if (ranks == 1 || (ctx->ranks->t == &exc_sockets && !ctx->ranks->met)) return ranks; /* our own launcher's */
+    for (size_t i = ctx->ranks->met ? 0 : 1; i < EXC_COUNT(launchers); i++) {
         long n = number(launchers[i].neighbours);
         if (n > 0 && n <= ranks) return (int)n;
     }
@@ -128,12 +129,10 @@ static exc_status meet_at(exc_ctx *ctx, const char *path) {
         return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected at most %d ranks, numbered from 0, found rank %ld of %ld", EXC_RANKS_MOST, rank, n);
     if (!*path) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected the path of a file, found none");
     if (n == 1) return EXC_OK;
+    if (exc_sockets_taken()) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected one context of a process that meets other ranks, found a second");
     int file[EXC_RANKS_MOST], me, size;
     EXC_TRY(exc_rendezvous(ctx, path, (int)rank, (int)n, time_limit(), file));
-    const char *bad = exc_sockets_use((int)rank, (int)n, file);
-    for (int i = 0; bad && i < n; i++)
-        if (file[i] >= 0) close(file[i]);
-    if (bad) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: %s", bad);
+    exc_sockets_use((int)rank, (int)n, file);
     exc_status st = allocate(ctx, &exc_sockets, (int)rank, (int)n);
     if (ctx->ranks) ctx->ranks->met = true;
     else exc_sockets_part();

@@ -45,8 +45,8 @@ static void common(cli *c, cli_option out[COMMON]) {
 
 /* number of this process among those of a launcher, known before they have met */
 static int launched_as(const cli *c) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "RANK"};
-    for (size_t i = 0; i < sizeof names / sizeof *names - !c->rendezvous; i++) {
+    static const char *const names[] = {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"};
+    for (size_t i = !c->rendezvous; i < sizeof names / sizeof *names; i++) {
         const char *s = getenv(names[i]);
         if (s && *s) return atoi(s);
     }

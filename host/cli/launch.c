@@ -49,9 +49,9 @@ static int parse(const char *list, int gpu[MOST]) {
 
 /* number of this process among those that a launcher started on this machine; -1: it started none */
 static int local_rank(const cli *c) {
-    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK"};
+    static const char *const names[] = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"};
     const char *tasks = getenv("SLURM_STEP_NUM_TASKS"); /* a step of one task has a local id, too */
-    for (size_t i = 0; i < sizeof names / sizeof *names - !c->rendezvous; i++)
+    for (size_t i = !c->rendezvous; i < sizeof names / sizeof *names; i++)
         if (getenv(names[i]) && (strcmp(names[i], "SLURM_LOCALID") || !tasks || atoi(tasks) > 1)) return atoi(getenv(names[i]));
     return c->rendezvous ? 0 : -1;
 }
@@ -174,6 +174,8 @@ int cli_launch(cli *c, int *device) {
     if (c->ranks > MOST) return cli_usage(c, "--ranks: expected at most %d, found %d", MOST, c->ranks), 1;
     if (c->gpus && c->ranks && c->ranks != n) return cli_usage(c, "--ranks: expected %d, one for each of --gpus, found %d", n, c->ranks), 1;
     if (local >= 0) {
+        const char *near = c->rendezvous ? getenv("LOCAL_WORLD_SIZE") : NULL;
+        if (near && atoi(near) > 1) share_cores(c, atoi(near));
         if (c->ranks > 1) return cli_usage(c, "--ranks: mpirun, srun or who names a rendezvous has started the ranks already"), 1;
         if (c->gpus && local >= n)
             return cli_usage(c, "--gpus: expected a GPU for each process on this machine, found %d for process %d", n, local), 1;

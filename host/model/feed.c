@@ -96,7 +96,7 @@ exc_status exc_feed_fill_turn(exc_loader *r, const exc_layer *y, int64_t layer, 
 void exc_feed_room(exc_carve *c, exc_session *s) {
     const exc_shape *p = &s->m->atlas->shape;
     size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, E = (size_t)p->experts;
-    int64_t widest = most(p->top_k * p->inner, p->shared_inner);
+    int64_t widest = most(p->top_k * p->inner, p->shared_inner), come = exc_ranks_count(s->ctx) > 1 ? exc_spread_pairs(s) : 0;
     if (p->moe_layers < p->layers) widest = most(widest, p->dense_inner);
     s->router = exc_carve_take(c, T * E, sizeof *s->router);
     s->ids = exc_carve_take(c, T * K, sizeof *s->ids);
@@ -105,7 +105,7 @@ void exc_feed_room(exc_carve *c, exc_session *s) {
     s->offset_turn = exc_carve_keep(c, E + 1, sizeof *s->offset_turn);
     s->row_of = exc_carve_take(c, T * K, sizeof *s->row_of);
     s->pair_of = exc_carve_take(c, T * K, sizeof *s->pair_of);
-    s->mid = exc_carve_take(c, T * (size_t)widest, exc_act_bytes(s->m));
+    s->mid = exc_carve_take(c, (size_t)most((int64_t)T * widest, come * p->inner), exc_act_bytes(s->m));
     s->y = exc_carve_take(c, T * K * (size_t)p->hidden, sizeof *s->y);
 }
 

@@ -119,7 +119,7 @@ struct exc_session {
     int64_t *offset;                /* [E+1] */
     int64_t *offset_turn;           /* [E+1] the host's: of the experts whose turn it is */
     int32_t *row_of, *pair_of;      /* [T*K] */
-    void *mid;                      /* [T*K,I], [T,shared] or [T,dense] act */
+    void *mid;                      /* [T*K,I], [T,shared] or [T,dense] act; over ranks also [rows that come in,I] */
     float *y;                       /* [T*K,H] */
     float *last;                    /* [max(slots,64),H] rows that get logits */
     void *last_x;                   /* the same, normed, act */
@@ -189,6 +189,7 @@ exc_status exc_session_part(exc_session *s, const exc_step *t); /* a step over t
 int64_t exc_chunks_more(const exc_session *s, int64_t left, int64_t *rows); /* that a sequence begins, after `rows` in the last one */
 int64_t exc_spread_chunks(const exc_session *s); /* of the step at hand: all ranks make as many */
 exc_status exc_session_part_logits(exc_session *s, int64_t first, int64_t rows, float *logits); /* of this rank's rows */
+int64_t exc_spread_pairs(const exc_session *s); /* at most so many rows go through the experts of this rank, of all ranks in a chunk */
 void exc_spread_room(exc_carve *c, exc_session *s);
 bool exc_spread_owns(const exc_session *s, int64_t slot);
 exc_status exc_spread_step(exc_session *s, const exc_step *t);

@@ -105,12 +105,16 @@ static void carve_steady(exc_carve *c, const exc_session *s, steady *y) {
     y->each = exc_carve_keep(c, ranks, sizeof *y->each);
 }
 
+int64_t exc_spread_pairs(const exc_session *s) {
+    int64_t own = s->m->expert_end - s->m->expert_first, ranks = exc_ranks_count(s->ctx);
+    return least(s->step_rows, ranks * s->step_tokens) * least(s->m->atlas->shape.top_k, own); /* rows in a chunk of all ranks */
+}
+
 void exc_spread_room(exc_carve *c, exc_session *s) {
     if (exc_ranks_count(s->ctx) == 1) return;
     const exc_shape *p = &s->m->atlas->shape;
-    int64_t come = least(s->step_rows, exc_ranks_count(s->ctx) * s->step_tokens); /* rows in a chunk of all ranks */
     size_t T = (size_t)s->step_tokens, K = (size_t)p->top_k, H = (size_t)p->hidden, act = exc_act_bytes(s->m),
-           own = (size_t)(s->m->expert_end - s->m->expert_first), R = (size_t)come * (size_t)least(p->top_k, (int64_t)own);
+           own = (size_t)(s->m->expert_end - s->m->expert_first), R = (size_t)exc_spread_pairs(s);
     struct exc_spread *d = exc_carve_keep(c, 1, sizeof *d), none;
     s->spread = d;
     if (!d) d = &none; /* measuring */

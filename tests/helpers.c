@@ -6,9 +6,12 @@
 #include <libgen.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -244,4 +247,41 @@ int test_shell(const char *command, char **out)
     if (out) *out = text;
     else free(text);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+/* ------------------------------------------------------------------------------------------------------------- ranks */
+
+void test_in_ranks(int ranks, void (*body)(int rank, const char *dir), const char *dir, int *code) {
+    int file[TEST_RANKS][TEST_RANKS] = {{0}};
+    pid_t child[TEST_RANKS];
+    assert_true(ranks <= TEST_RANKS);
+    for (int i = 0; i < ranks; i++)
+        for (int j = 0, pair[2]; j < i; j++) {
+            assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+            file[i][j] = pair[0], file[j][i] = pair[1];
+        }
+    setenv("EXCISE_RANK_SECONDS", "60", 1);
+    fflush(NULL);
+    for (int r = 0; r < ranks; r++) {
+        if ((child[r] = fork())) continue;
+        char names[TEST_RANKS * 12 + 12];
+        int at = snprintf(names, sizeof names, "%d", r);
+        for (int i = 0; i < ranks; i++) {
+            at += snprintf(names + at, sizeof names - (size_t)at, "%c%d", i ? ',' : ':', i == r ? -1 : file[r][i]);
+            for (int j = 0; j < ranks; j++)
+                if (i != r && i != j) close(file[i][j]);
+        }
+        setenv("EXCISE_RANK_SOCKETS", names, 1);
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        body(r, dir);
+        _exit(0); /* an assertion that fails takes the suite's way out instead, with another code */
+    }
+    for (int i = 0; i < ranks; i++)
+        for (int j = 0; j < ranks; j++)
+            if (i != j) close(file[i][j]);
+    for (int r = 0; r < ranks; r++) {
+        int status;
+        assert_int_equal(waitpid(child[r], &status, 0), child[r]);
+        code[r] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+    }
 }

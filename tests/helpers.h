@@ -28,6 +28,10 @@ float test_from_bf16(uint16_t x);
 void test_refused(exc_ctx *ctx, exc_status got, exc_status want, ...);
 /* opens a model and takes a token through it, which is when the weights of its layers are read; *m is NULL where one of them fails */
 exc_status test_read_model(exc_ctx *ctx, const char *dir, exc_model **m);
+/* forks the ranks, at most TEST_RANKS, each with a socket to each other one, and runs body in them; code [ranks]: their exit codes, 0 when body
+ * came back, or minus the signal that ended one */
+#define TEST_RANKS 4
+void test_in_ranks(int ranks, void (*body)(int rank, const char *dir), const char *dir, int *code);
 /* runs a command line by /bin/sh; returns its exit code; out gets stdout+stderr (malloc'ed), may be NULL */
 int test_shell(const char *command, char **out);
 

@@ -4,9 +4,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "collect.h"
@@ -186,41 +183,9 @@ static void as_rank_left_alone(int rank, const char *dir) {
     exc_ctx_free(ctx);
 }
 
-/* forks the ranks, each with a socket to each other one; their exit codes, or minus the signal that ended one */
-static void in_ranks(void (*body)(int rank, const char *dir), const char *dir, int code[RANKS]) {
-    int file[RANKS][RANKS] = {{0}};
-    pid_t child[RANKS];
-    for (int i = 0; i < RANKS; i++)
-        for (int j = 0, pair[2]; j < i; j++) {
-            assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
-            file[i][j] = pair[0], file[j][i] = pair[1];
-        }
+static void devices(void) {
     test_emulated();
     setenv("HC_DEVICES", "4", 1);
-    setenv("EXCISE_RANK_SECONDS", "60", 1);
-    fflush(NULL);
-    for (int r = 0; r < RANKS; r++) {
-        if ((child[r] = fork())) continue;
-        char names[RANKS * 12 + 12];
-        int at = snprintf(names, sizeof names, "%d", r);
-        for (int i = 0; i < RANKS; i++) {
-            at += snprintf(names + at, sizeof names - (size_t)at, "%c%d", i ? ',' : ':', i == r ? -1 : file[r][i]);
-            for (int j = 0; j < RANKS; j++)
-                if (i != r && i != j) close(file[i][j]);
-        }
-        setenv("EXCISE_RANK_SOCKETS", names, 1);
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        body(r, dir);
-        _exit(0); /* an assertion that fails takes the suite's way out instead, with another code */
-    }
-    for (int i = 0; i < RANKS; i++)
-        for (int j = 0; j < RANKS; j++)
-            if (i != j) close(file[i][j]);
-    for (int r = 0; r < RANKS; r++) {
-        int status;
-        assert_int_equal(waitpid(child[r], &status, 0), child[r]);
-        code[r] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
-    }
 }
 
 static void over_devices(void **state) {
@@ -230,7 +195,8 @@ static void over_devices(void **state) {
         char *dir = test_tmpdir();
         int code[RANKS];
         tiny_write(&spec, dir);
-        in_ranks(as_rank, dir, code);
+        devices();
+        test_in_ranks(RANKS, as_rank, dir, code);
         for (int r = 0; r < RANKS; r++)
             if (code[r]) fail_msg("kind %d: rank %d: %d", kinds[i], r, code[r]);
         tiny_free(&spec);
@@ -242,7 +208,8 @@ static void left_alone(void **state) {
     char *dir = test_tmpdir();
     int code[RANKS];
     tiny_write(&spec, dir);
-    in_ranks(as_rank_left_alone, dir, code);
+    devices();
+    test_in_ranks(RANKS, as_rank_left_alone, dir, code);
     assert_int_equal(code[0], 0);
     assert_int_equal(code[1], -SIGKILL);
     tiny_free(&spec);

@@ -13,15 +13,18 @@
 
 static const int kinds[] = {TINY_QWEN, TINY_GLM, TINY_LATENT, TINY_OSS, TINY_NEXT};
 
-static exc_ctx *context(int reproducible) {
+static exc_ctx *context_of(int reproducible, const char *ranks) {
     exc_ctx_options opt = EXC_CTX_OPTIONS;
     exc_ctx *ctx;
     opt.backend = "cpu";
     opt.threads = 2;
     opt.reproducible = reproducible;
+    opt.ranks = ranks;
     assert_int_equal(exc_ctx_create(&opt, &ctx), EXC_OK);
     return ctx;
 }
+
+static exc_ctx *context(int reproducible) { return context_of(reproducible, NULL); }
 
 /* ------------------------------------------------------------------------------------------------------- chunks */
 
@@ -56,8 +59,8 @@ static exc_sums lay_out(taken *k, const exc_shape *p, exc_step t[STEPS]) {
                       .tokens = more(k, M * 8), .prompt_count = more(k, SEQUENCES * M * E * 4)};
 }
 
-/* sequences of 13, 1, 7 and 30 tokens, and as many again that continue them in another order */
-static taken two_steps(exc_ctx *ctx, exc_model *m, int64_t chunk) {
+/* sequences of 13, 1, 7 and 30 tokens below vocab, and as many again that continue them in another order */
+static taken steps_of(exc_ctx *ctx, exc_model *m, int64_t chunk, uint64_t vocab) {
     static const int32_t slot[STEPS][SEQUENCES] = {{0, 1, 2, 3}, {2, 0, 3, 1}};
     static const int64_t begin[SEQUENCES + 1] = {0, 13, 14, 21, ROWS}, capacity[SEQUENCES] = {14, 31, 20, 37};
     int32_t tokens[ROWS], observe[ROWS];
@@ -71,7 +74,7 @@ static taken two_steps(exc_ctx *ctx, exc_model *m, int64_t chunk) {
     k.data = calloc(k.bytes, 1);
     exc_sums sums = lay_out(&k, &m->atlas->shape, t);
     for (int i = 0; i < STEPS; i++) {
-        for (int r = 0; r < ROWS; r++) tokens[r] = (int32_t)(exc_random_u64(3, (uint64_t)i, (uint64_t)r) % (uint64_t)m->atlas->shape.vocab);
+        for (int r = 0; r < ROWS; r++) tokens[r] = (int32_t)(exc_random_u64(3, (uint64_t)i, (uint64_t)r) % vocab);
         for (int r = 0, q = 0; r < ROWS; r++) q += r == begin[q + 1], observe[r] = r % 3 ? q : -1;
         t[i].tokens = tokens;
         t[i].observe = observe;
@@ -84,6 +87,8 @@ static taken two_steps(exc_ctx *ctx, exc_model *m, int64_t chunk) {
     exc_session_close(s);
     return k;
 }
+
+static taken two_steps(exc_ctx *ctx, exc_model *m, int64_t chunk) { return steps_of(ctx, m, chunk, (uint64_t)m->atlas->shape.vocab); }
 
 static void chunks(void **state) {
     (void)state;
@@ -107,6 +112,44 @@ static void chunks(void **state) {
         exc_ctx_free(ctx);
         tiny_free(&spec_of);
     }
+}
+
+/* Two ranks in chunks, when every token of both chooses the expert of one, and experts are far wider than the model. */
+static taken alone;
+
+static void crowd_at(int rank, const char *dir) {
+    (void)rank;
+    static const int64_t sizes[] = {1, 3, 7, 30};
+    exc_ctx *ctx = context_of(1, "auto");
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    for (size_t c = 0; c < EXC_COUNT(sizes); c++) {
+        exc_step t[STEPS];
+        taken parts = steps_of(ctx, m, sizes[c], 1), upto = alone;
+        size_t shared = (size_t)((uint8_t *)lay_out(&upto, &m->atlas->shape, t).count - alone.data); /* a rank's sums are its own */
+        assert_memory_equal(parts.data, alone.data, shared);
+        free(parts.data);
+    }
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+}
+
+static void crowded(void **state) {
+    (void)state;
+    tiny spec_of = tiny_default();
+    char *dir = test_tmpdir();
+    int code[2];
+    spec_of.experts = 2, spec_of.top_k = 1, spec_of.inner = 16 * spec_of.hidden;
+    tiny_write(&spec_of, dir);
+    exc_ctx *ctx = context(1);
+    exc_model *m = open_model(ctx, dir, EXC_COMPUTE_BF16);
+    alone = steps_of(ctx, m, 0, 1);
+    exc_model_free(m);
+    exc_ctx_free(ctx);
+    test_in_ranks(2, crowd_at, dir, code);
+    assert_int_equal(code[0], 0);
+    assert_int_equal(code[1], 0);
+    free(alone.data);
+    tiny_free(&spec_of);
 }
 
 /* ------------------------------------------------------------------------------------------------------- budgets */
@@ -646,7 +689,7 @@ static void little(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(peak), cmocka_unit_test(little), cmocka_unit_test(passes), cmocka_unit_test(broken_off),
-                                       cmocka_unit_test(chunks), cmocka_unit_test(budgets),
+                                       cmocka_unit_test(chunks), cmocka_unit_test(crowded), cmocka_unit_test(budgets),
                                        cmocka_unit_test(same_chunks), cmocka_unit_test(two_models), cmocka_unit_test(two_residents), cmocka_unit_test(on_a_device), cmocka_unit_test(bad_layers),
                                        cmocka_unit_test(allocations_fail), cmocka_unit_test(cancelled)};
     return cmocka_run_group_tests(tests, NULL, NULL);

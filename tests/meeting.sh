@@ -64,19 +64,26 @@ job double 0 3 "${long[@]}"; job double 1 3 "${long[@]}"
 job folder 0 2; job folder 1 2
 job killed 0 3 "${long[@]}"; job killed 1 3 "${long[@]}"
 job stopped 0 2 "${long[@]}"
-for _ in $(seq 100); do [ -f "$out/other/file" ] && [ -f "$out/double/file" ] && [ -f "$out/stopped/file" ] && break; sleep 0.1; done
+job slow 0 2 EXCISE_RANK_SECONDS=60
+for _ in $(seq 100); do [ -f "$out/other/file" ] && [ -f "$out/double/file" ] && [ -f "$out/stopped/file" ] && [ -f "$out/slow/file" ] && break; sleep 0.1; done
 sed -E 's/^word .*/word 000102030405060708090a0b0c0d0e0f/' "$out/other/file" >"$out/stranger/file" # another rank 0 listens there
 job stranger 1 2 "${long[@]}"
+signal STOP slow 0; job slow 1 2 EXCISE_RANK_SECONDS=60 # which comes again after 15 s
 sleep 1.5
 job stale 0 2 "${long[@]}"; job stranger 0 2 "${long[@]}"
 env RANK=1 WORLD_SIZE=3 timeout 60 "$excise" "${capture[@]}" -o "$out/double/x" --rendezvous "$out/double/file" >"$out/double/log.again" 2>&1 &
 signal KILL killed 1; signal INT stopped 0
+sleep 16; signal CONT slow 0
 wait
-for case in stale stranger; do
+for case in stale stranger slow; do
     ok=0
     for r in 0 1; do code $case $r 0 || ok=1; done
     cmp -s "$out/alone" "$out/$case/x" && [ ! -e "$out/$case/file" ] || ok=1
-    [ $case = stale ] && text="the file of an earlier run is waited out" || text="a file that leads to somebody else's rank 0 is waited out"
+    case $case in
+    stale) text="the file of an earlier run is waited out" ;;
+    stranger) text="a file that leads to somebody else's rank 0 is waited out" ;;
+    slow) text="a rank that comes again, because nobody heard it for 15 s, is one rank" ;;
+    esac
     result "$text" $ok "$out/$case"/log.*
 done
 refused "a rank that never comes: rank 0 names it" missing 0 1 "expected 3 ranks within 3 s, missing: 2"

@@ -29,7 +29,7 @@
 
 #define MAGIC "excise ranks 1\n"
 #define ADDRESS 64       /* a numeric address and its NUL */
-#define LISTED 16        /* addresses in the file */
+#define LISTED 8         /* addresses of a machine */
 #define HELLO_SECONDS 5.0 /* who connects must have told its number by then */
 #define BLINK 100        /* milliseconds between two looks for an interrupt */
 
@@ -42,7 +42,7 @@ typedef struct hello {
     char magic[16];
     word secret;
     uint32_t rank, ranks, port;
-    char address[ADDRESS]; /* where others reach this rank; empty: where its connection comes from */
+    char address[LISTED][ADDRESS]; /* of its machine, the unused ones empty */
 } hello;
 
 enum { WELCOME = 1, REFUSED, TABLE };
@@ -53,8 +53,9 @@ typedef struct reply {
     char text[160]; /* why it is refused */
 } reply;
 
+/* where a rank listens: where its connection to rank 0 came from, and what it says itself, as each machine has networks of its own */
 typedef struct place {
-    char address[ADDRESS];
+    char address[1 + LISTED][ADDRESS];
     uint32_t port;
 } place;
 
@@ -173,7 +174,7 @@ static int own_addresses(char list[LISTED][ADDRESS]) {
         int family = i->ifa_addr->sa_family;
         if (family != AF_INET && family != AF_INET6) continue;
         if (family == AF_INET6 && IN6_IS_ADDR_LINKLOCAL(&((struct sockaddr_in6 *)i->ifa_addr)->sin6_addr)) continue;
-        n += numeric(i->ifa_addr, list[n]);
+        n += numeric(i->ifa_addr, list[n]) && strncmp(list[n], "169.254.", 8) != 0;
     }
     if (all) freeifaddrs(all);
     if (!n) snprintf(list[n++], ADDRESS, "127.0.0.1");
@@ -205,8 +206,9 @@ static int connect_to(const meeting *m, const char *address, unsigned port) {
 
 static hello greeting(const meeting *m) {
     hello h = {.magic = MAGIC, .secret = m->secret, .rank = htonl((uint32_t)m->rank), .ranks = htonl((uint32_t)m->ranks), .port = htonl(m->port)};
-    const char *named = getenv("EXCISE_ADDRESS");
-    if (named) snprintf(h.address, sizeof h.address, "%s", named);
+    char list[LISTED][ADDRESS];
+    int n = own_addresses(list);
+    if (n) memcpy(h.address, list, (size_t)n * sizeof *list);
     return h;
 }
 
@@ -221,7 +223,7 @@ static int next_guest(const meeting *m, hello *h, double until) {
             h->rank = ntohl(h->rank);
             h->ranks = ntohl(h->ranks);
             h->port = ntohl(h->port);
-            h->address[ADDRESS - 1] = 0;
+            for (int i = 0; i < LISTED; i++) h->address[i][ADDRESS - 1] = 0;
             return fd;
         }
         close(fd); /* a stranger */
@@ -245,6 +247,7 @@ static exc_status write_note(const meeting *m) {
         exc_buf_free(&b);
         return exc_fail(m->ctx, EXC_ERR_USAGE, "%s: the name is too long", m->path);
     }
+    unlink(partial); /* of a process that was killed */
     int fd = open(partial, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     bool good = fd >= 0 && write(fd, b.data, b.len) == (ssize_t)b.len && !fsync(fd) && !rename(partial, m->path);
     exc_status st = good ? EXC_OK : exc_fail_errno(m->ctx, "%s", m->path);
@@ -263,12 +266,12 @@ static bool unhex(const char *s, word *w) {
     return *s == 0;
 }
 
-/* false: no file, or none of ours, or not whole yet */
-static bool read_note(const char *path, note *n) {
+/* false: no file, or none of ours, or not whole yet; *out is as it was then */
+static bool read_note(const char *path, note *out) {
     char line[256], hex[64];
     bool whole = false;
     FILE *f = fopen(path, "re");
-    *n = (note){0};
+    note found = {0}, *n = &found;
     if (!f) return false;
     if (fgets(line, sizeof line, f) && !strcmp(line, MAGIC))
         while (!whole && fgets(line, sizeof line, f)) {
@@ -279,7 +282,9 @@ static bool read_note(const char *path, note *n) {
             if (n->addresses < LISTED && sscanf(line, "address %63s", n->address[n->addresses]) == 1) n->addresses++;
         }
     fclose(f);
-    return whole && n->port && n->addresses;
+    whole = whole && n->port && n->addresses;
+    if (whole) *out = found;
+    return whole;
 }
 
 /* takes the file away while it is this meeting's */
@@ -320,21 +325,32 @@ static int first_gone(const meeting *m) {
     return -1;
 }
 
+static bool hung_up(int fd) {
+    struct pollfd p = {fd, POLLRDHUP, 0};
+    return poll(&p, 1, 0) > 0 && p.revents & (POLLRDHUP | POLLHUP | POLLERR);
+}
+
 static exc_status seat(meeting *m, place *table, int fd, const hello *h) {
     char text[160];
+    bool known = h->rank && h->rank < (uint32_t)m->ranks;
+    if (hung_up(fd)) { /* has lost patience while others were heard, and comes again */
+        close(fd);
+        return EXC_OK;
+    }
+    if (known && m->file[h->rank] >= 0 && hung_up(m->file[h->rank])) {
+        close(m->file[h->rank]);
+        m->file[h->rank] = -1;
+    }
     if (h->ranks != (uint32_t)m->ranks) {
         snprintf(text, sizeof text, "expected ranks of one job, found rank %u of %u and rank 0 of %d", h->rank, h->ranks, m->ranks);
-    } else if (!h->rank || h->rank >= (uint32_t)m->ranks || m->file[h->rank] >= 0) {
+    } else if (!known || m->file[h->rank] >= 0) {
         snprintf(text, sizeof text, "expected each rank once, found a second rank %u", h->rank);
     } else {
         struct sockaddr_storage from;
         socklen_t n = sizeof from;
         place *p = &table[h->rank];
-        if (h->address[0]) snprintf(p->address, sizeof p->address, "%s", h->address);
-        else if (getpeername(fd, (struct sockaddr *)&from, &n) || !numeric((struct sockaddr *)&from, p->address)) {
-            close(fd);
-            return EXC_OK; /* gone already */
-        }
+        if (getpeername(fd, (struct sockaddr *)&from, &n) || !numeric((struct sockaddr *)&from, p->address[0])) p->address[0][0] = 0;
+        memcpy(p->address + 1, h->address, sizeof h->address);
         p->port = htonl(h->port);
         m->file[h->rank] = fd;
         answer(m, fd, WELCOME, NULL);
@@ -425,6 +441,40 @@ static exc_status lost(const meeting *m, int rank) {
     return exc_fail(m->ctx, EXC_ERR_DEVICE, "rendezvous %s: rank %d ended or did not come within %g s", m->path, rank, m->seconds);
 }
 
+/* where another rank listens, by the first of its addresses that answers as one of this meeting's would */
+static int reach(const meeting *m, place *p) {
+    hello h = greeting(m);
+    for (int i = 0; i <= LISTED; i++) {
+        p->address[i][ADDRESS - 1] = 0;
+        if (!p->address[i][0]) continue;
+        int fd = connect_to(m, p->address[i], ntohl(p->port));
+        if (fd < 0) continue;
+        if (send_all(m, fd, &h, sizeof h, exc_seconds() + HELLO_SECONDS) == 1 && hear(m, fd, WELCOME, exc_seconds() + m->seconds) == 1) return fd;
+        close(fd);
+    }
+    return -1;
+}
+
+/* those with higher numbers come; one that is known to have ended is not waited for */
+static exc_status receive(meeting *m) {
+    double until = exc_seconds() + m->seconds;
+    for (int left = m->ranks - 1 - m->rank; left;) {
+        hello h;
+        int fd = next_guest(m, &h, exc_seconds() + 1e-3 * BLINK), gone = first_gone(m), missing = m->rank + 1;
+        if (fd >= 0 && h.rank > (uint32_t)m->rank && h.rank < (uint32_t)m->ranks && m->file[h.rank] < 0) {
+            m->file[h.rank] = fd;
+            answer(m, fd, WELCOME, NULL);
+            left--;
+            continue;
+        }
+        if (fd >= 0) close(fd);
+        while (missing < m->ranks - 1 && m->file[missing] >= 0) missing++;
+        if (gone >= 0 || exc_seconds() >= until) return lost(m, gone >= 0 ? gone : missing);
+        EXC_TRY(look(m));
+    }
+    return EXC_OK;
+}
+
 static exc_status attend_meeting(meeting *m) {
     exc_status st;
     place *table = exc_zalloc(m->ctx, (size_t)m->ranks, sizeof *table, "ranks");
@@ -437,28 +487,14 @@ static exc_status attend_meeting(meeting *m) {
         goto out;
     }
     for (int r = 1; r < m->rank; r++) {
-        hello h = greeting(m);
-        table[r].address[ADDRESS - 1] = 0;
-        m->file[r] = connect_to(m, table[r].address, ntohl(table[r].port));
-        if (m->file[r] < 0 || send_all(m, m->file[r], &h, sizeof h, exc_seconds() + HELLO_SECONDS) != 1) {
-            if ((st = look(m)) != EXC_OK) goto out;
+        m->file[r] = reach(m, &table[r]);
+        if (m->file[r] >= 0) continue;
+        if ((st = look(m)) == EXC_OK)
             st = exc_fail(m->ctx, EXC_ERR_DEVICE, "rendezvous %s: rank %d could not reach rank %d at %s port %u", m->path, m->rank, r,
-                          table[r].address, ntohl(table[r].port));
-            goto out;
-        }
-    }
-    for (int left = m->ranks - 1 - m->rank; left; left--) {
-        hello h;
-        int fd = next_guest(m, &h, exc_seconds() + m->seconds), missing = m->rank + 1;
-        if (fd >= 0 && h.rank > (uint32_t)m->rank && h.rank < (uint32_t)m->ranks && m->file[h.rank] < 0) {
-            m->file[h.rank] = fd;
-            continue;
-        }
-        if (fd >= 0) close(fd);
-        while (missing < m->ranks - 1 && m->file[missing] >= 0) missing++;
-        st = lost(m, missing);
+                          table[r].address[0], ntohl(table[r].port));
         goto out;
     }
+    st = receive(m);
 out:
     exc_release(table);
     return st;

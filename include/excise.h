@@ -115,7 +115,8 @@ typedef struct exc_model_info {
 #define EXC_MODEL_INFO {sizeof(exc_model_info)}
 
 EXC_API exc_status exc_inspect(exc_ctx *ctx, const char *dir, char **json); /* [job] headers only */
-/* [job] on the CPU weights are read, and refused where they are not finite, when a forward pass first comes to their layer */
+/* [job] on the CPU weights are read, and refused where they are not finite, when a forward pass first comes to their layer. The files are
+ * mapped until exc_model_free: who changes them in place meanwhile changes the model, who truncates them ends the process (SIGBUS). */
 EXC_API exc_status exc_model_open(exc_ctx *ctx, const char *dir, const exc_model_options *options, exc_model **model);
 EXC_API exc_status exc_model_describe(const exc_model *model, exc_model_info *info);
 EXC_API void exc_model_free(exc_model *model);

@@ -90,6 +90,7 @@ static exc_status choose_rooms(tandem *t, int64_t total, int64_t longest, exc_ro
     if (!wide) EXC_TRY(both_fit(t, room, &w, &fit));
     if (fit) return EXC_OK;
     w.slots = least(t->p->count, t->last_only ? t->piece : t->p->count);
+    if (first) w.held *= 2; /* the second model's, too */
     for (int m = 0; m < 2; m++) {
         if (!t->model[m]) continue;
         w.sessions = 2 - m;

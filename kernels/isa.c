@@ -34,7 +34,7 @@ static enum exc_isa find(void) {
     uint64_t state = saved_state();
     const uint64_t ymm = 0x6, zmm = 0xe6, tiles = 0x60000;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return EXC_ISA_GENERIC;
-    uint32_t fma = bit_FMA | bit_AVX;
+    uint32_t fma = bit_FMA | bit_AVX | bit_F16C | bit_POPCNT;
     if ((state & ymm) != ymm || (c1 & fma) != fma || !(b & bit_AVX2)) return EXC_ISA_GENERIC;
     uint32_t wide = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     if ((state & zmm) != zmm || (b & wide) != wide) return EXC_ISA_AVX2;

@@ -154,7 +154,6 @@ static void open_whole(band *b) {
         const uint8_t *matrix = exc_edit_src(a, index / b->j->bands);
         b->whole.next = matrix + (b->j->out ? a->dtype == EXC_F4 ? next / 2 : next : next * stride);
         b->whole.next_stride = b->j->out ? stride : BAND; /* rows that are to be turned lie behind each other */
-        b->asked = 1;
     }
     if (b->j->out) {
         b->whole.from = b->src + at, b->whole.to = b->dst + at, b->whole.stride = stride;
@@ -197,10 +196,14 @@ int exc_edit_whole(band *b) {
         for (int l = 0; l < b->lines; l++) b->gain[l] = gain_of(b->length[l], b->left[l]);
         b->whole.gain = b->gain;
     }
-    if (!choose_all(b)) return 0;
+    if (!choose_all(b)) {
+        for (int l = 0; l < b->lines; l++) b->gain[l] = 1; /* as whoever takes the band now expects it */
+        return 0;
+    }
     if (!b->bare) solve_whole(b, by);
     double moved[BAND] = {0}, error[BAND] = {0};
     if (a->moved || a->error) b->whole.moved = moved, b->whole.error = error;
+    b->asked = !b->last;
     if (b->bare) by->result(&b->whole);
     else {
         b->whole.lambda = b->best[0];

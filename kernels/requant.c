@@ -117,8 +117,9 @@ EXC_INLINE void settle_rows(const exc_grid g, int top, uint32_t nan, const float
             for (int l = 0; l < BAND; l++) a[l] = exc_grid_near(&g, a[l]);
         for (int l = 0; l < BAND; l++) value[l] = exc_from_bits(exc_to_bits(a[l] * scale[l]) ^ sign[l]);
         if (!code) continue;
-        for (int l = 0; l < BAND; l++) c[l] = exc_to_bits(a[l]) > 0x7f800000u ? nan : exc_grid_code(&g, a[l]);
-        for (int l = 0; l < BAND; l++) code[l] = (uint16_t)(c[l] | sign[l] >> (31 - top));
+        for (int l = 0; l < BAND; l++) c[l] = exc_grid_code(&g, a[l]) | sign[l] >> (31 - top);
+        /* the sign of a NaN that arithmetic makes is the processor's: the code has none */
+        for (int l = 0; l < BAND; l++) code[l] = (uint16_t)(exc_to_bits(a[l]) > 0x7f800000u ? nan : c[l]);
         code += BAND;
     }
 }

@@ -262,7 +262,7 @@ template <int DTYPE, bool OUT> struct Line {
             else
                 r = grid_near(g, r);
             const uint32_t sign = bits_of(x) >> 31;
-            code[h] = (uint16_t)((r != r ? nan : grid_code(g, r)) | sign << top);
+            code[h] = (uint16_t)(r != r ? nan : grid_code(g, r) | sign << top);
             value[h] = f32_of(bits_of(r * s) ^ sign << 31);
         }
     }

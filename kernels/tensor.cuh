@@ -178,8 +178,7 @@ cudaError_t launch_clusters(int64_t most, int blocks, void (*kernel)(P...), unsi
                                  cudaSharedmemCarveoutMaxShared);
     if (e == cudaSuccess && blocks > CLUSTER)
         e = cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (e != cudaSuccess) return e;
-    e = cudaOccupancyMaxActiveClusters(&fit, (const void *)kernel, &config);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&fit, (const void *)kernel, &config);
     if (e != cudaSuccess && blocks > CLUSTER) e = cudaErrorInvalidConfiguration; /* not on this device */
     if (e != cudaSuccess) return e;
     if (!fit) return cudaErrorInvalidConfiguration;

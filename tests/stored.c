@@ -60,8 +60,8 @@ static void fill(const edit *e, uint8_t *w, uint8_t *scale, uint64_t seed) {
     for (int64_t i = 0; i < scales_of(e); i++) {
         uint8_t power = (uint8_t)(118 + exc_random_u64(seed, 3, (uint64_t)i) % 8);
         float f = e->power ? ldexpf(1, power - 127) : 0.01f + (float)exc_random_unit(seed, 4, (uint64_t)i);
-        static const float odd_scales[] = {NAN, 0, -0.3f, 0x1p-140f};
-        if (e->odd && i % 3 == 0) f = odd_scales[i / 3 % 4];
+        static const float odd_scales[] = {NAN, 0, -0.3f, 0x1p-140f, INFINITY, -NAN, -INFINITY};
+        if (e->odd && i % 3 == 0) f = odd_scales[i / 3 % (int64_t)EXC_COUNT(odd_scales)];
         uint16_t half = test_bf16(f);
         if (e->scale_dtype == EXC_F32)
             memcpy(scale + 4 * i, &f, 4);

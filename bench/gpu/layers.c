@@ -266,6 +266,7 @@ static void exit_rows(gauge *g, const flow *f) {
     struct exc_moments_args moments = {f->ids, f->weights, f->mid,   EXC_BF16,    T,          K,
                                        z->E,   z->I,       f->count, f->gate_sum, f->mid_sum, NULL};
     struct exc_gather_args gather = {f->x, f->pair_of, K, T * K, (size_t)H * 2, f->y};
+    struct exc_whence_args whence = {f->ids, f->pair_of, T * K, z->E, z->E < 8 ? z->E : 8, gauge_room(g, (size_t)(T * K) * 4)};
     ROW(g, combine, &plain, 4.0 * (double)((K + 2) * T * H), 0, "%s K=%lld H=%lld", f->text, (long long)K,
         (long long)H);
     ROW(g, combine, &edited, 4.0 * (double)((K + 2) * T * H), 0, "%s K=%lld H=%lld, edited at rank 3", f->text,
@@ -273,6 +274,8 @@ static void exit_rows(gauge *g, const flow *f) {
     ROW(g, lens, &lens, 8.0 * (double)(T * H), 0, "%s H=%lld rank 3", f->text, (long long)H);
     ROW(g, gather, &gather, 4.0 * (double)(T * K * H), 0, "%s K=%lld H=%lld bf16, by expert", f->text, (long long)K,
         (long long)H);
+    ROW(g, whence, &whence, 12.0 * (double)(T * K), 0, "%s E=%lld K=%lld, %lld ranks", f->text, (long long)z->E, (long long)K,
+        (long long)whence.ranks);
     ROW(g, moments, &moments, 2.0 * (double)(T * K * z->I), 0, "%s K=%lld I=%lld bf16", f->text, (long long)K,
         (long long)z->I);
 }
@@ -332,7 +335,7 @@ static void quantised(gauge *g, const char *model, const size *real, const size 
 
 void layer_rows(gauge *g) {
     static const char *const ops[] = {"embed", "norm", "matmul",  "rope", "attend", "route",  "permute",
-                                      "glu",   "down", "combine", "lens", "gather", "moments"};
+                                      "glu",   "down", "combine", "lens", "gather", "whence", "moments"};
     static const size deepseek = {7168, 2048, 256, 8, 0, 0, 0, 0}, oss = {2880, 2880, 128, 4, 0, 0, 0, 0},
                       small = {128, 64, 8, 2, 0, 0, 0, 0};
     bool any = false;

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "codes.h"
 #include "helpers.h"
 
 typedef struct tiny_tensor {
@@ -277,12 +278,21 @@ static inline void tiny_make(tiny *t)
     for (int l = 0; l < t->layers && t->kind == TINY_APART; l++) tiny_stack_layer(t, l);
 }
 
+/* the code of a number that e4m3 has; of others, 0 */
+static inline uint8_t tiny_code(double v)
+{
+    for (unsigned c = 1; c < 256; c++)
+        if (c != 0x7f && c != 0xff && (double)exc_from_e4m3(c) == v) return (uint8_t)c;
+    return 0;
+}
+
 static inline void tiny_store(const tiny_tensor *x, void *to)
 {
     for (int64_t i = 0; i < x->count; i++) {
         double v = x->poison && i == x->poison - 1 ? (double)NAN : x->value[i];
         if (!strcmp(x->dtype, "F32")) ((float *)to)[i] = (float)v;
         else if (!strcmp(x->dtype, "F16")) ((_Float16 *)to)[i] = (_Float16)(float)v;
+        else if (!strcmp(x->dtype, "F8_E4M3")) ((uint8_t *)to)[i] = tiny_code(v);
         else ((uint16_t *)to)[i] = isnan(v) ? 0x7fc0 : test_bf16((float)v);
     }
 }
@@ -296,7 +306,7 @@ static inline const char *tiny_stored(const tiny *t, const tiny_tensor *x)
     return name;
 }
 
-/* one safetensors file of items[from..to); element size 1 for dtypes that are none of ours */
+/* one safetensors file of items[from..to); elements of other dtypes are stored in two bytes */
 static inline void tiny_file(const tiny *t, const char *path, int from, int to)
 {
     exc_buf head = {0};
@@ -322,12 +332,8 @@ static inline void tiny_file(const tiny *t, const char *path, int from, int to)
     for (int i = from; i < to; i++) {
         const tiny_tensor *x = &t->items[i];
         if (x->drop) continue;
-        if (!strcmp(x->dtype, "F8_E4M3")) {
-            at += (size_t)x->count;
-            continue;
-        }
         tiny_store(x, all + at);
-        at += (size_t)x->count * (!strcmp(x->dtype, "F32") ? 4 : 2);
+        at += (size_t)x->count * (!strcmp(x->dtype, "F32") ? 4 : !strcmp(x->dtype, "F8_E4M3") ? 1 : 2);
     }
     test_write(path, all, at);
     free(all);

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "codes.h"
 #include "session.h"
 
 #define BLOCK_BYTES                                                                                          \
@@ -342,11 +343,16 @@ exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *i
     return EXC_OK;
 }
 
-exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out) {
+exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, bool codes, exc_matrix *out) {
     const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
     const uint8_t *data, *scale;
     *out = (exc_matrix){.weight = w, .dtype = w->dtype};
     EXC_TRY(source(r, w, &data, &scale));
+    if (exc_weight_coded(w) && codes) {
+        EXC_TRY(scan(r, w, data, scale, 0, w->out));
+        EXC_TRY(send(r, &r->codes, data, (size_t)exc_weight_bytes(w), &out->data));
+        return send(r, &r->scales, scale, exc_weight_scale_bytes(w), &out->scale);
+    }
     if (exc_weight_coded(w)) {
         out->dtype = EXC_F32;
         return decode(r, w, data, scale, &out->data);
@@ -354,21 +360,37 @@ exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix
     return bring(r, w, data, scale, 0, w->out, &out->data);
 }
 
+/* elements [rows,columns] at steps of `unit` bytes, as an array without gaps: `from` itself, or the copy */
+static exc_status take_view(exc_loader *r, const exc_weight *w, exc_stage *copy, const uint8_t *from, int64_t row_step, int64_t column_step,
+                            int64_t rows, int64_t columns, size_t unit, const uint8_t **out) {
+    *out = from;
+    if (row_step == columns && column_step == 1) return EXC_OK;
+    EXC_TRY(enlarge_there(r, copy, (size_t)(rows * columns) * unit));
+    struct exc_view_args v = {.src = from, .src_row = row_step, .src_column = column_step, .dst = copy->data,
+                              .dst_row = columns, .dst_column = 1, .rows = rows, .columns = columns, .unit = unit};
+    *out = copy->data;
+    return call(r->ctx, r->ctx->ops->view(&r->ctx->queue, &v), "view", w);
+}
+
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *m, int64_t first, int64_t row_step, int64_t column_step,
                          const exc_packed *into) {
-    exc_ctx *ctx = r->ctx;
+    const exc_weight *w = m->weight;
     size_t unit = exc_dtype_bits(m->dtype) / 8;
-    const uint8_t *data = m->data + (size_t)first * unit;
-    if (row_step != into->k || column_step != 1) {
-        EXC_TRY(enlarge_there(r, &r->part, (size_t)(into->n * into->k) * unit));
-        struct exc_view_args v = {.src = data, .src_row = row_step, .src_column = column_step, .dst = r->part.data,
-                                  .dst_row = into->k, .dst_column = 1, .rows = into->n, .columns = into->k, .unit = unit};
-        EXC_TRY(call(ctx, ctx->ops->view(&ctx->queue, &v), "view", m->weight));
-        data = r->part.data;
+    struct exc_pack_args a = {.w_dtype = m->dtype, .n = into->n, .k = into->k, .to = into->dtype, .out = (void *)(uintptr_t)into->data};
+    const uint8_t *data, *scale = NULL;
+    EXC_TRY(take_view(r, w, &r->part, m->data + (size_t)first * unit, row_step, column_step, into->n, into->k, unit, &data));
+    if (m->scale) { /* the blocks lie as the elements do */
+        int64_t rows, columns, along = row_step == w->in;
+        exc_weight_scales(w, &rows, &columns);
+        unit = exc_dtype_bits((exc_dtype)w->scale_dtype) / 8;
+        int64_t block = first / w->in / EXC_BLOCK * columns + first % w->in / EXC_BLOCK;
+        EXC_TRY(take_view(r, w, &r->part_scales, m->scale + (size_t)block * unit, along ? columns : 1, along ? 1 : columns,
+                          (into->n + EXC_BLOCK - 1) / EXC_BLOCK, (into->k + EXC_BLOCK - 1) / EXC_BLOCK, unit, &scale));
+        a.scale_dtype = w->scale_dtype;
     }
-    struct exc_pack_args a = {.w = data, .w_dtype = m->dtype, .n = into->n, .k = into->k, .to = into->dtype,
-                              .out = (void *)(uintptr_t)into->data};
-    return call(ctx, ctx->ops->pack(&ctx->queue, &a), "pack", m->weight);
+    a.w = data;
+    a.scale = scale;
+    return call(r->ctx, r->ctx->ops->pack(&r->ctx->queue, &a), "pack", w);
 }
 
 static exc_status move_rows(exc_ctx *ctx, const exc_matrix *m, const exc_moved *v, uint8_t *to) {
@@ -399,22 +421,15 @@ static exc_status pack_moved(exc_loader *r, const exc_matrix *m, const uint8_t *
 
 exc_status exc_fill_moved(exc_loader *r, exc_role role, int64_t layer, const exc_moved *moved, size_t n, int64_t rows,
                           const exc_packed *into, int64_t at) {
-    exc_matrix m = {.weight = exc_atlas_find(r->a, role, layer, -1), .dtype = into->dtype};
-    const uint8_t *scale = NULL;
-    if (exc_weight_coded(m.weight) && m.weight->dtype == into->dtype) {
-        EXC_TRY(source(r, m.weight, &m.data, &scale));
-        EXC_TRY(scan(r, m.weight, m.data, scale, 0, m.weight->out));
-        EXC_TRY(send(r, &r->codes, m.data, (size_t)exc_weight_bytes(m.weight), &m.data));
-        EXC_TRY(send(r, &r->scales, scale, exc_weight_scale_bytes(m.weight), &scale));
-    } else {
-        EXC_TRY(exc_fill_open(r, role, layer, &m));
-    }
+    exc_matrix m;
+    const exc_weight *w = exc_atlas_find(r->a, role, layer, -1);
+    EXC_TRY(exc_fill_open(r, role, layer, w->dtype == into->dtype, &m));
     size_t bytes = (size_t)(rows * into->k) * exc_dtype_bits((exc_dtype)m.dtype) / 8;
     EXC_TRY(enlarge_there(r, &r->part, bytes));
     EXC_TRY(exc_device_zero(r->ctx, r->part.data, bytes));
     for (size_t i = 0; i < n; i++) EXC_TRY(move_rows(r->ctx, &m, &moved[i], r->part.data));
     uint8_t *out = (uint8_t *)(uintptr_t)into->data + (size_t)(at / EXC_PANEL) * exc_packed_bytes(EXC_PANEL, into->k, into->dtype);
-    EXC_TRY(pack_moved(r, &m, scale, moved, n, rows, into, out));
+    EXC_TRY(pack_moved(r, &m, m.scale, moved, n, rows, into, out));
     return exc_fill_close(r, &m);
 }
 
@@ -564,7 +579,7 @@ static exc_status measure(exc_ctx *ctx, exc_model *m) {
 }
 
 void exc_loader_release(exc_loader *r) {
-    exc_stage *here[] = {&r->stage, &r->dense, &r->scale}, *there[] = {&r->codes, &r->scales, &r->part, &r->wide};
+    exc_stage *here[] = {&r->stage, &r->dense, &r->scale}, *there[] = {&r->codes, &r->scales, &r->part, &r->part_scales, &r->wide};
     for (size_t i = 0; i < EXC_COUNT(here); i++) exc_release(here[i]->data);
     for (size_t i = 0; i < EXC_COUNT(there); i++) exc_device_release(r->ctx, there[i]->data);
 }

@@ -49,7 +49,7 @@ typedef struct exc_loader {
     exc_stage scale; /* scales of a quantised one, aligned, without gaps */
     /* where ops run */
     exc_stage codes, scales; /* rows of a weight and their scales on their way to a device */
-    exc_stage part;  /* a view that does not lie dense */
+    exc_stage part, part_scales; /* a view that does not lie dense, and its scales */
     exc_stage wide;  /* numbers of a quantised one, f32 */
     uint64_t done, total;
 } exc_loader;
@@ -60,10 +60,11 @@ exc_status exc_fill_group(exc_loader *r, exc_role role, int64_t layer, const exc
 exc_status exc_fill_some(exc_loader *r, exc_role role, int64_t layer, const exc_table *into, int64_t first, int64_t n); /* of its matrices */
 exc_status exc_fill_table(exc_loader *r, const exc_table *t); /* tells ops where its matrices are */
 exc_status exc_fill_vector(exc_loader *r, exc_role role, int64_t layer, float *into); /* as f32 */
-/* A whole matrix [out,in] where ops run, to be taken apart by views, a quantised one as f32; holds until the next weight is read. */
-typedef struct exc_matrix { const exc_weight *weight; const uint8_t *data; int dtype; } exc_matrix;
-exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, exc_matrix *out); /* scanned for NaN and infinity */
-/* packs into [n,k] the elements (i,j) at first + i*row_step + j*column_step of the matrix */
+/* A whole matrix [out,in] where ops run, to be taken apart by views; holds until the next weight is read. A quantised one is as f32,
+ * or codes and scales (else NULL) if `codes` says so. */
+typedef struct exc_matrix { const exc_weight *weight; const uint8_t *data, *scale; int dtype; } exc_matrix;
+exc_status exc_fill_open(exc_loader *r, exc_role role, int64_t layer, bool codes, exc_matrix *out); /* scanned for NaN and infinity */
+/* packs into [n,k] the elements (i,j) at first + i*row_step + j*column_step of the matrix; of codes, (0,0) begins a block of scales */
 exc_status exc_fill_view(exc_loader *r, const exc_matrix *from, int64_t first, int64_t row_step, int64_t column_step,
                          const exc_packed *into);
 /* `count` times `rows` rows of a matrix, from and to rows that many apart */

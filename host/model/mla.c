@@ -8,6 +8,7 @@
  * is what absorbing costs a head and query. So sequences that begin in this step are expanded, for every pair
  * of tokens is then cheaper, and all others, decode first of all, are absorbed. In reproducible mode all are
  * absorbed: a row's bits must not depend on where a step began. */
+#include "codes.h"
 #include "session.h"
 
 /* -------------------------------------------------------------------------------------------------------
@@ -26,10 +27,12 @@ static int first_dtype(const exc_model *m, exc_role q, int64_t layer) {
     return exc_carve_join(m, exc_carve_dtype(m, q, layer), exc_carve_dtype(m, EXC_ROLE_ATTN_KV_A, layer));
 }
 
-/* a quantised kv_b does not fall into heads at its blocks of scales: its numbers are written out, 0.2 % of a large model */
+/* a quantised kv_b stays codes where it falls into keys and values of heads at its blocks of scales, as all published ones do */
 static int heads_dtype(const exc_model *m, int64_t layer) {
-    bool coded = exc_weight_coded(exc_atlas_find(m->atlas, EXC_ROLE_ATTN_KV_B, layer, -1));
-    if (!coded) return exc_carve_dtype(m, EXC_ROLE_ATTN_KV_B, layer);
+    const exc_weight *w = exc_atlas_find(m->atlas, EXC_ROLE_ATTN_KV_B, layer, -1);
+    const exc_shape *s = &m->atlas->shape;
+    bool whole = s->latent.plain % EXC_BLOCK == 0 && s->value_dim % EXC_BLOCK == 0 && !w->scale_first;
+    if (!exc_weight_coded(w) || (whole && w->dtype == EXC_F8_E4M3)) return exc_carve_dtype(m, EXC_ROLE_ATTN_KV_B, layer);
     return m->compute == EXC_COMPUTE_BF16 ? EXC_BF16 : EXC_F32;
 }
 
@@ -54,7 +57,7 @@ static exc_status fill_heads(exc_loader *r, int64_t layer, const exc_latent_weig
     const exc_shape *s = &r->a->shape;
     int64_t N = s->latent.plain, C = s->latent.rank, V = s->value_dim;
     exc_matrix kv;
-    EXC_TRY(exc_fill_open(r, EXC_ROLE_ATTN_KV_B, layer, &kv));
+    EXC_TRY(exc_fill_open(r, EXC_ROLE_ATTN_KV_B, layer, w->key.here->dtype == EXC_F8_E4M3, &kv));
     for (int64_t h = 0; h < s->heads; h++) {
         int64_t first = h * (N + V) * C;
         EXC_TRY(exc_fill_view(r, &kv, first, C, 1, &w->key.here[h]));

@@ -500,7 +500,10 @@ __device__ inline void clear_line(const Line<DTYPE, OUT> &b, Requantised *own) {
     own->after = 0;
 }
 
-template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND, DTYPE == EXC_F4 && OUT ? 2 : 3) requant(Requant q, int dots_alone) {
+/* blocks a processor that leave each thread the registers it needs: spilled ones cost more than the third block gives */
+constexpr int blocks_for(int dtype, bool out) { return (dtype == EXC_F4 && out) || (dtype == EXC_F8_E4M3 && !out) ? 2 : 3; }
+
+template <int DTYPE, bool OUT> __global__ void __launch_bounds__(BAND, blocks_for(DTYPE, OUT)) requant(Requant q, int dots_alone) {
     DYN_SHARED(char, lines_kept);
     SHARED_ARRAY(double, room, WARP);
     SHARED_ARRAY(unsigned, most, 2);

@@ -152,7 +152,7 @@ check "an unknown op" 3 "projekt" $excise apply $demo "$out/odd.json" -o "$out/n
 check "nothing half-written" 0 "" bash -c "[ ! -e '$out/never' ] && ! ls '$out' | grep -q partial"
 check "a full disk" 1 "" bash -c "ulimit -f 100; exec $excise apply $demo '$out/p.json' -o '$out/full'"
 check "and nothing is left of it" 0 "" bash -c "[ ! -e '$out/full' ] && ! ls '$out' | grep -q partial"
-for i in {1..20}; do cat $demo/prompts/decline.txt; done >"$out/many.txt" # some seconds of work
-check "interrupt" 130 "" timeout --preserve-status -s INT 0.2 $excise capture $demo --target "$out/many.txt" --baseline $demo/prompts/comply.txt --decode 400 --threads 1 -o "$out/i.safetensors"
+for i in {1..150}; do cat $demo/prompts/decline.txt; done >"$out/many.txt" # some seconds of work
+check "interrupt" 130 "" timeout --preserve-status -s INT 1 $excise capture $demo --target "$out/many.txt" --baseline $demo/prompts/comply.txt --decode 400 --threads 1 -o "$out/i.safetensors"
 echo "1..$n"
 exit $bad

@@ -115,14 +115,14 @@ result "one rank meets nobody" $? "$out/log"
 
 # ------------------------------------------------------------------------------------------------- a rank that is killed at work
 for i in $(seq 150); do cat "$demo/prompts/decline.txt"; done >"$out/long.txt"
-work=(capture "$demo" --target "$out/long.txt" --baseline "$demo/prompts/comply.txt" --decode 200 --threads 1)
-for r in 0 1 2; do rank work $r 3 -- "${work[@]}" -o "$out/work/x"; done
-for _ in $(seq 100); do [ -f "$out/work/file" ] && break; sleep 0.05; done
-for _ in $(seq 100); do [ -f "$out/work/file" ] || break; sleep 0.05; done
+long_job=(capture "$demo" --target "$out/long.txt" --baseline "$demo/prompts/comply.txt" --decode 200 --threads 1)
+for r in 0 1 2; do rank busy $r 3 -- "${long_job[@]}" -o "$out/busy/x"; done
+for _ in $(seq 100); do [ -f "$out/busy/file" ] && break; sleep 0.05; done
+for _ in $(seq 100); do [ -f "$out/busy/file" ] || break; sleep 0.05; done
 sleep 1
-signal KILL work 2
+signal KILL busy 2
 wait
-refused "a rank that is killed at work: rank 0" work 0 1 ": rank 2 ended"
-refused "and another" work 1 1 ": rank 2 ended"
+refused "a rank that is killed at work: rank 0" busy 0 1 ": rank 2 ended"
+refused "and another" busy 1 1 ": rank 2 ended"
 echo "1..$n"
 exit $bad

@@ -222,7 +222,8 @@ __global__ void __launch_bounds__(SMALL)
     for (int i = threadIdx.x; i < n; i += SMALL) value[i] = found[place[i]];
     for (int at = threadIdx.x; apart && at < n * n; at += SMALL) a[at / n * pitch + at % n] = v[at / n * even + at % n];
     __syncthreads(); /* u is written anew */
-    for (int at = threadIdx.x; at < n * n; at += SMALL) u[at] = (apart ? a : v)[place[at / n] * pitch + at % n];
+    const double *from = apart ? a : v; /* not in the loop: gcc 12 with -fsanitize=undefined makes that read a slot it never wrote */
+    for (int at = threadIdx.x; at < n * n; at += SMALL) u[at] = from[place[at / n] * pitch + at % n];
 }
 
 /* t with t g t^T = 1: the inverse of the Cholesky factor of g, rows scaled to length 1 first; rows that

@@ -1,4 +1,4 @@
-/* heads.c - keys and values of latent attention in e4m3: a kv_b whose heads are whole blocks of scales stays codes, by heads and
+/* absorbed.c - keys and values of latent attention in e4m3: a kv_b whose heads are whole blocks of scales stays codes, by heads and
  * transposed, on the CPU and on a device. The oracle is the same model in bf16: with scales that are powers of two both have the same
  * numbers, and f32 logits of the two differ by the order of sums only (1e-5 of the largest; measured 1e-6). */
 #include "codes.h"
@@ -100,5 +100,5 @@ static void stay_codes(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(stay_codes)};
-    return cmocka_run_group_tests_name("heads", tests, NULL, NULL);
+    return cmocka_run_group_tests_name("absorbed", tests, NULL, NULL);
 }

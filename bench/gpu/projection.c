@@ -268,21 +268,27 @@ static void two_row(gauge *g, const bench *b, void *w, const struct exc_project_
 
 /* ------------------------------------------------------------------------------------------------------------- rows */
 
+/* what the rows of an edit share; where its matrices lie is the row's to say */
+static struct exc_project_args args_of(const bench *b, const way *by) {
+    return (struct exc_project_args){.dtype = by->dtype,
+                                     .count = b->E,
+                                     .rows = b->rows,
+                                     .cols = b->cols,
+                                     .side = b->side,
+                                     .basis = b->basis,
+                                     .rank = by->rank,
+                                     .strength = b->strength,
+                                     .norm = by->norm,
+                                     .rounding = by->rounding,
+                                     .seed = 3};
+}
+
 static void plain_row(gauge *g, const bench *b, const way *by, void *w) {
     int64_t each = b->rows * b->cols;
     row r = {.name = "project", .bytes = 4.0 * (double)(b->E * each)};
-    struct exc_project_args a = {.dtype = EXC_BF16,
-                                 .count = b->E,
-                                 .rows = b->rows,
-                                 .cols = b->cols,
-                                 .side = b->side,
-                                 .basis = b->basis,
-                                 .rank = by->rank,
-                                 .strength = b->strength,
-                                 .src_base = w,
-                                 .dst_base = w,
-                                 .src_stride = each,
-                                 .dst_stride = each};
+    struct exc_project_args a = args_of(b, by);
+    a.src_base = a.dst_base = w;
+    a.src_stride = a.dst_stride = each;
     describe(b, by, r.shape, sizeof r.shape);
     check(g, b, &a, w, w, w, w, r.shape);
     gauge_row(g, &r, gauge_ops.project, &a, 0, 1);
@@ -297,19 +303,9 @@ static void other_row(gauge *g, const bench *b, const way *by, void *w, void *ds
     void *scale = coded ? make_scales(g, b, by->dtype) : w,
          *scale_dst = coded ? gauge_room(g, (size_t)b->E * scales) : dst;
     row r = {.name = "project", .bytes = 2.0 * (double)b->E * (double)(bytes + scales)};
-    struct exc_project_args a = {.dtype = by->dtype,
-                                 .count = b->E,
-                                 .rows = b->rows,
-                                 .cols = b->cols,
-                                 .side = b->side,
-                                 .basis = b->basis,
-                                 .rank = by->rank,
-                                 .strength = b->strength,
-                                 .norm = by->norm,
-                                 .rounding = by->rounding,
-                                 .seed = 3,
-                                 .src = table(g, b, w, bytes),
-                                 .dst = table(g, b, dst, bytes)};
+    struct exc_project_args a = args_of(b, by);
+    a.src = table(g, b, w, bytes);
+    a.dst = table(g, b, dst, bytes);
     if (by->norm == EXC_NORM_ROW) a.c = b->c;
     if (coded) {
         a.scale = table(g, b, scale, scales), a.scale_to = table(g, b, scale_dst, scales);

@@ -130,13 +130,12 @@ static exc_status meet_at(exc_ctx *ctx, const char *path) {
     if (!*path) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected the path of a file, found none");
     if (n == 1) return EXC_OK;
     if (exc_sockets_taken()) return exc_fail(ctx, EXC_ERR_USAGE, "rendezvous: expected one context of a process that meets other ranks, found a second");
-    int file[EXC_RANKS_MOST], me, size;
+    int file[EXC_RANKS_MOST];
     EXC_TRY(exc_rendezvous(ctx, path, (int)rank, (int)n, time_limit(), file));
-    exc_sockets_use((int)rank, (int)n, file);
+    exc_sockets_use((int)rank, (int)n, file, time_limit());
     exc_status st = allocate(ctx, &exc_sockets, (int)rank, (int)n);
     if (ctx->ranks) ctx->ranks->met = true;
     else exc_sockets_part();
-    exc_sockets.join(&me, &size, time_limit());
     return st;
 }
 

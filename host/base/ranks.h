@@ -35,9 +35,9 @@ typedef const exc_transport *(*exc_transport_fn)(void);
 #define EXC_RANKS_MOST 64                      /* over sockets */
 #define EXC_RANK_SOCKETS "EXCISE_RANK_SOCKETS" /* the variable by which a rank finds its sockets */
 extern const exc_transport exc_sockets;
-/* makes file [ranks], a stream socket to each other rank and -1 for this one, the transport's: its join gives them out until exc_sockets_part
- * closes them; one set at a time. */
-void exc_sockets_use(int rank, int ranks, const int *file);
+/* Instead of join: file [ranks], a stream socket to each other rank and -1 for this one, is the transport's until exc_sockets_part closes
+ * them; one set at a time. seconds as in join. */
+void exc_sockets_use(int rank, int ranks, const int *file, double seconds);
 bool exc_sockets_taken(void);
 void exc_sockets_part(void);
 /* The sockets of ranks that meet by a file at `path`, within `seconds`: file [ranks], -1 for this one. EXC_ERR_DEVICE: somebody is missing,

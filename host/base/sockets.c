@@ -35,7 +35,8 @@ static const char *told(const char *format, int rank) {
 
 bool exc_sockets_taken(void) { return met; }
 
-void exc_sockets_use(int rank, int size, const int *sockets) {
+void exc_sockets_use(int rank, int size, const int *sockets, double seconds) {
+    limit = seconds;
     me = rank;
     ranks = size;
     met = true;
@@ -48,20 +49,14 @@ void exc_sockets_part(void) {
     met = false;
 }
 
-static const char *inherit(void) {
+static const char *join(int *rank, int *size, double seconds) {
     const char *s = getenv(EXC_RANK_SOCKETS);
     char *end = NULL;
+    limit = seconds;
     me = s ? (int)strtol(s, &end, 10) : -1;
     ranks = 0;
     while (end && *end == (ranks ? ',' : ':') && ranks < EXC_RANKS_MOST) file[ranks++] = (int)strtol(end + 1, &end, 10);
     if (!end || *end || me < 0 || me >= ranks) return EXC_RANK_SOCKETS ": expected RANK:FILE,FILE,.. as excise --ranks makes it";
-    return NULL;
-}
-
-static const char *join(int *rank, int *size, double seconds) {
-    const char *why = met ? NULL : inherit();
-    if (why) return why;
-    limit = seconds;
     *rank = me;
     *size = ranks;
     return NULL;
